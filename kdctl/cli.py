@@ -1,0 +1,380 @@
+"""The command line: resolve the preset, import the pipeline, run a stage, show the result."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel
+
+from kdctl import __version__, console, resolve
+from kdctl.errors import KdctlError
+from kdctl.preset import Preset, Source
+
+if TYPE_CHECKING:
+    from kdctl.job import Job
+
+DEFAULT_PRESET = "quickstart"
+
+app = typer.Typer(
+    name="kdctl",
+    help="Distill a language model into its own INT4 self and say, with statistics, whether the difference is real.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", "-p", help="Preset name or path. [default: the run folder's own, or quickstart]"),
+]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", "-r", help="Run folder. [default: runs/<preset name>]", file_okay=False)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a preset field: section.field=value. Repeatable.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if it is complete.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved preset as JSON and stop.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
+
+
+def main() -> None:
+    """Run the command line; kdctl's own errors end in one message and exit code 2."""
+    app()
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn errors that are the input's fault into one message, and Ctrl-C into another."""
+    try:
+        yield
+    except KdctlError as error:
+        _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("stopped; what was finished is on disk, and the same command goes on from there", 130)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    console.fail(message)
+    raise typer.Exit(code) from None
+
+
+def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> Preset:
+    """Find the preset that a command works with: named, the folder's own, or the default; flags win over --set."""
+    overrides = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
+    if name is None:
+        own = (folder or Path("runs") / DEFAULT_PRESET) / "preset.json"
+        name = str(own) if own.is_file() else DEFAULT_PRESET
+    return resolve.load_preset(name, overrides)
+
+
+def run_folder(name: str | None, folder: Path | None) -> Path:
+    """Name the run folder: --run, or runs/<preset name>."""
+    return folder or Path("runs") / Path(name or DEFAULT_PRESET).stem
+
+
+def prepare_libraries(preset: Preset, verbose: bool) -> None:
+    """Set what libraries read when they are imported: offline mode and, unless verbose, silence."""
+    if preset.runtime.offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "LOGLEVEL": "ERROR"}
+        warnings.filterwarnings("ignore")
+
+
+class Stage:
+    """One command's options, resolved; opens the job only when work is to be done."""
+
+    def __init__(
+        self,
+        preset: str | None,
+        run: Path | None,
+        settings: list[str] | None,
+        verbose: bool = False,
+        dry_run: bool = False,
+        **flags: Any,
+    ):
+        self.preset = resolve_preset(preset, run, settings, {key.replace("__", "."): v for key, v in flags.items()})
+        self.folder = run_folder(preset, run)
+        self.verbose = verbose
+        if dry_run:
+            console.show_text(self.preset.model_dump_json(indent=2))
+            raise typer.Exit
+
+    def open(self) -> "Job":
+        """Import the heavy parts and open the run folder."""
+        prepare_libraries(self.preset, self.verbose)
+        from kdctl import models
+        from kdctl.job import open_job
+
+        if not self.verbose:
+            models.quiet()
+        return open_job(self.preset, self.folder, console.ConsoleReporter())
+
+
+def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:
+    """Print a result as JSON or for people."""
+    if as_json:
+        console.show_text(result.model_dump_json(indent=2))
+    else:
+        render(result)
+
+
+@app.command()
+def quantize(
+    preset: PresetOption = None,
+    run: RunOption = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id, model folder, .gguf file, or pkg:PACKAGE/FILE.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights along in_features that share a scale.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="minmax or hqq.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone. Repeatable.")] = None,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make the INT4 student from the teacher by post-training quantization.
+
+    Example: kdctl quantize --bits 4 --group-size 64 --method hqq
+    """
+    flags = {
+        "teacher.model": teacher,
+        "quantize.bits": bits,
+        "quantize.group_size": group_size,
+        "quantize.symmetric": symmetric,
+        "quantize.method": method,
+        "quantize.skip": skip,
+    }
+    with guarded():
+        stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        job = stage.open()
+        from kdctl import pipeline
+
+        show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+
+
+@app.command()
+def rollout(
+    preset: PresetOption = None,
+    run: RunOption = None,
+    source: Annotated[
+        Source | None,
+        typer.Option(help="Who writes the completions. [default: every store that the preset's λ needs]"),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Prompts in the store.")] = None,
+    num_generations: Annotated[int | None, typer.Option(help="Completions per prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Mask end-of-sequence before this many tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampled tokens.")] = None,
+    example_count: Annotated[int, typer.Option("--show", help="Print this many decoded examples.", min=0)] = 0,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Sample completions into a store that training replays.
+
+    Example: kdctl rollout --source teacher --show 3
+    """
+    flags = {
+        "rollout.num_prompts": num_prompts,
+        "rollout.num_generations": num_generations,
+        "rollout.max_new_tokens": max_new_tokens,
+        "rollout.min_new_tokens": min_new_tokens,
+        "rollout.temperature": temperature,
+        "rollout.seed": seed,
+    }
+    with guarded():
+        stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        job = stage.open()
+        from kdctl import pipeline
+
+        sources: list[Source] = [source] if source else pipeline.needed_sources(stage.preset)
+        if not sources:
+            job.reporter.note(
+                "rollout: this preset generates during training (distill.refresh_every > 0); "
+                "nothing to do, name a --source to fill a store anyway"
+            )
+        for name in sources:
+            manifest = pipeline.rollout(job, name, force)
+            show(manifest, as_json, console_views().show_store)
+            if example_count:
+                console_views().show_examples(pipeline.examples(job, name, example_count))
+
+
+@app.command()
+def distill(
+    preset: PresetOption = None,
+    run: RunOption = None,
+    lmbda: Annotated[
+        float | None, typer.Option("--lambda", help="λ: share of student-generated sequences, 0 to 1.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="β: 0 forward KL, 1 reverse KL, between generalized JSD.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the λ draw and the data order.")] = None,
+    refresh_every: Annotated[
+        int | None, typer.Option(help="Steps between live generations; 0 replays rollouts/student.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the variant. [default: made of its settings]")] = None,
+    wandb: Annotated[str | None, typer.Option(help="off, online or offline.")] = None,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train the student against the teacher, on data sets, on its own generations, or on a mix.
+
+    Example: kdctl distill --lambda 1 --beta 1
+    """
+    flags = {
+        "distill.lmbda": lmbda,
+        "distill.beta": beta,
+        "distill.lr": lr,
+        "distill.steps": steps,
+        "distill.seed": seed,
+        "distill.refresh_every": refresh_every,
+        "tracking.wandb": wandb,
+    }
+    with guarded():
+        stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        job = stage.open()
+        from kdctl import pipeline
+
+        show(pipeline.distill(job, name, force), as_json, console_views().show_distilled)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="teacher, ptq, or names of variants. [default: all of them]")
+    ] = None,
+    preset: PresetOption = None,
+    run: RunOption = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="lm-eval task. Repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
+    settings: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score teacher, PTQ student and every variant: lm-eval tasks, KL to the teacher, perplexity.
+
+    Example: kdctl eval --task arc_easy_offline --limit 100
+    """
+    flags = {"eval.tasks": task, "eval.limit": limit, "eval.batch_size": batch_size}
+    with guarded():
+        stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        job = stage.open()
+        from kdctl import pipeline
+
+        results = pipeline.evaluate(job, models or (), force)
+        if as_json:
+            dumped = {name: result.model_dump(mode="json") for name, result in results.items()}
+            console.show_text(json.dumps(dumped, indent=2))
+        else:
+            from kdctl.report import write_report
+
+            console.show_text(write_report(job.run))
+
+
+@app.command()
+def report(
+    run: RunOption = None,
+    table: Annotated[str, typer.Option(help="markdown, csv or json.")] = "markdown",
+) -> None:
+    """Print the table of everything in the run folder and write it to report/.
+
+    Example: kdctl report --table markdown
+    """
+    with guarded():
+        from kdctl.report import write_report
+        from kdctl.rundir import RunDir
+
+        console.show_text(write_report(RunDir(run_folder(None, run)), table))
+
+
+@app.command(name="run")
+def run_preset(
+    preset: Annotated[str, typer.Argument(help="Preset name or path.")] = DEFAULT_PRESET,
+    run: RunOption = None,
+    settings: SetOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run all five stages in order, skipping complete ones. Can be stopped and repeated.
+
+    Example: kdctl run quickstart
+    """
+    with guarded():
+        job = Stage(preset, run, settings, verbose, dry_run).open()
+        from kdctl import pipeline
+
+        console.show_text(pipeline.run_all(job))
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Preset to show.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a preset.")] = False,
+    settings: SetOption = None,
+) -> None:
+    """List the shipped presets, show one resolved, or print the schema.
+
+    Example: kdctl presets quickstart
+    """
+    with guarded():
+        if schema:
+            console.show_text(json.dumps(Preset.model_json_schema(), indent=2, ensure_ascii=False))
+        elif name is not None:
+            preset = resolve.load_preset(name, resolve.parse_assignments(settings or []))
+            console.show_text(preset.model_dump_json(indent=2))
+        else:
+            rows = [(each, resolve.load_preset(each).description) for each in resolve.preset_names()]
+            console.show_pairs("presets", rows)
+
+
+def console_views() -> Any:
+    """Import what renders results, which needs records only."""
+    from kdctl import views
+
+    return views
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"kdctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Distill a language model into its own INT4 self and say, with statistics, whether the difference is real."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

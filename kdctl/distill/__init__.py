@@ -1,0 +1,1 @@
+"""Distillation: divergences, batches, training state and the loop."""

@@ -1,0 +1,130 @@
+"""Divergences between teacher and student over the full vocabulary, in chunks, from final hidden states.
+
+With p the teacher's and q the student's distribution, at softmax temperature T::
+
+    β = 0        forward KL   KL(p‖q) = Σ p·(log p − log q)
+    β = 1        reverse KL   KL(q‖p) = Σ q·(log q − log p)
+    0 < β < 1    generalized JSD   β·KL(p‖m) + (1 − β)·KL(q‖m),  m = β·p + (1 − β)·q    (Agarwal et al. 2024, eq. 1)
+
+The generalized JSD vanishes as β → 0 or 1; the ``normalized`` scale divides it by β(1 − β), which tends to the two KLs.
+``gkd`` leaves it as published (the ends are still the KLs). Logits exist for one chunk of positions at a time: the
+output head is frozen, so the gradient with respect to the hidden states is formed in the same pass.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scale = Literal["normalized", "gkd"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which divergence is minimised."""
+
+    beta: float = 0.0
+    temperature: float = 1.0
+    scale: Scale = "normalized"
+
+    @property
+    def name(self) -> str:
+        """Metric name of the divergence."""
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Frozen output head shared by teacher and student: logits = hidden @ weight.T + bias."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Multiply (N, H) hidden states to (N, V) logits in float32, computed in the head's dtype."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+
+
+def divergence(student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int = 256) -> Tensor:
+    """Sum the divergence over positions; divide by the global token count yourself.
+
+    student, teacher: (N, H) final hidden states of the positions that predict a completion token. Returns a scalar,
+    float32, differentiable with respect to ``student`` only.
+    """
+    total: Tensor = _Divergence.apply(student, teacher, head, objective, chunk)  # pyright: ignore[reportAssignmentType]
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    """Value and gradient in one pass over chunks."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        gradient = torch.empty_like(student)
+        for start in range(0, len(student), chunk):
+            part = slice(start, start + chunk)
+            value, logit_gradient = value_and_gradient(
+                head.logits(student[part]), head.logits(teacher[part]), objective
+            )
+            total += value.sum()
+            gradient[part] = logit_gradient.to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+
+
+def value_and_gradient(student: Tensor, teacher: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the divergence of each position (N,) and its gradient with respect to the student's logits (N, V)."""
+    inverse = 1.0 / objective.temperature
+    log_q = torch.log_softmax(student * inverse, -1)
+    log_p = torch.log_softmax(teacher * inverse, -1)
+    if objective.beta == 0:
+        value, gradient = _forward_kl(log_p, log_q)
+    elif objective.beta == 1:
+        value, gradient = _reverse_kl(log_p, log_q)
+    else:
+        value, gradient = _jsd(log_p, log_q, objective.beta)
+        if objective.scale == "normalized":
+            factor = 1.0 / (objective.beta * (1.0 - objective.beta))
+            value, gradient = value * factor, gradient * factor
+    return value, gradient * inverse
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    q, difference = log_q.exp(), log_q - log_p
+    value = (q * difference).sum(-1)
+    return value, q * (difference - value.unsqueeze(-1))
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Generalized JSD; the logit gradient is (1 − β)·q·(log(q/m) − KL(q‖m))."""
+    p, q = log_p.exp(), log_q.exp()
+    m_over_q = _log_mixture_ratio(log_p - log_q, beta)
+    kl_p = (p * (log_p - log_q - m_over_q)).sum(-1)
+    kl_q = -(q * m_over_q).sum(-1)
+    gradient = q * (-m_over_q - kl_q.unsqueeze(-1)) * (1 - beta)
+    return beta * kl_p + (1 - beta) * kl_q, gradient
+
+
+def _log_mixture_ratio(delta: Tensor, beta: float) -> Tensor:
+    """Return log(m/q) = log(1 + β(e^δ − 1)) for δ = log(p/q), accurate for small β and for large |δ|."""
+    near = torch.log1p(beta * torch.expm1(delta.clamp(max=20.0)))
+    far = delta + torch.log(beta + (1 - beta) * torch.exp(-delta.clamp(min=20.0)))
+    return torch.where(delta > 20.0, far, near)
+
+
+def token_chunk(vocabulary: int, budget_bytes: int = 64 * 2**20) -> int:
+    """Choose how many positions to multiply at once: two float32 rows of logits each within the budget, at least 16."""
+    return max(16, math.floor(budget_bytes / (2 * 4 * vocabulary)))

@@ -1,0 +1,146 @@
+"""Which rollouts each step trains on (layer 2): replayed from stores, or generated live into one.
+
+The loop asks for the rows of a step and never knows where they come from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kdctl.distill.batch import on_policy_rows, slot_index
+from kdctl.errors import StoreError
+from kdctl.preset import DistillSection
+from kdctl.records import Prompt, Rollout, ShardEntry, StoreManifest
+from kdctl.rollout.generate import Generator
+from kdctl.rollout.store import RolloutStore
+
+Source = Callable[[int], Rollout]
+"""Maps a slot to its rollout."""
+
+
+@dataclass
+class Feed:
+    """The rows of each step: on-policy where the draw says so, off-policy elsewhere."""
+
+    settings: DistillSection
+    off_policy: Sequence[Rollout]
+    on_policy: "Replay | Live | None" = None
+
+    def rows(self, step: int) -> list[Rollout]:
+        """Return the rollouts of one step, in row order."""
+        count, settings = self.settings.rows_per_step, self.settings
+        if isinstance(self.on_policy, Live):
+            self.on_policy.refresh(step)
+        draws = on_policy_rows(settings.seed, step, count, settings.lmbda)
+        return [self._row(step * count + row, drawn) for row, drawn in enumerate(draws)]
+
+    def _row(self, slot: int, drawn: bool) -> Rollout:
+        if drawn and self.on_policy is not None:
+            return self.on_policy.row(slot)
+        index = slot_index(slot, len(self.off_policy), self.settings.seed, "off_policy")
+        return self.off_policy[index]
+
+
+@dataclass
+class Replay:
+    """Student rollouts from a finished store, in reshuffled passes."""
+
+    rollouts: Sequence[Rollout]
+    seed: int
+
+    def row(self, slot: int) -> Rollout:
+        """Return the rollout of a slot."""
+        return self.rollouts[slot_index(slot, len(self.rollouts), self.seed, "on_policy")]
+
+
+@dataclass
+class Live:
+    """Student rollouts generated every ``refresh_every`` steps into a store of the same kind.
+
+    One refresh writes the rows that the next steps will draw, as one shard, before the first of them is used. The
+    sample index of a rollout is the slot that it fills.
+    """
+
+    settings: DistillSection
+    prompts: Sequence[Prompt]
+    generator: Generator
+    store: RolloutStore
+    identity: str
+    writer: str
+    progress: Callable[[int], None] | None = None
+    _interval: int = -1
+    _rows: dict[int, Rollout] = field(default_factory=dict)
+    _shards: list[ShardEntry] = field(default_factory=list)
+    _steps: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def row(self, slot: int) -> Rollout:
+        """Return the rollout of a slot of the current interval."""
+        return self._rows[slot]
+
+    def refresh(self, step: int) -> None:
+        """Make sure that the rollouts of a step's interval are there."""
+        interval = step // self.settings.refresh_every
+        if interval == self._interval:
+            return
+        if step != self._first(interval):
+            self._reload(interval)
+        else:
+            self._write(interval)
+        self._interval = interval
+
+    def resume(self, step: int) -> None:
+        """Take up the shards of the intervals that were begun before ``step``."""
+        for interval in range(-(-step // self.settings.refresh_every)):
+            if not self._slots(interval):
+                continue
+            entry = self.store.kept_shard(interval, self.identity)
+            if entry is None:
+                raise StoreError(
+                    f"{self.store.shard_path(interval)} is missing or damaged, and the checkpoint at step {step} was "
+                    "trained on it; --force starts the variant again"
+                )
+            self._note(interval, entry)
+
+    def _first(self, interval: int) -> int:
+        return interval * self.settings.refresh_every
+
+    def _last(self, interval: int) -> int:
+        return min(self._first(interval + 1), self.settings.steps) - 1
+
+    def _slots(self, interval: int) -> list[int]:
+        """List the slots of an interval that the λ draw gives to the student."""
+        settings, count = self.settings, self.settings.rows_per_step
+        return [
+            step * count + row
+            for step in range(self._first(interval), self._last(interval) + 1)
+            for row, drawn in enumerate(on_policy_rows(settings.seed, step, count, settings.lmbda))
+            if drawn
+        ]
+
+    def _write(self, interval: int) -> None:
+        slots = self._slots(interval)
+        items = [(self.prompts[slot_index(s, len(self.prompts), self.settings.seed, "live")], s) for s in slots]
+        rollouts = self.generator.block(items, self._first(interval), self.progress) if items else []
+        self._rows = {rollout.sample_index: rollout for rollout in rollouts}
+        if rollouts:
+            self._note(interval, self.store.write_shard(interval, rollouts, self.identity))
+        self.store.finish(self._manifest())
+
+    def _reload(self, interval: int) -> None:
+        entry = self.store.kept_shard(interval, self.identity) if self._slots(interval) else None
+        rollouts = self.store.read_shard(entry) if entry else []
+        self._rows = {rollout.sample_index: rollout for rollout in rollouts}
+
+    def _note(self, interval: int, entry: ShardEntry) -> None:
+        first = sum(shard.rows for shard in self._shards)
+        self._shards.append(entry)
+        self._steps[f"{self._first(interval)}-{self._last(interval)}"] = (first, first + entry.rows)
+
+    def _manifest(self) -> StoreManifest:
+        return StoreManifest(
+            source="student",
+            identity=self.identity,
+            writer=self.writer,
+            sampling=self.generator.sampling.record(),
+            shards=tuple(self._shards),
+            steps=dict(self._steps),
+        )

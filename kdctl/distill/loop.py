@@ -1,0 +1,213 @@
+"""The training loop. It reads downward: rollouts, loss, gradient, step, write-back, measure, save."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdctl.distill.batch import Batch, micro_batches
+from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from kdctl.distill.divergence import Objective, divergence, token_chunk
+from kdctl.distill.feed import Feed, Live
+from kdctl.errors import StoreError, TrainingError
+from kdctl.metrics import Yardstick, compare, predicting_states, summarize
+from kdctl.models import final_hidden, head_of
+from kdctl.preset import DistillSection
+from kdctl.quant.shadow import ShadowWeights
+from kdctl.records import CheckpointMeta, Rollout
+from kdctl.rundir import require_free_space
+from kdctl.tracking import Tracker
+
+Progress = Callable[[int, int], None]
+
+
+def learning_rate(step: int, settings: DistillSection) -> float:
+    """Return the learning rate of a step: linear warm-up, then constant or half a cosine to zero.
+
+    The first step already learns (1/warm-up of the peak), and the last is still above zero.
+    """
+    warmup = math.ceil(settings.warmup_ratio * settings.steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def objective_of(settings: DistillSection) -> Objective:
+    """Return the divergence that the settings ask for."""
+    return Objective(settings.beta, settings.temperature, settings.divergence_scale)
+
+
+class Trainer:
+    """Everything one variant's training holds on to."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        shadow: ShadowWeights,
+        feed: Feed,
+        settings: DistillSection,
+        pad_id: int,
+    ):
+        self.accelerator = Accelerator(cpu=student.device.type == "cpu")
+        if self.accelerator.num_processes > 1:
+            raise TrainingError(
+                f"{self.accelerator.num_processes} processes were launched; kdctl trains in one process for now, start "
+                "it with --num_processes 1"
+            )
+        self.teacher, self.student, self.shadow, self.feed = teacher, student, shadow, feed
+        self.settings, self.pad_id = settings, pad_id
+        self.head = head_of(teacher)
+        self.objective = objective_of(settings)
+        self.chunk = token_chunk(self.head.weight.shape[0])
+        self.optimizer = torch.optim.AdamW(
+            shadow.parameters(),
+            lr=settings.lr,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do one optimizer step and return its metrics. Raises TrainingError if loss or gradient is not finite."""
+        started = time.perf_counter()
+        rollouts = self.feed.rows(step)
+        generated = time.perf_counter() - started
+        loss, tokens = self.accumulate(rollouts)
+        norm = self.clip()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
+        rate = learning_rate(step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.shadow.write_back()
+        return {
+            f"train/{self.objective.name}": loss,
+            "train/completion_tokens": tokens,
+            "rollout/mean_tokens": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
+            "rollout/student_share": sum(r.source == "student" for r in rollouts) / len(rollouts),
+            "optim/lr": rate,
+            "optim/grad_norm": norm,
+            "time/generate_s": generated,
+            "time/step_s": time.perf_counter() - started,
+        }
+
+    def accumulate(self, rollouts: list[Rollout]) -> tuple[float, int]:
+        """Add up the gradients of one step's rollouts; return the mean loss per completion token and the tokens.
+
+        The sum over all micro-batches is divided once by the global token count, so 8 × 1 equals 1 × 8.
+        """
+        settings = self.settings
+        batches = micro_batches(rollouts, settings.micro_batch_size, self.pad_id, settings.max_tokens)
+        tokens = sum(batch.completion_tokens for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(batch.to(self.student.device))
+            self.accelerator.backward(loss / tokens)
+            total += float(loss.detach())
+        return total / tokens, tokens
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum the divergence over a batch's completion tokens; the teacher's activations go before the student's come."""
+        states = predicting_states(self.teacher, batch)
+        hidden = batch.predicting(final_hidden(self.student, batch.input_ids, batch.attention_mask))
+        return divergence(hidden, states, self.head, self.objective, self.chunk)
+
+    def clip(self) -> float:
+        """Mask clamped weights, scale the gradient down to ``max_grad_norm`` and return its norm."""
+        self.shadow.mask_clamped()
+        limit = self.settings.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.shadow.parameters(), limit))
+
+
+@dataclass
+class Outputs:
+    """Where a variant's training leaves its traces."""
+
+    checkpoints: Path
+    tracker: Callable[[int], Tracker]
+    """Opens the tracker, given the step that training resumes from."""
+    identity: str
+    progress: Progress
+    note: Callable[[str], None]
+
+
+def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> None:
+    """Train to the last step, from the newest checkpoint if there is one. Metrics go to the tracker."""
+    settings = trainer.settings
+    require_free_space(
+        outputs.checkpoints,
+        (settings.keep_last + 1) * checkpoint_bytes(trainer.shadow),
+        f"training ({settings.keep_last} checkpoint(s) and the one being written)",
+    )
+    start = resume(trainer, outputs)
+    tracker = outputs.tracker(start)
+    try:
+        for step in range(start, settings.steps):
+            metrics = _guarded_step(trainer, step, outputs.checkpoints)
+            done = step + 1
+            if settings.heldout_every and done % settings.heldout_every == 0:
+                metrics |= heldout_metrics(trainer.student, yardstick)
+            tracker.log(done, metrics)
+            outputs.progress(done, settings.steps)
+            if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
+                meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
+                save_checkpoint(outputs.checkpoints, trainer.shadow, trainer.optimizer, meta, settings.keep_last)
+    finally:
+        tracker.close()
+
+
+def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, float]:
+    """Do a step; if it is not finite, say where the last good state is."""
+    try:
+        return trainer.step(step)
+    except TrainingError as error:
+        kept = latest_checkpoint(checkpoints)
+        where = f"the state after step {kept[1].step} is kept in {kept[0]}" if kept else "no checkpoint was written yet"
+        raise TrainingError(
+            f"{error}: training would only write broken weights from here; {where}. Lower distill.lr "
+            f"(now {trainer.settings.lr:g}) or set distill.max_grad_norm"
+        ) from None
+
+
+def resume(trainer: Trainer, outputs: Outputs) -> int:
+    """Load the newest checkpoint and return its step, 0 without one.
+
+    Raises StoreError if the checkpoint was made with other settings or inputs.
+    """
+    found = latest_checkpoint(outputs.checkpoints)
+    if found is None:
+        return 0
+    path, meta = found
+    if meta.identity != outputs.identity:
+        raise StoreError(
+            f"{path} was trained with other settings or from other inputs than are given now; --force starts the "
+            "variant again, --name keeps both"
+        )
+    load_checkpoint(path, meta, trainer.shadow, trainer.optimizer)
+    if isinstance(trainer.feed.on_policy, Live):
+        trainer.feed.on_policy.resume(meta.step)
+    outputs.note(f"going on from step {meta.step} of {trainer.settings.steps}")
+    return meta.step
+
+
+def heldout_metrics(student: PreTrainedModel, yardstick: Yardstick) -> dict[str, float]:
+    """Measure the student during training."""
+    summary = summarize(compare(student, yardstick))
+    return {
+        "eval/forward_kl": summary.forward_kl.value,
+        "eval/reverse_kl": summary.reverse_kl.value,
+        "eval/top1_agreement": summary.top1_agreement.value,
+    }

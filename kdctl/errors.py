@@ -1,0 +1,33 @@
+"""The few kinds of error that kdctl raises on purpose.
+
+Each is also a standard-library type, so that callers of the Python interface need not know kdctl's names. The command
+line turns every ``KdctlError`` into one message and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+
+class KdctlError(Exception):
+    """Base of every error that is the input's fault, not kdctl's."""
+
+
+class PresetError(KdctlError, ValueError):
+    """A preset, an override or a combination of settings is not valid."""
+
+
+class ModelError(KdctlError, ValueError):
+    """A model reference cannot be resolved, or the model is of a kind that kdctl does not handle."""
+
+
+class DataError(KdctlError, ValueError):
+    """Prompts, a data set or a task cannot be read or does not fit."""
+
+
+class StoreError(KdctlError, RuntimeError):
+    """Something on disk is missing, damaged or was made with other settings."""
+
+
+class TrainingError(KdctlError, ArithmeticError):
+    """Training cannot go on: the loss is no longer a finite number."""
+
+
+class InterruptedRun(KdctlError, RuntimeError):
+    """A run was stopped half-way; what was finished is on disk and the same command takes it up again."""

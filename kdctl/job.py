@@ -1,0 +1,212 @@
+"""One run folder, one preset, and what several stages need of them, loaded once and only when asked for (layer 3).
+
+The yardstick (held-out prompts and the teacher's completions of them) lives here because every stage measures on it.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl import __version__, metrics, models
+from kdctl.errors import DataError, StoreError
+from kdctl.metrics import PerDocument, Yardstick
+from kdctl.preset import Preset
+from kdctl.progress import Reporter, Silent
+from kdctl.prompts import PromptReader, PromptSet
+from kdctl.quant.apply import select_layers
+from kdctl.records import Rollout, Versions
+from kdctl.resolve import identity
+from kdctl.rollout.generate import Generator, Sampling
+from kdctl.rollout.plan import Plan, fill, usable
+from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import RunDir, read_record, write_record
+
+
+def versions() -> Versions:
+    """Collect the versions that decide the numbers."""
+    return Versions(
+        kdctl=__version__,
+        torch=version("torch"),
+        transformers=version("transformers"),
+        compressed_tensors=version("compressed-tensors"),
+        hqq=version("hqq"),
+    )
+
+
+@dataclass
+class Job:
+    """One run folder, one preset, and what several stages need of them, loaded once and only when asked for."""
+
+    preset: Preset
+    run: RunDir
+    reporter: Reporter = field(default_factory=Silent)
+
+    @property
+    def offline(self) -> bool:
+        """Tell whether the Hub may be asked."""
+        return self.preset.runtime.offline
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Number format of teacher and student."""
+        return models.torch_dtype(self.preset.teacher.dtype)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return models.pick_device(self.preset.runtime.device)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The teacher's configuration, read without its weights."""
+        teacher = self.preset.teacher
+        path = models.locate(teacher.model, teacher.revision, self.offline)
+        if path.is_file() and (cached := models.gguf_cache(path, self.dtype)).is_dir():
+            path = cached
+        return models.read_config(path)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the layers to quantize, checked against the settings without loading weights."""
+        return select_layers(models.skeleton(self.config), self.preset.quantize)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The teacher's folder of safetensors."""
+        teacher = self.preset.teacher
+        path = models.locate(teacher.model, teacher.revision, self.offline)
+        if path.is_file() and not models.gguf_cache(path, self.dtype).is_dir():
+            self.reporter.note(f"converting {path.name} to safetensors, once")
+        return models.model_folder(teacher.model, self.dtype, teacher.revision, self.offline)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the teacher's weights."""
+        return models.fingerprint(self.folder)
+
+    @property
+    def student_fingerprint(self) -> str:
+        """Fingerprint of the PTQ student's folder."""
+        return models.fingerprint(self.run.student)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer, which is the student's too."""
+        tokenizer = models.load_tokenizer(self.folder, self.preset.teacher.model)
+        models.check_vocabulary(tokenizer, self.config)
+        return tokenizer
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Token that fills padding."""
+        return models.pad_id(self.tokenizer)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher in memory."""
+        return models.load_model(self.folder, self.dtype, self.device)
+
+    @cached_property
+    def prompts(self) -> PromptReader:
+        """Reads prompts with the teacher's tokenizer."""
+        return PromptReader(self.tokenizer, self.preset.prompts, self.offline)
+
+    @cached_property
+    def heldout_prompts(self) -> PromptSet:
+        """The held-out prompts."""
+        heldout = self.preset.heldout
+        return self.prompts.heldout(heldout.num_prompts, heldout.seed)
+
+    def train_prompts(self, answers: bool = False) -> PromptSet:
+        """Read the training prompts; none of them is a held-out one."""
+        rollout = self.preset.rollout
+        excluded = frozenset(prompt.id for prompt in self.heldout_prompts.prompts)
+        found = self.prompts.train(rollout.num_prompts, rollout.seed, answers, excluded)
+        if found.skipped:
+            self.reporter.note(
+                f"{found.skipped} prompts longer than {self.preset.prompts.max_prompt_tokens} tokens left out"
+            )
+        return found
+
+    def generator(self, model: PreTrainedModel, sampling: Sampling, source: str) -> Generator:
+        """Make a sampler of completions from a model."""
+        return Generator(model, models.stop_ids(model, self.tokenizer), self.pad_id, sampling, source)
+
+    @cached_property
+    def heldout_store(self) -> RolloutStore:
+        """The yardstick's store, written first where it is missing."""
+        store, settings, prompts = RolloutStore(self.run.heldout), self.preset.heldout, self.heldout_prompts
+        sections = {"heldout": settings.model_dump(exclude={"text_tokens", "min_completion_tokens"})}
+        inputs = {"teacher": self.fingerprint, "prompts": prompts.fingerprint()}
+        plan = Plan(
+            "heldout", identity("heldout", sections, inputs), self.fingerprint, prompts, settings.prompts_per_block
+        )
+        if not usable(store, plan.identity):
+            sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
+            fill(store, plan, self.generator(self.teacher, sampling, "teacher"), self.reporter)
+        tokens = store.manifest().completion_tokens
+        if tokens < settings.min_completion_tokens:
+            raise DataError(
+                f"the yardstick has {tokens} completion tokens and heldout.min_completion_tokens is "
+                f"{settings.min_completion_tokens}; with fewer every interval is too wide. Raise heldout.num_prompts "
+                f"(now {settings.num_prompts}) and use another --run"
+            )
+        return store
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """All held-out rollouts with the teacher's states."""
+        return self._yardstick(self.heldout_store.read())
+
+    def small_yardstick(self, documents: int) -> Yardstick:
+        """Return the first documents of the yardstick, for measuring during training."""
+        return self._yardstick(self.heldout_store.read()[:documents])
+
+    def _yardstick(self, rollouts: list[Rollout]) -> Yardstick:
+        with self.reporter.task("teacher reads held-out completions", "batches") as advance:
+            return metrics.make_yardstick(self.teacher, rollouts, self.pad_id, advance)
+
+    @cached_property
+    def text(self) -> list[list[int]]:
+        """Plain text for perplexity."""
+        return metrics.text_documents(self.tokenizer, self.preset.heldout.text_tokens)
+
+    def measure(self, model: PreTrainedModel, label: str) -> PerDocument:
+        """Compare a model with the teacher on the yardstick."""
+        yardstick = self.yardstick
+        with self.reporter.task(f"{label} reads held-out completions", "batches") as advance:
+            return metrics.compare(model, yardstick, advance)
+
+
+def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = None) -> Job:
+    """Open a run folder for a preset, checking everything that can be checked without weights.
+
+    Raises KdctlError kinds for an unwritable folder, a folder of another teacher or quantizer, a model that cannot be
+    found, a group size that does not divide, empty prompts or unknown tasks.
+    """
+    job = Job(preset, RunDir(folder), reporter or Silent())
+    job.run.prepare()
+    base = read_record(job.run.preset, Preset) if job.run.preset.exists() else None
+    if base is not None:
+        check_same_model(base, preset, job.run)
+    _ = job.device, job.layers
+    if base is None:
+        write_record(job.run.preset, preset)
+    return job
+
+
+def check_same_model(base: Preset, preset: Preset, run: RunDir) -> None:
+    """Raise StoreError if a run folder belongs to another teacher or quantizer."""
+    for section in ("teacher", "quantize"):
+        old, new = base.model_dump()[section], preset.model_dump()[section]
+        for key, value in new.items():
+            if old[key] != value:
+                raise StoreError(
+                    f"{run.path} was made with {section}.{key}={old[key]!r}, now {value!r} is asked for; everything in "
+                    "the folder depends on it, so choose another folder with --run"
+                )

@@ -1,0 +1,31 @@
+"""Random numbers that are functions of a key, not of a state (layer 0).
+
+Every draw in kdctl is a hash of what it is for: (seed, step, row) for λ, (seed, policy step, prompt, sample, position)
+for a sampled token. So a resumed run, another batch size or another process sees the same numbers.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def digest(*key: int | str) -> int:
+    """Hash a key of integers and strings to 64 bits."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def uniform(*key: int | str) -> float:
+    """Map a key to a uniform number in [0, 1) with 53 random bits."""
+    return (digest(*key) >> 11) * 2.0**-53
+
+
+def permutation(count: int, *key: int | str) -> np.ndarray:
+    """Return the permutation of ``range(count)`` that belongs to a key, shape (count,) int64."""
+    return np.random.Generator(np.random.Philox(key=digest(*key))).permutation(count)
+
+
+def shuffled_index(slot: int, count: int, *key: int | str) -> int:
+    """Return which of ``count`` items stands at place ``slot`` of an endless sequence of reshuffled passes."""
+    epoch, place = divmod(slot, count)
+    return int(permutation(count, *key, epoch)[place])

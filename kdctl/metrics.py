@@ -1,0 +1,160 @@
+"""How far the student is from the teacher: KL, top-1 agreement and perplexity, on rollouts and on plain text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pydoc_data.topics import topics
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl import stats
+from kdctl.distill.batch import Batch, collate
+from kdctl.distill.divergence import Head, token_chunk
+from kdctl.models import final_hidden, head_of
+from kdctl.records import DistributionMetrics, Rollout, TextMetrics
+
+Array = NDArray[np.float64]
+Progress = Callable[[int, int], None]
+BATCH = 16
+TEXT_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Held-out rollouts in fixed batches, with the teacher's final hidden states at the predicting positions."""
+
+    batches: list[Batch]
+    states: list[Tensor]
+    head: Head
+
+
+@dataclass(frozen=True)
+class PerDocument:
+    """Sums over the completion tokens of each document, (documents,) float64, in nats and counts."""
+
+    tokens: Array
+    forward_kl: Array
+    reverse_kl: Array
+    agree: Array
+    nll: Array
+    teacher_nll: Array
+
+
+def make_yardstick(
+    teacher: PreTrainedModel, rollouts: Sequence[Rollout], pad_id: int, progress: Progress | None = None
+) -> Yardstick:
+    """Run the teacher over the held-out rollouts once."""
+    ordered = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
+    longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+    batches = [collate(ordered[i : i + BATCH], pad_id, longest) for i in range(0, len(ordered), BATCH)]
+    states = []
+    for done, batch in enumerate(batches):
+        states.append(predicting_states(teacher, batch))
+        if progress is not None:
+            progress(done + 1, len(batches))
+    return Yardstick(batches, states, head_of(teacher))
+
+
+@torch.inference_mode()
+def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the final hidden states that predict completion tokens, (N, H)."""
+    batch = batch.to(model.device)
+    return batch.predicting(final_hidden(model, batch.input_ids, batch.attention_mask))
+
+
+def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress | None = None) -> PerDocument:
+    """Measure the student against the teacher on every document of the yardstick."""
+    parts = []
+    for done, (batch, states) in enumerate(zip(yardstick.batches, yardstick.states, strict=True)):
+        hidden = predicting_states(student, batch)
+        parts.append(_per_document(hidden, states, batch.to(student.device), yardstick.head))
+        if progress is not None:
+            progress(done + 1, len(yardstick.batches))
+    return PerDocument(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PerDocument)))
+
+
+@torch.inference_mode()
+def _per_document(student: Tensor, teacher: Tensor, batch: Batch, head: Head) -> PerDocument:
+    chunk = token_chunk(head.weight.shape[0])
+    targets = batch.targets()
+    columns = [
+        _per_token(head.logits(student[i : i + chunk]), head.logits(teacher[i : i + chunk]), targets[i : i + chunk])
+        for i in range(0, len(targets), chunk)
+    ]
+    values = torch.cat(columns, -1).double()  # (5, N)
+    counts = batch.completion_mask.sum(-1)
+    document = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    sums = values.new_zeros(len(values), len(counts)).index_add_(1, document, values)
+    return PerDocument(counts.cpu().double().numpy(), *sums.cpu().numpy())
+
+
+def _per_token(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """Return forward KL, reverse KL, agreement and both negative log-likelihoods of each position, (5, N)."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    difference = log_p - log_q
+    at = targets.unsqueeze(-1)
+    return torch.stack(
+        [
+            (log_p.exp() * difference).sum(-1),
+            -(log_q.exp() * difference).sum(-1),
+            (log_p.argmax(-1) == log_q.argmax(-1)).float(),
+            -log_q.gather(-1, at).squeeze(-1),
+            -log_p.gather(-1, at).squeeze(-1),
+        ]
+    )
+
+
+def summarize(per_document: PerDocument) -> DistributionMetrics:
+    """Turn per-document sums into per-token estimates with intervals over documents."""
+    tokens = per_document.tokens
+    return DistributionMetrics(
+        forward_kl=stats.ratio(per_document.forward_kl, tokens),
+        reverse_kl=stats.ratio(per_document.reverse_kl, tokens),
+        top1_agreement=stats.ratio(per_document.agree, tokens),
+        perplexity=stats.exponential(stats.ratio(per_document.nll, tokens)),
+        teacher_perplexity=float(np.exp(per_document.teacher_nll.sum() / tokens.sum())),
+        documents=len(tokens),
+        tokens=int(tokens.sum()),
+    )
+
+
+def as_table(per_document: PerDocument) -> pa.Table:
+    """Lay out per-document sums as a table, one row a document."""
+    return pa.table(vars(per_document))
+
+
+def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
+    """Cut Python's help topics into documents of at most 512 tokens until ``tokens`` are reached."""
+    documents: list[list[int]] = []
+    for name in sorted(topics):
+        ids: list[int] = tokenizer(topics[name], add_special_tokens=False)["input_ids"]  # pyright: ignore
+        ids = ids[: min(TEXT_WINDOW, tokens - sum(map(len, documents)))]
+        if len(ids) < 2:
+            break
+        documents.append(ids)
+    return documents
+
+
+@torch.inference_mode()
+def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]], pad_id: int) -> TextMetrics:
+    """Measure perplexity on documents of tokens, each from its second token on."""
+    rollouts = [_as_rollout(ids) for ids in documents]
+    head, sums, counts = head_of(model), [], []
+    for i in range(0, len(rollouts), BATCH):
+        batch = collate(rollouts[i : i + BATCH], pad_id, TEXT_WINDOW).to(model.device)
+        part = _per_document(states := predicting_states(model, batch), states, batch, head)
+        sums.append(part.nll)
+        counts.append(part.tokens)
+    nll, tokens = np.concatenate(sums), np.concatenate(counts)
+    perplexity = stats.exponential(stats.ratio(nll, tokens))
+    return TextMetrics(perplexity=perplexity, tokens=int(tokens.sum()), documents=len(tokens))
+
+
+def _as_rollout(ids: Sequence[int]) -> Rollout:
+    """Present plain text as a completion of its own first token."""
+    return Rollout("", 0, 0, list(ids[:1]), list(ids[1:]), None, "length", 0, 0, "text")

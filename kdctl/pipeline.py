@@ -1,0 +1,373 @@
+"""One short function a stage; the only place where stages meet.
+
+A stage whose outputs are complete and whose identity (a hash of the preset sections it reads and of its inputs) matches
+is skipped with one line. A stage makes what it lacks from an earlier one, saying so.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kdctl import metrics, models, stats
+from kdctl.distill.feed import Feed, Live, Replay
+from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.errors import DataError, StoreError
+from kdctl.evaluate import build_tasks, score_tasks, write_items
+from kdctl.job import Job, versions
+from kdctl.metrics import PerDocument
+from kdctl.preset import DistillSection, Preset, Source
+from kdctl.prompts import PromptSet, as_rollout
+from kdctl.quant.apply import build_student, layer_errors, quantize_layers, share_frozen
+from kdctl.quant.checkpoint import Student, check_sums, load_student, save_student
+from kdctl.quant.shadow import ShadowWeights
+from kdctl.records import DistillReport, EvalResult, QuantizeReport, Rollout, StoreManifest
+from kdctl.report import write_report
+from kdctl.resolve import identity
+from kdctl.rollout.generate import Sampling
+from kdctl.rollout.plan import Plan, fill, fill_from_dataset, usable
+from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import VariantDir, read_record, write_record
+from kdctl.tracking import Tracker, open_wandb, read_metrics
+
+Stores = dict[Source, RolloutStore]
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def quantize(job: Job, force: bool = False) -> QuantizeReport:
+    """Make ``student/`` from the teacher by post-training quantization."""
+    name = identity(
+        "quantize", {"quantize": job.preset.quantize, "dtype": str(job.dtype)}, {"teacher": job.fingerprint}
+    )
+    report = job.run.student / "quantize.json"
+    if report.exists() and not force:
+        found = read_record(report, QuantizeReport)
+        if found.identity == name:
+            check_sums(job.run.student)
+            job.reporter.note(f"quantize: {job.run.student} is complete, skipped")
+            return found
+        raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
+    started = time.perf_counter()
+    settings = job.preset.quantize
+    with job.reporter.task(f"quantizing {len(job.layers)} layers", "layers") as advance:
+        weights = quantize_layers(job.teacher, job.layers, settings, advance)
+    seconds = time.perf_counter() - started
+    student = Student(build_student(job.teacher, weights), weights)
+    per_document = job.measure(student.model, "student")
+    described = describe_student(job, student, name, per_document, seconds)
+    save_student(job.run.student, student, job.tokenizer, ignored(job), described)
+    return read_record(report, QuantizeReport)
+
+
+def ignored(job: Job) -> list[str]:
+    """List the linear layers that stay in full precision."""
+    quantized = set(job.layers)
+    return ["lm_head", *(name for name in models.linear_shapes(models.skeleton(job.config)) if name not in quantized)]
+
+
+def describe_student(
+    job: Job, student: Student, name: str, per_document: PerDocument, seconds: float = 0.0
+) -> QuantizeReport:
+    """Put together what quantize.json says of a student in memory."""
+    quantized = sum(weight.codes.numel() for weight in student.weights.values())
+    return QuantizeReport(
+        identity=name,
+        teacher=job.fingerprint,
+        skip=job.preset.quantize.skip,
+        teacher_bytes=models.weights_bytes(job.folder),
+        student_bytes=0,
+        quantized_parameters=quantized,
+        other_parameters=student.model.num_parameters() - quantized,
+        layers=layer_errors(job.teacher, student.weights),
+        distribution=metrics.summarize(per_document),
+        text=metrics.text_perplexity(student.model, job.text, job.pad_id),
+        teacher_text=metrics.text_perplexity(job.teacher, job.text, job.pad_id),
+        seconds_s=seconds,
+        versions=versions(),
+        **grid_record(job.preset),
+    )
+
+
+def grid_record(preset: Preset) -> dict[str, Any]:
+    """Return the fields that every student folder's report has in common."""
+    return preset.quantize.model_dump(include={"bits", "group_size", "symmetric", "method"})
+
+
+def ensure_student(job: Job) -> None:
+    """Make ``student/`` where it is missing."""
+    if not (job.run.student / "quantize.json").exists():
+        job.reporter.note("no student yet: quantizing first")
+        quantize(job)
+
+
+# --- rollout ----------------------------------------------------------------------------------------------------------
+
+
+def needed_sources(preset: Preset) -> list[Source]:
+    """List the stores that the preset's λ and off-policy source read; live generation needs no student store."""
+    sources: list[Source] = []
+    if preset.distill.lmbda < 1:
+        sources.append(preset.distill.off_policy_source)
+    if preset.distill.lmbda > 0 and not live(preset.distill):
+        sources.append("student")
+    return sources
+
+
+def live(settings: DistillSection) -> bool:
+    """Tell whether student rollouts are generated during training."""
+    return settings.lmbda > 0 and settings.refresh_every > 0
+
+
+def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
+    """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
+    store, settings = RolloutStore(job.run.rollouts(source)), job.preset.rollout
+    prompts = job.train_prompts(answers=source == "dataset")
+    if source == "student":
+        ensure_student(job)
+    writer = {
+        "student": lambda: job.student_fingerprint,
+        "teacher": lambda: job.fingerprint,
+        "dataset": prompts.fingerprint,
+    }[source]()
+    inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
+    name = identity("rollout", {"rollout": settings}, inputs)
+    plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
+    if force:
+        shutil.rmtree(store.path, ignore_errors=True)
+    if usable(store, name):
+        job.reporter.note(f"rollout: {store.path} is complete, skipped")
+        return store.manifest()
+    if source == "dataset":
+        return fill_from_dataset(store, plan, dataset_rollouts(job, prompts))
+    model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
+    return fill(store, plan, job.generator(model, Sampling.of(settings), source), job.reporter)
+
+
+def examples(job: Job, source: Source, count: int) -> list[tuple[str, str]]:
+    """Decode the first prompts and completions of a store."""
+    rollouts = RolloutStore(job.run.rollouts(source)).read()[:count]
+    decode = job.tokenizer.decode
+    return [(str(decode(r.prompt_ids)), str(decode(r.completion_ids))) for r in rollouts]
+
+
+def dataset_rollouts(job: Job, prompts: PromptSet) -> list[Rollout]:
+    """Return a data set's completions, cut at ``max_new_tokens``. Raises DataError if all are empty."""
+    settings = job.preset.rollout
+    stop = models.stop_ids(models.skeleton(job.config), job.tokenizer)
+    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, stop) for prompt in prompts.prompts]
+    rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
+    if not rollouts:
+        raise DataError(
+            f"every answer in prompts.train={job.preset.prompts.train!r} is empty; there is nothing to learn"
+        )
+    return rollouts
+
+
+# --- distill ----------------------------------------------------------------------------------------------------------
+
+
+def variant_name(settings: DistillSection, base: DistillSection) -> str:
+    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
+    always = {"lmbda", "beta", "lr", "seed"}
+    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
+    for key, value in settings.model_dump().items():
+        if key not in always and value != base.model_dump()[key]:
+            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
+    return name
+
+
+def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
+    """Train one variant and write its ``final/`` folder."""
+    base = read_record(job.run.preset, Preset).distill
+    variant = job.run.variant(name or variant_name(job.preset.distill, base))
+    ensure_student(job)
+    stores: Stores = {source: _filled(job, source) for source in needed_sources(job.preset)}
+    name_now = _distill_identity(job, stores)
+    if force:
+        shutil.rmtree(variant.path, ignore_errors=True)
+    if variant.report.exists():
+        found = read_record(variant.report, DistillReport)
+        if found.identity == name_now:
+            job.reporter.note(f"distill: {variant.path} is complete, skipped")
+            return found
+        raise StoreError(
+            f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
+        )
+    ptq = load_student(job.run.student, job.device)
+    share_frozen(ptq.model, job.teacher, ptq.weights)
+    before = job.measure(ptq.model, "PTQ student")
+    student = _train(job, variant, ptq, stores, name_now)
+    return _finish_variant(job, variant, student, before, stores, name_now)
+
+
+def _filled(job: Job, source: Source) -> RolloutStore:
+    """Return a finished store, filling it first where it is missing."""
+    store = RolloutStore(job.run.rollouts(source))
+    if not store.manifest_path.exists():
+        job.reporter.note(f"no {source} rollouts yet: generating them first")
+    rollout(job, source)
+    return store
+
+
+def _distill_identity(job: Job, stores: Stores) -> str:
+    """Hash the distill section and what it reads; live generation reads the rollout section and prompts too."""
+    sections: dict[str, Any] = {"distill": job.preset.distill}
+    inputs = {"student": job.student_fingerprint, "teacher": job.fingerprint}
+    inputs |= {source: store.fingerprint() for source, store in stores.items()}
+    if live(job.preset.distill):
+        sections["rollout"] = job.preset.rollout
+        inputs["prompts"] = job.train_prompts().fingerprint()
+    return identity("distill", sections, inputs)
+
+
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
+    """Run the training loop and return the trained student."""
+    settings = job.preset.distill
+    shadow = ShadowWeights(ptq.model, ptq.weights, job.teacher)
+    feed = _feed(job, variant, ptq, stores, name)
+    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, job.pad_id)
+    small = job.small_yardstick(settings.heldout_documents)
+
+    def tracker(resume_step: int) -> Tracker:
+        config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
+        return Tracker(
+            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        )
+
+    with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
+        train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
+    weights = dict(shadow.quantized())
+    shadow.detach()
+    return Student(ptq.model, weights)
+
+
+def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Feed:
+    """Put together where each row of a step comes from."""
+    settings = job.preset.distill
+    off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
+    if settings.lmbda == 0:
+        return Feed(settings, off_policy)
+    if not live(settings):
+        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed))
+    generator = job.generator(ptq.model, Sampling.of(job.preset.rollout), "student")
+    prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
+    return Feed(settings, off_policy, Live(settings, prompts, generator, store, name, job.student_fingerprint))
+
+
+def _finish_variant(
+    job: Job,
+    variant: VariantDir,
+    student: Student,
+    before: PerDocument,
+    stores: Stores,
+    name: str,
+) -> DistillReport:
+    """Measure the trained student, write ``final/`` and then ``distill.json``."""
+    after = job.measure(student.model, "distilled student")
+    save_student(variant.final, student, job.tokenizer, ignored(job), describe_student(job, student, name, after))
+    settings, lines = job.preset.distill, read_metrics(variant.metrics)
+    if live(settings):
+        stores = {**stores, "student": RolloutStore(variant.rollouts)}
+    step_seconds = [line["time/step_s"] for line in lines]
+    report = DistillReport(
+        identity=name,
+        teacher=job.fingerprint,
+        variant=variant.name,
+        settings=settings.model_dump(),
+        student=job.student_fingerprint,
+        stores={source: store.fingerprint() for source, store in stores.items()},
+        before=metrics.summarize(before),
+        after=metrics.summarize(after),
+        removed=stats.removed(after.forward_kl, before.forward_kl),
+        final_loss=lines[-1][f"train/{objective_of(settings).name}"],
+        steps=settings.steps,
+        train_seconds_s=sum(step_seconds),
+        step_seconds_median_s=median(step_seconds),
+        completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
+        versions=versions(),
+        **grid_record(job.preset),
+    )
+    write_record(variant.report, report)
+    return report
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(job: Job, names: Sequence[str] = (), force: bool = False) -> dict[str, EvalResult]:
+    """Evaluate teacher, PTQ student and every variant, or only those named."""
+    known = {"teacher": job.folder, "ptq": job.run.student} | {v.name: v.final for v in job.run.variants()}
+    ensure_student(job)
+    for name in names:
+        if name not in known:
+            raise DataError(f"no model {name!r} in {job.run.path}; there are {', '.join(known)}")
+    chosen = {name: path for name, path in known.items() if not names or name in names}
+    pending = {name: path for name, path in chosen.items() if force or not _evaluated(job, name, path)}
+    for name in chosen:
+        if name not in pending:
+            job.reporter.note(f"eval: {name} is complete, skipped")
+    tasks = build_tasks(job.preset.eval, job.offline) if pending else {}
+    for name, path in pending.items():
+        _evaluate_one(job, name, path, tasks)
+    return {name: read_record(job.run.eval(name) / "results.json", EvalResult) for name in chosen}
+
+
+def _eval_identity(job: Job, path: Path) -> str:
+    inputs = {
+        "weights": models.fingerprint(path),
+        "teacher": job.fingerprint,
+        "heldout": job.heldout_store.fingerprint(),
+        "lm_eval": version("lm-eval"),
+    }
+    return identity("eval", {"eval": job.preset.eval, "text_tokens": job.preset.heldout.text_tokens}, inputs)
+
+
+def _evaluated(job: Job, name: str, path: Path) -> bool:
+    results = job.run.eval(name) / "results.json"
+    return results.exists() and read_record(results, EvalResult).identity == _eval_identity(job, path)
+
+
+def _evaluate_one(job: Job, name: str, path: Path, tasks: dict[str, Any]) -> None:
+    """Score one model on the tasks and the yardstick and write its results, items first."""
+    started = time.perf_counter()
+    model = job.teacher if name == "teacher" else load_student(path, job.device).model
+    with job.reporter.task(f"evaluating {name}", "tasks") as advance:
+        scores, items = score_tasks(
+            model, job.tokenizer, tasks, job.preset.eval, lambda _, done, total: advance(done, total)
+        )
+    per_document = job.measure(model, name)
+    folder = job.run.eval(name)
+    write_items(folder, items | {"heldout": metrics.as_table(per_document)})
+    report = job.run.variant(name).report
+    result = EvalResult(
+        model=name,
+        identity=_eval_identity(job, path),
+        weights=models.fingerprint(path),
+        limit=job.preset.eval.limit,
+        tasks=scores,
+        distribution=metrics.summarize(per_document),
+        text=metrics.text_perplexity(model, job.text, job.pad_id),
+        size_bytes=models.weights_bytes(path),
+        seconds_s=time.perf_counter() - started,
+        versions=versions(),
+        settings=read_record(report, DistillReport).settings if report.exists() else {},
+    )
+    write_record(folder / "results.json", result)
+
+
+# --- report and run ---------------------------------------------------------------------------------------------------
+
+
+def run_all(job: Job) -> str:
+    """Run the five stages in order, skipping complete ones."""
+    quantize(job)
+    for source in needed_sources(job.preset):
+        rollout(job, source)
+    distill(job)
+    evaluate(job)
+    return write_report(job.run)

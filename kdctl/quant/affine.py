@@ -1,0 +1,139 @@
+"""The one arithmetic: integer codes, scales and zero points, and how they are packed. Pure functions on tensors.
+
+For a weight W (out_features, in_features) and groups of ``group_size`` along in_features::
+
+    q    = clamp(round_half_even(W / s + z), 0, 2^bits - 1)      in float32
+    Q(W) = (q - z) * s                                           difference exact, product rounded once to s's dtype
+
+This is what compressed-tensors computes for the ``pack-quantized`` format, which stores q and z less 2^(bits-1). What
+trains, generates, is evaluated and is saved goes through these functions and no others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shape of the integer grid: bits per weight, weights per scale, whether the zero point is fixed."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def max_code(self) -> int:
+        """Largest code, 2^bits − 1."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The symmetric zero point, 2^(bits−1)."""
+        return 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Quantization parameters of one weight.
+
+    scale: (out_features, groups), the checkpoint dtype, positive. zero_point: (out_features, groups) uint8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on the grid: codes (out_features, in_features) uint8 and their parameters."""
+
+    codes: Tensor
+    qparams: QParams
+    grid: Grid
+
+
+def grouped(weight: Tensor, group_size: int) -> Tensor:
+    """View (out_features, in_features) as (out_features, groups, group_size)."""
+    return weight.unflatten(-1, (-1, group_size))
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the stored dtype, keeping them positive and finite."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.tiny, limits.max).to(dtype)
+
+
+def grid_position(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Return W / s + z before rounding and clamping, (out_features, groups, group_size) float32."""
+    scale = qparams.scale.float().unsqueeze(-1)
+    return grouped(weight.float(), grid.group_size) / scale + qparams.zero_point.unsqueeze(-1)
+
+
+def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Map a weight to its codes, (out_features, in_features) uint8."""
+    position = grid_position(weight, qparams, grid)
+    return position.round().clamp(0, grid.max_code).to(torch.uint8).flatten(-2)
+
+
+def inside(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Tell which weights are not clamped, (out_features, in_features) bool."""
+    position = grid_position(weight, qparams, grid).round()
+    return ((position >= 0) & (position <= grid.max_code)).flatten(-2)
+
+
+def dequantize(codes: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Map codes to Q(W), (out_features, in_features) in the dtype of the scale."""
+    dtype = qparams.scale.dtype
+    difference = grouped(codes, grid.group_size).to(dtype) - qparams.zero_point.unsqueeze(-1).to(dtype)
+    return (difference * qparams.scale.unsqueeze(-1)).flatten(-2)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack (rows, columns) unsigned integers below 2^bits into (rows, ⌈columns·bits/32⌉) int32 words, low bits first.
+
+    A value may straddle two words: the layout is one stream of bits a row, as in compressed-tensors.
+    """
+    rows, columns = values.shape
+    words = -(-columns * bits // 32)
+    shifts = torch.arange(bits, device=values.device, dtype=torch.uint8)
+    stream = ((values.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, words * 32 - columns * bits)).view(rows, words * 4, 8)
+    weights = 1 << torch.arange(8, device=values.device, dtype=torch.uint8)
+    octets = (stream * weights).sum(-1, dtype=torch.uint8)
+    return octets.contiguous().view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo ``pack``: (rows, words) int32 to (rows, columns) uint8."""
+    octets = packed.contiguous().view(torch.uint8)
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    stream = ((octets.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : columns * bits]
+    weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.uint8)
+    return (stream.unflatten(-1, (columns, bits)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
+    """Pack zero points along out_features: (out_features, groups) to (words, groups) int32."""
+    return pack(zero_point.t(), bits).t().contiguous()
+
+
+def unpack_zero_point(packed: Tensor, bits: int, out_features: int) -> Tensor:
+    """Undo ``pack_zero_point``."""
+    return unpack(packed.t(), bits, out_features).t().contiguous()
+
+
+def into_cell(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Move a weight into the rounding cells of given codes, float32 (out_features, in_features).
+
+    Unchanged where it already rounds to its code; elsewhere the nearest point that safely does, a hundredth of a cell
+    inside. So ``quantize(into_cell(W, Q), ...)`` is Q's codes, whatever method chose them.
+    """
+    qparams, grid = quantized.qparams, quantized.grid
+    same = quantize(weight, qparams, grid) == quantized.codes
+    code = grouped(quantized.codes, grid.group_size).float()
+    nearest = grid_position(weight, qparams, grid).clamp(code - 0.49, code + 0.49)
+    zero = qparams.zero_point.unsqueeze(-1)
+    moved = ((nearest - zero) * qparams.scale.float().unsqueeze(-1)).flatten(-2)
+    return torch.where(same, weight.float(), moved)

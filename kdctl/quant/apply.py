@@ -1,0 +1,109 @@
+"""Walks a model: which layers are quantized, by which method, and the student that results."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdctl.errors import ModelError, PresetError
+from kdctl.models import from_tensors, linear_shapes
+from kdctl.preset import QuantizeSection
+from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
+from kdctl.quant.methods import quantize_weight
+from kdctl.records import LayerError
+
+Weights = dict[str, QuantizedWeight]
+Progress = Callable[[int, int], None]
+GROUP_SIZES = (128, 64, 32, 16, 8)
+
+
+def grid_of(settings: QuantizeSection) -> Grid:
+    """Return the grid that the settings ask for."""
+    return Grid(settings.bits, settings.group_size, settings.symmetric)
+
+
+def select_layers(model: nn.Module, settings: QuantizeSection) -> list[str]:
+    """List the linear layers to quantize. Works on a model without weights.
+
+    Raises PresetError if a skip pattern matches nothing or the group size does not divide in_features, ModelError if
+    nothing is left to quantize.
+    """
+    shapes = linear_shapes(model)
+    for pattern in settings.skip:
+        if not any(fnmatchcase(name, pattern) for name in shapes) and pattern != "lm_head":
+            raise PresetError(
+                f"quantize.skip pattern {pattern!r} matches no linear layer; layers look like "
+                f"{next(iter(shapes), 'none')!r}"
+            )
+    names = [name for name in shapes if not any(fnmatchcase(name, pattern) for pattern in settings.skip)]
+    if not names:
+        raise ModelError("no linear layer is left to quantize; the model has none, or quantize.skip names them all")
+    for name in names:
+        _check_group_size(name, shapes[name][1], settings.group_size)
+    return names
+
+
+def _check_group_size(name: str, in_features: int, group_size: int) -> None:
+    if in_features % group_size:
+        fitting = ", ".join(str(size) for size in GROUP_SIZES if in_features % size == 0)
+        raise PresetError(
+            f"quantize.group_size={group_size} does not divide in_features={in_features} of {name}, so its last group "
+            f"would have no whole scale; use {fitting or 'another size'}, or add the layer to quantize.skip"
+        )
+
+
+def quantize_layers(
+    teacher: nn.Module, names: list[str], settings: QuantizeSection, progress: Progress | None = None
+) -> Weights:
+    """Quantize each named layer's weight; scales take the dtype of the teacher."""
+    weights: Weights = {}
+    for done, name in enumerate(names):
+        weight = teacher.get_parameter(f"{name}.weight").detach()
+        weights[name] = quantize_weight(weight, settings.method, grid_of(settings), weight.dtype)
+        if progress is not None:
+            progress(done + 1, len(names))
+    return weights
+
+
+def build_student(teacher: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> PreTrainedModel:
+    """Build the student: Q(W) in the quantized layers, all other tensors shared with the teacher."""
+    tensors = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
+    for name, weight in weights.items():
+        tensors[f"{name}.weight"] = dense(weight)
+    student = from_tensors(teacher.config, tensors, teacher.dtype)
+    student.generation_config = teacher.generation_config
+    return share_frozen(student.to(teacher.device).eval(), teacher, weights)  # pyright: ignore[reportArgumentType]
+
+
+def share_frozen(
+    student: PreTrainedModel, teacher: PreTrainedModel, weights: Mapping[str, QuantizedWeight]
+) -> PreTrainedModel:
+    """Make every parameter outside the quantized layers one object in both models, frozen."""
+    student.requires_grad_(False)
+    quantized = {f"{name}.weight" for name in weights}
+    for name, parameter in teacher.named_parameters(remove_duplicate=False):
+        if name not in quantized:
+            owner, _, leaf = name.rpartition(".")
+            student.get_submodule(owner).register_parameter(leaf, parameter)
+    return student
+
+
+def dense(weight: QuantizedWeight) -> Tensor:
+    """Return Q(W)."""
+    return dequantize(weight.codes, weight.qparams, weight.grid)
+
+
+def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> tuple[LayerError, ...]:
+    """Measure ‖W − Q(W)‖/‖W‖ of each layer, worst first."""
+    found = [_layer_error(name, teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
+    return tuple(sorted(found, key=lambda error: -error.relative_error))
+
+
+def _layer_error(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerError:
+    original = weight.detach().double()
+    noise = torch.linalg.vector_norm(original - dense(quantized).double())
+    relative = float(noise / torch.linalg.vector_norm(original).clamp(min=1e-30))
+    sqnr = -20 * float(torch.tensor(max(relative, 1e-30), dtype=torch.float64).log10())
+    return LayerError(name=name, relative_error=relative, sqnr_db=sqnr)

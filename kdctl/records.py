@@ -1,0 +1,233 @@
+"""What kdctl writes to disk, as typed records (layer 0).
+
+JSON files are frozen pydantic models; rollouts, of which there are many, are plain dataclasses.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Message = dict[str, str]
+FinishReason = Literal["stop", "length"]
+
+
+class Record(BaseModel):
+    """Base of all JSON records: frozen, closed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat prompt, tokenized; ``completion_ids`` only where a data set brought the answer."""
+
+    id: str
+    index: int
+    prompt_ids: list[int]
+    completion_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of one prompt and what made it.
+
+    ``logprobs`` are natural-log probabilities of the completion tokens under the model that wrote them, unmasked and at
+    temperature 1; None for data-set completions, which no model wrote.
+    """
+
+    prompt_id: str
+    prompt_index: int
+    sample_index: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    policy_step: int
+    seed: int
+    source: str
+
+
+class Versions(Record):
+    """Versions of kdctl and of the libraries that decide its numbers."""
+
+    kdctl: str
+    torch: str
+    transformers: str
+    compressed_tensors: str
+    hqq: str
+
+
+class Estimate(Record):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ShardEntry(Record):
+    """One Parquet shard of a rollout store."""
+
+    file: str
+    rows: int
+    completion_tokens: int
+    sha256: str
+    policy_step: int = 0
+
+
+class SamplingRecord(Record):
+    """How the completions of a store were sampled; ``min_new_tokens`` > 0 means end-of-sequence was masked."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_new_tokens: int
+    max_new_tokens: int
+    seed: int
+
+
+class StoreManifest(Record):
+    """Index of a rollout store, written last; free of clock times so that equal runs leave equal bytes."""
+
+    source: str
+    identity: str
+    writer: str
+    """Fingerprint of the model (or data set) that wrote the completions."""
+    sampling: SamplingRecord | None
+    shards: tuple[ShardEntry, ...]
+    steps: dict[str, tuple[int, int]] = {}
+    """Live stores only: training steps "first-last" to the (first, last + 1) rows written for them."""
+    skipped_prompts: int = 0
+    """Prompts left out because they were longer than max_prompt_tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Rollouts in the store."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Completion tokens in the store."""
+        return sum(shard.completion_tokens for shard in self.shards)
+
+
+class LayerError(Record):
+    """Quantization error of one layer."""
+
+    name: str
+    relative_error: float
+    """Frobenius norm of W − Q(W) over that of W."""
+    sqnr_db: float
+    """Signal to quantization noise ratio, 20·log10 of the inverse of relative_error."""
+
+
+class DistributionMetrics(Record):
+    """Student against teacher, per completion token of the yardstick, with intervals over documents."""
+
+    forward_kl: Estimate
+    reverse_kl: Estimate
+    top1_agreement: Estimate
+    perplexity: Estimate
+    teacher_perplexity: float
+    documents: int
+    tokens: int
+
+
+class TextMetrics(Record):
+    """Perplexity on plain text."""
+
+    perplexity: Estimate
+    tokens: int
+    documents: int
+
+
+class StudentFolder(Record):
+    """What a student folder's quantize.json or distill.json has in common."""
+
+    identity: str
+    teacher: str
+    """Fingerprint of the teacher's weights."""
+    bits: int
+    group_size: int
+    symmetric: bool
+    method: str
+
+
+class QuantizeReport(StudentFolder):
+    """``student/quantize.json``."""
+
+    skip: tuple[str, ...]
+    teacher_bytes: int
+    student_bytes: int
+    quantized_parameters: int
+    other_parameters: int
+    layers: tuple[LayerError, ...]
+    distribution: DistributionMetrics
+    text: TextMetrics
+    teacher_text: TextMetrics
+    seconds_s: float
+    versions: Versions
+
+
+class CheckpointMeta(Record):
+    """JSON beside a checkpoint's tensors."""
+
+    identity: str
+    step: int
+    """Optimizer steps done."""
+    sha256: str
+
+
+class DistillReport(StudentFolder):
+    """``distill/<variant>/distill.json``, written last."""
+
+    variant: str
+    settings: dict[str, object]
+    """The whole resolved distill section."""
+    student: str
+    """Fingerprint of the student that training started from."""
+    stores: dict[str, str]
+    """Rollout stores that were read or written, by source, with the sha256 of their manifests."""
+    before: DistributionMetrics
+    after: DistributionMetrics
+    removed: Estimate
+    """1 − KL(distilled)/KL(PTQ student) on the yardstick."""
+    final_loss: float
+    steps: int
+    train_seconds_s: float
+    step_seconds_median_s: float
+    completion_tokens_trained: int
+    versions: Versions
+
+
+class TaskScore(Record):
+    """Scores of one lm-eval task."""
+
+    version: str
+    metric: str
+    """The headline metric: ``acc_norm`` where the task has it, else ``acc``."""
+    value: float
+    stderr: float
+    items: int
+    num_fewshot: int
+    metrics: dict[str, float]
+
+
+class EvalResult(Record):
+    """``eval/<model>/results.json``."""
+
+    model: str
+    """``teacher``, ``ptq`` or a variant."""
+    identity: str
+    weights: str
+    """Fingerprint of the evaluated weights."""
+    limit: int | None
+    tasks: dict[str, TaskScore]
+    distribution: DistributionMetrics
+    text: TextMetrics
+    size_bytes: int
+    seconds_s: float
+    versions: Versions
+    settings: dict[str, object] = {}
+    """λ, β, lr and the other distill settings of a variant."""

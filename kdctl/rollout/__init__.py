@@ -1,0 +1,1 @@
+"""Rollouts: sampling completions and storing them."""

@@ -1,0 +1,64 @@
+"""Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdctl.preset import TrackingSection
+
+if TYPE_CHECKING:
+    import wandb
+
+
+class Tracker:
+    """Writes one JSON line a call, and the same numbers to wandb when there is a run.
+
+    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again.
+    """
+
+    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._run = run
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record namespaced numbers of one step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Close the file and finish the wandb run."""
+        self._file.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[str, Any]) -> "wandb.Run | None":
+    """Start a wandb run in ``folder``, resumed if it exists; None when wandb is off."""
+    if settings.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=name,
+        id=name.replace("/", "-"),
+        config=config,
+        mode=settings.wandb,
+        dir=str(folder),
+        resume="allow" if settings.wandb == "online" else None,
+        settings=wandb.Settings(silent=True),
+    )

@@ -1,0 +1,86 @@
+"""Records to what a person reads on stdout (layer 5)."""
+
+from collections.abc import Sequence
+
+from kdctl import console
+from kdctl.records import DistillReport, DistributionMetrics, Estimate, QuantizeReport, StoreManifest
+
+WORST = 5
+
+
+def interval(estimate: Estimate, digits: int = 4) -> str:
+    """Write a value with its interval."""
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def mib(size: int) -> str:
+    """Write a size in MiB."""
+    return f"{size / 2**20:.1f} MiB"
+
+
+def distribution_pairs(found: DistributionMetrics) -> list[tuple[str, str]]:
+    """List the held-out numbers of a student."""
+    return [
+        ("KL(teacher‖student) per token", interval(found.forward_kl)),
+        ("KL(student‖teacher) per token", interval(found.reverse_kl)),
+        ("top-1 agreement", f"{100 * found.top1_agreement.value:.1f} %"),
+        ("held-out perplexity", f"{found.perplexity.value:.2f} (teacher {found.teacher_perplexity:.2f})"),
+        ("measured on", f"{found.tokens} completion tokens of {found.documents} documents; intervals are 95 %"),
+    ]
+
+
+def show_quantized(report: QuantizeReport) -> None:
+    """Show what quantization cost and saved."""
+    share = report.student_bytes / report.teacher_bytes
+    kind = "symmetric" if report.symmetric else "asymmetric"
+    pairs = [
+        ("grid", f"{report.bits} bits, group size {report.group_size}, {kind}, {report.method}"),
+        ("size", f"{mib(report.teacher_bytes)} → {mib(report.student_bytes)} ({100 * share:.0f} %)"),
+        (
+            "quantized",
+            f"{report.quantized_parameters:,} of {report.quantized_parameters + report.other_parameters:,} "
+            f"parameters in {len(report.layers)} layers, {report.seconds_s:.1f} s",
+        ),
+        *distribution_pairs(report.distribution),
+        ("text perplexity", f"{report.text.perplexity.value:.2f} (teacher {report.teacher_text.perplexity.value:.2f})"),
+    ]
+    console.show_pairs("student", pairs)
+    rows = [(e.name, f"{100 * e.relative_error:.2f} %", f"{e.sqnr_db:.1f}") for e in report.layers[:WORST]]
+    console.show_rows("layers with the largest error", ("layer", "‖W − Q(W)‖/‖W‖", "SQNR dB"), rows)
+
+
+def show_store(manifest: StoreManifest) -> None:
+    """Show what a store holds."""
+    sampling = manifest.sampling
+    how = "from a data set" if sampling is None else f"temperature {sampling.temperature:g}, seed {sampling.seed}"
+    if sampling is not None and sampling.min_new_tokens:
+        how += f", end-of-sequence masked for the first {sampling.min_new_tokens} tokens"
+    pairs = [
+        ("completions", f"{manifest.rows} in {len(manifest.shards)} shards, {how}"),
+        ("tokens", f"{manifest.completion_tokens} ({manifest.completion_tokens / manifest.rows:.1f} a completion)"),
+    ]
+    console.show_pairs(f"rollouts/{manifest.source}", pairs)
+
+
+def show_examples(examples: Sequence[tuple[str, str]]) -> None:
+    """Show decoded prompts and completions."""
+    for prompt, completion in examples:
+        console.show_text(f"--- prompt\n{prompt}\n--- completion\n{completion}\n")
+
+
+def show_distilled(report: DistillReport) -> None:
+    """Show what training changed."""
+    pairs = [
+        (
+            "trained",
+            f"{report.steps} steps, {report.completion_tokens_trained} completion tokens, "
+            f"{report.step_seconds_median_s:.2f} s a step (median)",
+        ),
+        ("KL before", interval(report.before.forward_kl)),
+        *distribution_pairs(report.after),
+        (
+            "KL removed",
+            f"{100 * report.removed.value:.1f} % [{100 * report.removed.low:.1f}, {100 * report.removed.high:.1f}]",
+        ),
+    ]
+    console.show_pairs(report.variant, pairs)
