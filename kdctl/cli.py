@@ -1,10 +1,11 @@
 """The command line: resolve the preset, import the pipeline, run a stage, show the result."""
 
+import errno
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,13 +14,14 @@ import typer
 from pydantic import BaseModel
 
 from kdctl import __version__, console, resolve
-from kdctl.errors import KdctlError
+from kdctl.errors import KdctlError, PresetError
 from kdctl.preset import Preset, Source
 
 if TYPE_CHECKING:
     from kdctl.job import Job
 
 DEFAULT_PRESET = "quickstart"
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 app = typer.Typer(
     name="kdctl",
@@ -32,10 +34,10 @@ app = typer.Typer(
 
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", "-p", help="Preset name or path. [default: the run folder's own, or quickstart]"),
+    typer.Option("--preset", "-p", help="Preset name or path. (default: the run folder's own, or quickstart)"),
 ]
 RunOption = Annotated[
-    Path | None, typer.Option("--run", "-r", help="Run folder. [default: runs/<preset name>]", file_okay=False)
+    Path | None, typer.Option("--run", "-r", help="Run folder. (default: runs/<preset name>)", file_okay=False)
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Override a preset field: section.field=value. Repeatable.")
@@ -58,6 +60,10 @@ def guarded() -> Iterator[None]:
         yield
     except KdctlError as error:
         _stop(str(error), 2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        _stop(f"cannot write {error.filename or 'to disk'}: {error.strerror}; what was finished is on disk", 2)
     except KeyboardInterrupt:
         _stop("stopped; what was finished is on disk, and the same command goes on from there", 130)
 
@@ -88,7 +94,7 @@ def prepare_libraries(preset: Preset, verbose: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "LOGLEVEL": "ERROR"}
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         warnings.filterwarnings("ignore")
 
 
@@ -128,6 +134,11 @@ def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> Non
         console.show_text(result.model_dump_json(indent=2))
     else:
         render(result)
+
+
+def show_json(results: Mapping[str, BaseModel]) -> None:
+    """Print several results as one JSON object."""
+    console.show_text(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
 
 
 @app.command()
@@ -174,7 +185,7 @@ def rollout(
     run: RunOption = None,
     source: Annotated[
         Source | None,
-        typer.Option(help="Who writes the completions. [default: every store that the preset's λ needs]"),
+        typer.Option(help="Who writes the completions. (default: every store that the preset's λ needs)"),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Prompts in the store.")] = None,
     num_generations: Annotated[int | None, typer.Option(help="Completions per prompt.")] = None,
@@ -202,6 +213,8 @@ def rollout(
         "rollout.seed": seed,
     }
     with guarded():
+        if as_json and example_count:
+            raise PresetError("--show prints text and --json must not be mixed with it; leave one of them out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
         job = stage.open()
         from kdctl import pipeline
@@ -212,9 +225,12 @@ def rollout(
                 "rollout: this preset generates during training (distill.refresh_every > 0); "
                 "nothing to do, name a --source to fill a store anyway"
             )
-        for name in sources:
-            manifest = pipeline.rollout(job, name, force)
-            show(manifest, as_json, console_views().show_store)
+        manifests = {name: pipeline.rollout(job, name, force) for name in sources}
+        if as_json:
+            show_json(manifests)
+            return
+        for name, manifest in manifests.items():
+            console_views().show_store(manifest)
             if example_count:
                 console_views().show_examples(pipeline.examples(job, name, example_count))
 
@@ -233,7 +249,7 @@ def distill(
     refresh_every: Annotated[
         int | None, typer.Option(help="Steps between live generations; 0 replays rollouts/student.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the variant. [default: made of its settings]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the variant. (default: made of its settings)")] = None,
     wandb: Annotated[str | None, typer.Option(help="off, online or offline.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -265,7 +281,7 @@ def distill(
 @app.command(name="eval")
 def evaluate(
     models: Annotated[
-        list[str] | None, typer.Argument(help="teacher, ptq, or names of variants. [default: all of them]")
+        list[str] | None, typer.Argument(help="teacher, ptq, or names of variants. (default: all of them)")
     ] = None,
     preset: PresetOption = None,
     run: RunOption = None,
@@ -290,8 +306,7 @@ def evaluate(
 
         results = pipeline.evaluate(job, models or (), force)
         if as_json:
-            dumped = {name: result.model_dump(mode="json") for name, result in results.items()}
-            console.show_text(json.dumps(dumped, indent=2))
+            show_json(results)
         else:
             from kdctl.report import write_report
 
@@ -316,7 +331,9 @@ def report(
 
 @app.command(name="run")
 def run_preset(
-    preset: Annotated[str, typer.Argument(help="Preset name or path.")] = DEFAULT_PRESET,
+    preset: Annotated[
+        str | None, typer.Argument(help="Preset name or path. (default: the run folder's own, or quickstart)")
+    ] = None,
     run: RunOption = None,
     settings: SetOption = None,
     dry_run: DryRunOption = False,

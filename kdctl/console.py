@@ -34,7 +34,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Say one line."""
-        self.console.print(escape(text), highlight=False)
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, unit: str = "") -> Iterator[Advance]:
@@ -87,6 +87,8 @@ def show_text(text: str) -> None:
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values on stdout."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
     _stdout().print(table)

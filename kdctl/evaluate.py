@@ -197,8 +197,16 @@ def score_tasks(
 
 
 def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
-    """Wrap a live model in lm-eval's own HFLM, with a copy of the tokenizer because HFLM may add a pad token."""
-    options: dict[str, Any] = {"pretrained": model, "tokenizer": copy.deepcopy(tokenizer), "batch_size": batch_size}
+    """Wrap a live model in lm-eval's own HFLM, with a copy of the tokenizer because HFLM may add a pad token.
+
+    Log-probabilities are taken in float32: in bf16 they are so coarse that some choices tie.
+    """
+    options: dict[str, Any] = {
+        "pretrained": model,
+        "tokenizer": copy.deepcopy(tokenizer),
+        "batch_size": batch_size,
+        "softmax_dtype": "float32",
+    }
     return HFLM(**options)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,9 +18,10 @@ from kdctl.errors import DataError, StoreError
 from kdctl.metrics import PerDocument, Yardstick
 from kdctl.preset import Preset
 from kdctl.progress import Reporter, Silent
-from kdctl.prompts import PromptReader, PromptSet
+from kdctl.prompts import PromptReader, PromptSet, messages_of, read_rows
 from kdctl.quant.apply import select_layers
-from kdctl.records import Rollout, Versions
+from kdctl.quant.checkpoint import HELDOUT
+from kdctl.records import QuantizeReport, Rollout, TextMetrics, Versions
 from kdctl.resolve import identity
 from kdctl.rollout.generate import Generator, Sampling
 from kdctl.rollout.plan import Plan, fill, usable
@@ -36,6 +38,14 @@ def versions() -> Versions:
         compressed_tensors=version("compressed-tensors"),
         hqq=version("hqq"),
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the yardstick and on plain text."""
+
+    per_document: PerDocument
+    text: TextMetrics
 
 
 @dataclass
@@ -176,6 +186,31 @@ class Job:
         """Plain text for perplexity."""
         return metrics.text_documents(self.tokenizer, self.preset.heldout.text_tokens)
 
+    @cached_property
+    def yardstick_identity(self) -> str:
+        """Hash of everything that students are measured on."""
+        heldout = {"heldout": self.heldout_store.fingerprint(), "teacher": self.fingerprint}
+        return identity("yardstick", {"text_tokens": self.preset.heldout.text_tokens}, heldout)
+
+    @cached_property
+    def teacher_text(self) -> TextMetrics:
+        """The teacher's perplexity on plain text."""
+        return metrics.text_perplexity(self.teacher, self.text, self.pad_id)
+
+    def measured(self, folder: Path) -> Measured | None:
+        """Read what a student folder says of itself, if it was measured on this job's yardstick."""
+        report = read_record(folder / "quantize.json", QuantizeReport)
+        if report.yardstick != self.yardstick_identity:
+            return None
+        return Measured(metrics.from_table(pq.read_table(folder / HELDOUT)), report.text)
+
+    def measure_student(self, folder: Path, model: PreTrainedModel, label: str) -> Measured:
+        """Return a student's measurements, from its folder where they stand there."""
+        found = self.measured(folder)
+        if found is not None:
+            return found
+        return Measured(self.measure(model, label), metrics.text_perplexity(model, self.text, self.pad_id))
+
     def measure(self, model: PreTrainedModel, label: str) -> PerDocument:
         """Compare a model with the teacher on the yardstick."""
         yardstick = self.yardstick
@@ -187,7 +222,7 @@ def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = Non
     """Open a run folder for a preset, checking everything that can be checked without weights.
 
     Raises KdctlError kinds for an unwritable folder, a folder of another teacher or quantizer, a model that cannot be
-    found, a group size that does not divide, empty prompts or unknown tasks.
+    found, a group size that does not divide, and, for a new folder, prompts that are empty or cannot be read.
     """
     job = Job(preset, RunDir(folder), reporter or Silent())
     job.run.prepare()
@@ -196,8 +231,16 @@ def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = Non
         check_same_model(base, preset, job.run)
     _ = job.device, job.layers
     if base is None:
+        check_prompts(preset)
         write_record(job.run.preset, preset)
     return job
+
+
+def check_prompts(preset: Preset) -> None:
+    """Raise DataError if a source of prompts cannot be read, or if its first row is not a prompt."""
+    settings, offline = preset.prompts, preset.runtime.offline
+    for source, split in ((settings.train, settings.split), (settings.heldout, settings.heldout_split)):
+        messages_of(read_rows(source, split, offline)[0])
 
 
 def check_same_model(base: Preset, preset: Preset, run: RunDir) -> None:

@@ -75,7 +75,7 @@ def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress |
         parts.append(_per_document(hidden, states, batch.to(student.device), yardstick.head))
         if progress is not None:
             progress(done + 1, len(yardstick.batches))
-    return PerDocument(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PerDocument)))
+    return _joined(parts)
 
 
 @torch.inference_mode()
@@ -121,6 +121,21 @@ def summarize(per_document: PerDocument) -> DistributionMetrics:
         documents=len(tokens),
         tokens=int(tokens.sum()),
     )
+
+
+def compare_teacher(yardstick: Yardstick) -> PerDocument:
+    """Measure the teacher against itself: all divergences are zero, the likelihoods are its own."""
+    pairs = zip(yardstick.batches, yardstick.states, strict=True)
+    return _joined([_per_document(states, states, batch.to(states.device), yardstick.head) for batch, states in pairs])
+
+
+def _joined(parts: Sequence[PerDocument]) -> PerDocument:
+    return PerDocument(*(np.concatenate([vars(part)[f.name] for part in parts]) for f in fields(PerDocument)))
+
+
+def from_table(table: pa.Table) -> PerDocument:
+    """Undo ``as_table``."""
+    return PerDocument(*(table[f.name].to_numpy() for f in fields(PerDocument)))
 
 
 def as_table(per_document: PerDocument) -> pa.Table:

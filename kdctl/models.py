@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=config, **place)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -122,7 +123,7 @@ def read_config(path: Path) -> PretrainedConfig:
         if path.is_file():
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path}: the model's configuration cannot be read: {error}") from None
 
 
@@ -152,9 +153,15 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a full-precision model for evaluation. Raises ModelError if its logits are more than lm_head(hidden)."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (ValueError, OSError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from None
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ModelError(
+            f"{folder}: {len(found['missing_keys'])} tensors are missing ({names}) and would be random numbers; "
+            "the files are incomplete, fetch the model again"
+        )
     check_head(model)
     return ready(model, device)
 
@@ -198,8 +205,8 @@ def check_head(model: PreTrainedModel) -> None:
     hidden = final_hidden(model, ids, torch.ones_like(ids))
     if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
         raise ModelError(
-            f"model type {model.config.model_type!r} changes its logits after the output head (soft-capping or scaling); "
-            "kdctl computes divergences from final hidden states and would train on another distribution"
+            f"model type {model.config.model_type!r} changes its logits after the output head (capping or scaling), "
+            "and kdctl computes divergences from final hidden states and would train on another distribution"
         )
 
 

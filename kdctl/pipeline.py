@@ -4,6 +4,7 @@ A stage whose outputs are complete and whose identity (a hash of the preset sect
 is skipped with one line. A stage makes what it lacks from an earlier one, saying so.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,9 +16,8 @@ from typing import Any
 from kdctl import metrics, models, stats
 from kdctl.distill.feed import Feed, Live, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
-from kdctl.errors import DataError, StoreError
-from kdctl.evaluate import build_tasks, score_tasks, write_items
-from kdctl.job import Job, versions
+from kdctl.errors import DataError, PresetError, StoreError
+from kdctl.job import Job, Measured, versions
 from kdctl.metrics import PerDocument
 from kdctl.preset import DistillSection, Preset, Source
 from kdctl.prompts import PromptSet, as_rollout
@@ -60,7 +60,7 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
     student = Student(build_student(job.teacher, weights), weights)
     per_document = job.measure(student.model, "student")
     described = describe_student(job, student, name, per_document, seconds)
-    save_student(job.run.student, student, job.tokenizer, ignored(job), described)
+    save_student(job.run.student, student, job.tokenizer, ignored(job), described, metrics.as_table(per_document))
     return read_record(report, QuantizeReport)
 
 
@@ -84,9 +84,10 @@ def describe_student(
         quantized_parameters=quantized,
         other_parameters=student.model.num_parameters() - quantized,
         layers=layer_errors(job.teacher, student.weights),
+        yardstick=job.yardstick_identity,
         distribution=metrics.summarize(per_document),
         text=metrics.text_perplexity(student.model, job.text, job.pad_id),
-        teacher_text=metrics.text_perplexity(job.teacher, job.text, job.pad_id),
+        teacher_text=job.teacher_text,
         seconds_s=seconds,
         versions=versions(),
         **grid_record(job.preset),
@@ -125,8 +126,17 @@ def live(settings: DistillSection) -> bool:
 
 def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
     """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
-    store, settings = RolloutStore(job.run.rollouts(source)), job.preset.rollout
-    prompts = job.train_prompts(answers=source == "dataset")
+    store = RolloutStore(job.run.rollouts(source))
+    if force:
+        shutil.rmtree(store.path, ignore_errors=True)
+    if not fill_source(job, source, store):
+        job.reporter.note(f"rollout: {store.path} is complete, skipped")
+    return store.manifest()
+
+
+def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
+    """Fill a store unless it is complete; tell whether anything was done."""
+    settings, prompts = job.preset.rollout, job.train_prompts(answers=source == "dataset")
     if source == "student":
         ensure_student(job)
     writer = {
@@ -137,15 +147,14 @@ def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
     name = identity("rollout", {"rollout": settings}, inputs)
     plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
-    if force:
-        shutil.rmtree(store.path, ignore_errors=True)
     if usable(store, name):
-        job.reporter.note(f"rollout: {store.path} is complete, skipped")
-        return store.manifest()
+        return False
     if source == "dataset":
-        return fill_from_dataset(store, plan, dataset_rollouts(job, prompts))
-    model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
-    return fill(store, plan, job.generator(model, Sampling.of(settings), source), job.reporter)
+        fill_from_dataset(store, plan, dataset_rollouts(job, prompts))
+    else:
+        model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
+        fill(store, plan, job.generator(model, Sampling.of(settings), source), job.reporter)
+    return True
 
 
 def examples(job: Job, source: Source, count: int) -> list[tuple[str, str]]:
@@ -181,10 +190,19 @@ def variant_name(settings: DistillSection, base: DistillSection) -> str:
     return name
 
 
+def check_name(name: str) -> str:
+    """Return a variant's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
+    if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq"):
+        raise PresetError(
+            f"--name {name!r} cannot name a variant; use letters, digits and ._=+-, and neither teacher nor ptq"
+        )
+    return name
+
+
 def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
     """Train one variant and write its ``final/`` folder."""
     base = read_record(job.run.preset, Preset).distill
-    variant = job.run.variant(name or variant_name(job.preset.distill, base))
+    variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     ensure_student(job)
     stores: Stores = {source: _filled(job, source) for source in needed_sources(job.preset)}
     name_now = _distill_identity(job, stores)
@@ -200,7 +218,7 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
         )
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    before = job.measure(ptq.model, "PTQ student")
+    before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
     student = _train(job, variant, ptq, stores, name_now)
     return _finish_variant(job, variant, student, before, stores, name_now)
 
@@ -209,8 +227,8 @@ def _filled(job: Job, source: Source) -> RolloutStore:
     """Return a finished store, filling it first where it is missing."""
     store = RolloutStore(job.run.rollouts(source))
     if not store.manifest_path.exists():
-        job.reporter.note(f"no {source} rollouts yet: generating them first")
-    rollout(job, source)
+        job.reporter.note(f"no {source} rollouts yet: making them first")
+    fill_source(job, source, store)
     return store
 
 
@@ -269,7 +287,8 @@ def _finish_variant(
 ) -> DistillReport:
     """Measure the trained student, write ``final/`` and then ``distill.json``."""
     after = job.measure(student.model, "distilled student")
-    save_student(variant.final, student, job.tokenizer, ignored(job), describe_student(job, student, name, after))
+    described = describe_student(job, student, name, after)
+    save_student(variant.final, student, job.tokenizer, ignored(job), described, metrics.as_table(after))
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if live(settings):
         stores = {**stores, "student": RolloutStore(variant.rollouts)}
@@ -300,26 +319,33 @@ def _finish_variant(
 
 
 def evaluate(job: Job, names: Sequence[str] = (), force: bool = False) -> dict[str, EvalResult]:
-    """Evaluate teacher, PTQ student and every variant, or only those named."""
-    known = {"teacher": job.folder, "ptq": job.run.student} | {v.name: v.final for v in job.run.variants()}
-    ensure_student(job)
+    """Evaluate teacher, PTQ student and every variant, or only those named. Tasks are loaded before any model."""
+    known = ["teacher", "ptq", *(variant.name for variant in job.run.variants())]
     for name in names:
         if name not in known:
             raise DataError(f"no model {name!r} in {job.run.path}; there are {', '.join(known)}")
-    chosen = {name: path for name, path in known.items() if not names or name in names}
-    pending = {name: path for name, path in chosen.items() if force or not _evaluated(job, name, path)}
+    chosen = [name for name in known if not names or name in names]
+    pending = [name for name in chosen if force or not _evaluated(job, name)]
     for name in chosen:
         if name not in pending:
             job.reporter.note(f"eval: {name} is complete, skipped")
-    tasks = build_tasks(job.preset.eval, job.offline) if pending else {}
-    for name, path in pending.items():
-        _evaluate_one(job, name, path, tasks)
+    if pending:
+        from kdctl.evaluate import build_tasks  # lm-eval takes seconds to import; only this stage needs it
+
+        tasks = build_tasks(job.preset.eval, job.offline)
+        ensure_student(job)
+        for name in pending:
+            _evaluate_one(job, name, tasks)
     return {name: read_record(job.run.eval(name) / "results.json", EvalResult) for name in chosen}
 
 
-def _eval_identity(job: Job, path: Path) -> str:
+def _model_path(job: Job, name: str) -> Path:
+    return {"teacher": job.folder, "ptq": job.run.student}.get(name, job.run.variant(name).final)
+
+
+def _eval_identity(job: Job, name: str) -> str:
     inputs = {
-        "weights": models.fingerprint(path),
+        "weights": models.fingerprint(_model_path(job, name)),
         "teacher": job.fingerprint,
         "heldout": job.heldout_store.fingerprint(),
         "lm_eval": version("lm-eval"),
@@ -327,31 +353,37 @@ def _eval_identity(job: Job, path: Path) -> str:
     return identity("eval", {"eval": job.preset.eval, "text_tokens": job.preset.heldout.text_tokens}, inputs)
 
 
-def _evaluated(job: Job, name: str, path: Path) -> bool:
+def _evaluated(job: Job, name: str) -> bool:
+    """Tell whether results of the same model, tasks, limit and yardstick are there."""
     results = job.run.eval(name) / "results.json"
-    return results.exists() and read_record(results, EvalResult).identity == _eval_identity(job, path)
+    return results.exists() and read_record(results, EvalResult).identity == _eval_identity(job, name)
 
 
-def _evaluate_one(job: Job, name: str, path: Path, tasks: dict[str, Any]) -> None:
+def _evaluate_one(job: Job, name: str, tasks: dict[str, Any]) -> None:
     """Score one model on the tasks and the yardstick and write its results, items first."""
-    started = time.perf_counter()
+    from kdctl.evaluate import score_tasks, write_items
+
+    started, path = time.perf_counter(), _model_path(job, name)
     model = job.teacher if name == "teacher" else load_student(path, job.device).model
-    with job.reporter.task(f"evaluating {name}", "tasks") as advance:
+    with job.reporter.task(f"evaluating {name}", "documents") as advance:
         scores, items = score_tasks(
             model, job.tokenizer, tasks, job.preset.eval, lambda _, done, total: advance(done, total)
         )
-    per_document = job.measure(model, name)
+    if name == "teacher":
+        measured = Measured(metrics.compare_teacher(job.yardstick), job.teacher_text)
+    else:
+        measured = job.measure_student(path, model, name)
     folder = job.run.eval(name)
-    write_items(folder, items | {"heldout": metrics.as_table(per_document)})
+    write_items(folder, items | {"heldout": metrics.as_table(measured.per_document)})
     report = job.run.variant(name).report
     result = EvalResult(
         model=name,
-        identity=_eval_identity(job, path),
+        identity=_eval_identity(job, name),
         weights=models.fingerprint(path),
         limit=job.preset.eval.limit,
         tasks=scores,
-        distribution=metrics.summarize(per_document),
-        text=metrics.text_perplexity(model, job.text, job.pad_id),
+        distribution=metrics.summarize(measured.per_document),
+        text=measured.text,
         size_bytes=models.weights_bytes(path),
         seconds_s=time.perf_counter() - started,
         versions=versions(),
@@ -364,7 +396,11 @@ def _evaluate_one(job: Job, name: str, path: Path, tasks: dict[str, Any]) -> Non
 
 
 def run_all(job: Job) -> str:
-    """Run the five stages in order, skipping complete ones."""
+    """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
+    if not job.run.eval_root.exists():
+        from kdctl.evaluate import build_tasks
+
+        build_tasks(job.preset.eval, job.offline)
     quantize(job)
     for source in needed_sources(job.preset):
         rollout(job, source)

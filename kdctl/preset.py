@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """Base of all sections: frozen, closed, documented by the strings under its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TeacherSection(Section):

@@ -4,9 +4,11 @@ A source is ``kdctl`` (the bundled prompts), a Hub data set id, or a local ``.js
 ``messages`` (a list of role and content) or ``prompt`` (text).
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.errors import DataError
@@ -58,23 +61,40 @@ def _load_dataset(source: str, split: str, offline: bool) -> Any:
     kind = FORMATS.get(path.suffix)
     if kind and not path.is_file():
         raise DataError(f"no prompt file at {path.absolute()}")
+    if kind and path.stat().st_size == 0:
+        raise DataError(f"the prompt file {path.absolute()} is empty; there is nothing to generate from")
     try:
-        if kind:
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        mode = datasets.DownloadConfig(local_files_only=offline)
-        return datasets.load_dataset(source, split=split, download_config=mode)
+        if kind:  # escaped, because datasets takes a path for a pattern
+            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train")
+        with _hub_mode(offline):
+            return datasets.load_dataset(source, split=split)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DataError(f"data set {source!r} (split {split!r}) cannot be read: {reason}") from None
 
 
+@contextmanager
+def _hub_mode(offline: bool) -> Iterator[None]:
+    """Keep datasets off the network; only this switch of its own does, and otherwise the environment at import."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
 def messages_of(row: Row) -> list[Message]:
-    """Return a row's conversation."""
-    if row.get("messages"):
-        return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-    if not row.get("prompt"):
-        raise DataError("a row has neither messages nor a prompt; remove empty rows from the data set")
-    return [{"role": "user", "content": row["prompt"]}]
+    """Return a row's conversation. Raises DataError if it is empty or not text."""
+    messages = row.get("messages")
+    if not messages:
+        if not row.get("prompt"):
+            raise DataError("a row has neither messages nor a prompt; remove empty rows from the data set")
+        messages = [{"role": "user", "content": row["prompt"]}]
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"a message must have a role and a content, both text; this one is {message!r:.200}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
@@ -112,11 +132,14 @@ class PromptReader:
 
     def _take(self, rows: Sequence[Row], count: int, seed: int, answers: bool, excluded: frozenset[str]) -> PromptSet:
         prompts: list[Prompt] = []
-        seen, skipped = set(excluded), 0
+        seen, skipped, held = set(excluded), 0, 0
         for row in self._shuffled(rows, seed):
             messages, answer = split_answer(messages_of(row))
             name = prompt_id(messages)
-            if name in seen or not messages or (answers and answer is None):
+            if not messages or (answers and answer is None):
+                continue
+            held += name in excluded
+            if name in seen:
                 continue
             seen.add(name)
             prompt = self._tokenize(name, len(prompts), messages, answer if answers else None)
@@ -127,10 +150,15 @@ class PromptReader:
             if len(prompts) == count:
                 break
         if not prompts:
-            raise DataError(self._nothing(answers, skipped))
+            raise DataError(self._nothing(answers, skipped, held))
         return PromptSet(prompts, skipped)
 
-    def _nothing(self, answers: bool, skipped: int) -> str:
+    def _nothing(self, answers: bool, skipped: int, held: int) -> str:
+        if held and not skipped:
+            return (
+                f"no prompt of prompts.train={self.settings.train!r} is left: all {held} are held out; lower "
+                "heldout.num_prompts or name another source in prompts.heldout"
+            )
         if answers and not skipped:
             return (
                 f"prompts.train={self.settings.train!r} has no row that ends with an assistant's answer, which "
@@ -160,9 +188,14 @@ class PromptReader:
         return Prompt(name, index, ids, self._until_stop(self._encode(whole[len(head) :])))
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"the teacher's chat template refuses a conversation of {roles}: {error}; use other prompts"
+            ) from None
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
@@ -173,8 +206,10 @@ class PromptReader:
 
 
 def as_rollout(prompt: Prompt, seed: int, max_new_tokens: int, stop: Sequence[int]) -> Rollout:
-    """Store a data-set answer as a rollout; no model wrote it, so it has no log-probabilities."""
+    """Store a data-set answer as a rollout, up to its first stop token; no model wrote it, so it has no logprobs."""
     completion = (prompt.completion_ids or [])[:max_new_tokens]
+    ends = [place for place, token in enumerate(completion, 1) if token in stop]
+    completion = completion[: ends[0]] if ends else completion
     return Rollout(
         prompt_id=prompt.id,
         prompt_index=prompt.index,

@@ -163,6 +163,8 @@ class QuantizeReport(StudentFolder):
     quantized_parameters: int
     other_parameters: int
     layers: tuple[LayerError, ...]
+    yardstick: str
+    """Hash of the held-out rollouts and the text that the next three were measured on; items in heldout.parquet."""
     distribution: DistributionMetrics
     text: TextMetrics
     teacher_text: TextMetrics

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kdctl.errors import PresetError, StoreError
 from kdctl.records import DistillReport, DistributionMetrics, Estimate, EvalResult, QuantizeReport
@@ -28,18 +29,20 @@ class Row:
     size_bytes: int | None = None
 
     @property
-    def average(self) -> tuple[float, float] | None:
-        """Unweighted mean over tasks and its standard error, tasks taken as independent."""
-        if not self.tasks:
-            return None
-        count = len(self.tasks)
-        mean = sum(value for value, _ in self.tasks.values()) / count
-        return mean, math.sqrt(sum(error**2 for _, error in self.tasks.values())) / count
-
-    @property
     def is_student(self) -> bool:
         """Tell whether the row competes for bold."""
         return self.model != "teacher"
+
+
+def average(row: Row, tasks: Sequence[str]) -> tuple[float, float] | None:
+    """Unweighted mean over a table's tasks and its standard error, tasks taken as independent.
+
+    None for a row that lacks a task: a mean over other tasks is not comparable.
+    """
+    if not tasks or not set(tasks) <= row.tasks.keys():
+        return None
+    values, errors = zip(*(row.tasks[name] for name in tasks), strict=True)
+    return sum(values) / len(tasks), math.hypot(*errors) / len(tasks)
 
 
 def read_rows(run: RunDir) -> list[Row]:
@@ -56,9 +59,15 @@ def write_report(run: RunDir, form: str = "markdown") -> str:
     if form not in FORMS:
         raise PresetError(f"--table {form!r} is not a table form; use {', '.join(FORMS)}")
     rows = read_rows(run)
-    write_text(run.report / "report.md", markdown(rows))
-    write_text(run.report / "tables" / "main.csv", as_csv(rows))
+    _write_changed(run.report / "report.md", markdown(rows))
+    _write_changed(run.report / "tables" / "main.csv", as_csv(rows))
     return {"markdown": markdown, "csv": as_csv, "json": as_json}[form](rows)
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a file unless it says the same already."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _read_row(run: RunDir, name: str) -> Row | None:
@@ -114,7 +123,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _cells(row: Row, tasks: Sequence[str]) -> list[str]:
     cells = [row.model, *(_setting(row, key) for key in ("lmbda", "beta", "lr"))]
     cells += [_percent(row.tasks.get(name)) for name in tasks]
-    cells += [_percent(row.average)] if tasks else []
+    cells += [_percent(average(row, tasks))] if tasks else []
     kl = row.forward_kl
     cells.append(f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]" if kl else ABSENT)
     cells += [f"{value:.2f}" if value is not None else ABSENT for value in (row.perplexity, row.text_perplexity)]
@@ -134,7 +143,8 @@ def _percent(score: tuple[float, float] | None) -> str:
 def _scores(row: Row, tasks: Sequence[str]) -> list[float | None]:
     """Return what each comparable column is ranked by, larger is better."""
     values: list[float | None] = [row.tasks[name][0] if name in row.tasks else None for name in tasks]
-    values += [row.average[0] if row.average else None] if tasks else []
+    mean = average(row, tasks)
+    values += [mean[0] if mean else None] if tasks else []
     smaller = [row.forward_kl.value if row.forward_kl else None, row.perplexity, row.text_perplexity]
     return values + [-value if value is not None else None for value in smaller]
 
@@ -173,7 +183,7 @@ def _flat(row: Row, tasks: Sequence[str]) -> dict[str, object]:
     }
     for name in tasks:
         flat[name], flat[f"{name}_stderr"] = row.tasks.get(name, (None, None))
-    flat["average"], flat["average_stderr"] = row.average or (None, None)
+    flat["average"], flat["average_stderr"] = average(row, tasks) or (None, None)
     kl = row.forward_kl
     flat |= {
         "forward_kl": kl.value if kl else None,

@@ -54,11 +54,14 @@ def read_tree(name: str) -> Tree:
     if not path.is_file():
         hint = suggest(name, preset_names())
         raise PresetError(f"no preset {name!r}{hint}; shipped presets: {', '.join(preset_names())}; a path works too")
-    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
-        raise PresetError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        raise PresetError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(tree, dict):
+        raise PresetError(f"{path} holds {tree!r:.40}, not an object of sections; kdctl presets quickstart shows one")
+    return tree
 
 
 def with_value(tree: Tree, keys: list[str], value: Any) -> Tree:
@@ -95,7 +98,7 @@ def explain(error: ValidationError, origin: str) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{suggest(key, known_keys())}")
+            lines.append(f"unknown key {key}{suggest(key, [*Preset.model_fields, *known_keys()])}")
         elif item["type"] == "missing":
             lines.append(f"{key} is missing")
         else:

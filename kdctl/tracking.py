@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdctl.keyed import digest
 from kdctl.preset import TrackingSection
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[str, Any]) -> "wandb.Run | None":
-    """Start a wandb run in ``folder``, resumed if it exists; None when wandb is off."""
+    """Start a wandb run in ``folder``, resumed if it exists; None when wandb is off.
+
+    The run's id holds the folder too, because two run folders may have variants of the same name.
+    """
     if settings.wandb == "off":
         return None
     import wandb
@@ -55,7 +59,7 @@ def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[
         project=settings.project,
         entity=settings.entity,
         name=name,
-        id=name.replace("/", "-"),
+        id=f"{name}-{digest(str(folder.resolve())):016x}",
         config=config,
         mode=settings.wandb,
         dir=str(folder),

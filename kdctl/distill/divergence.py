@@ -110,9 +110,14 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Generalized JSD; the logit gradient is (1 − β)·q·(log(q/m) − KL(q‖m))."""
-    p, q = log_p.exp(), log_q.exp()
-    m_over_q = _log_mixture_ratio(log_p - log_q, beta)
-    kl_p = (p * (log_p - log_q - m_over_q)).sum(-1)
+    p, q, delta = log_p.exp(), log_q.exp(), log_p - log_q
+    if beta <= 0.5:  # the ratio of m to the distribution it is near is the one to compute: the other would lose it
+        m_over_q = _log_mixture_ratio(delta, beta)
+        m_over_p = m_over_q - delta
+    else:
+        m_over_p = _log_mixture_ratio(-delta, 1 - beta)
+        m_over_q = m_over_p + delta
+    kl_p = -(p * m_over_p).sum(-1)
     kl_q = -(q * m_over_q).sum(-1)
     gradient = q * (-m_over_q - kl_q.unsqueeze(-1)) * (1 - beta)
     return beta * kl_p + (1 - beta) * kl_q, gradient

@@ -120,7 +120,7 @@ class Trainer:
         return total / tokens, tokens
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum the divergence over a batch's completion tokens; the teacher's activations go before the student's come."""
+        """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
         states = predicting_states(self.teacher, batch)
         hidden = batch.predicting(final_hidden(self.student, batch.input_ids, batch.attention_mask))
         return divergence(hidden, states, self.head, self.objective, self.chunk)

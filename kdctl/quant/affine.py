@@ -107,7 +107,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Undo ``pack``: (rows, words) int32 to (rows, columns) uint8."""
-    octets = packed.contiguous().view(torch.uint8)
+    # contiguous() would keep the strides of a transposed single word, which cannot be viewed as bytes
+    octets = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
     stream = ((octets.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : columns * bits]
     weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.uint8)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
@@ -33,6 +35,7 @@ from kdctl.records import QuantizeReport
 from kdctl.rundir import atomic_folder, sha256, write_record
 
 SUMS = "SHA256SUMS"
+HELDOUT = "heldout.parquet"
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ def save_student(
     tokenizer: PreTrainedTokenizerBase,
     ignore: list[str],
     report: QuantizeReport,
+    heldout: pa.Table,
 ) -> None:
-    """Write a student folder; it appears whole or not at all."""
+    """Write a student folder; it appears whole or not at all. heldout: its per-document sums on the yardstick."""
     tensors = unquantized_tensors(student.model, student.weights)
     for name, weight in student.weights.items():
         tensors |= packed_tensors(name, weight)
@@ -129,6 +133,7 @@ def save_student(
         tokenizer.save_pretrained(temporary)
         report = report.model_copy(update={"student_bytes": folder_bytes(temporary)})
         write_record(temporary / "quantize.json", report)
+        pq.write_table(heldout, temporary / HELDOUT)
         write_sums(temporary)
 
 
@@ -151,9 +156,11 @@ def check_sums(folder: Path) -> None:
         raise StoreError(
             f"{folder} has no {SUMS}: it is unfinished or not a student folder; run kdctl quantize --force"
         )
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        expected, name = line.split("  ", 1)
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
+    for name in sorted(needed | listed.keys()):
+        if not (folder / name).is_file() or sha256(folder / name) != listed.get(name):
             raise StoreError(
                 f"{folder / name} is missing or damaged: it does not match {SUMS}; run the stage with --force"
             )

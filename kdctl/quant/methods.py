@@ -30,7 +30,8 @@ def hqq(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
     point. The shipping grid has integer ones, so scale × {0.8 .. 1.2} and zero ± 1 are searched per group. The search
     minimises the squared error: with the solver's own norm it clips large weights, which on a grid with integer zero
     points nearly doubles the KL to the teacher. HQQ moves the zero point only; a symmetric grid has none to move, and
-    there the search alone decides.
+    there the search alone decides. Min-max stays where it has less error: the solver bounds its scales from below and
+    ends with a zero point outside the codes where all of a group has one sign.
     """
     if grid.symmetric:
         start = minmax(weight, grid, torch.float32)
@@ -46,7 +47,15 @@ def hqq(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
     )
     shape = (weight.shape[0], -1)
     start = QParams(meta["scale"].float().view(shape), nearest_zero(meta["zero"].float().view(shape), grid))
-    return search(weight, start, grid, dtype, ZERO_SHIFTS)
+    return better(weight, search(weight, start, grid, dtype, ZERO_SHIFTS), minmax(weight, grid, dtype), grid)
+
+
+def better(weight: Tensor, first: QParams, second: QParams, grid: Grid) -> QParams:
+    """Take, for each group, the parameters with the less squared error."""
+    groups = grouped(weight.float(), grid.group_size)
+    keep = squared_error(groups, first, grid) <= squared_error(groups, second, grid)
+    scale = torch.where(keep, first.scale, second.scale)
+    return QParams(scale, torch.where(keep, first.zero_point, second.zero_point))
 
 
 def search(weight: Tensor, start: QParams, grid: Grid, dtype: torch.dtype, shifts: tuple[int, ...]) -> QParams:

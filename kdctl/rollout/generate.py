@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kdctl.keyed import uniform
+from kdctl.models import head_of
 from kdctl.preset import RolloutSection
 from kdctl.records import Prompt, Rollout, SamplingRecord
 
@@ -71,6 +72,7 @@ class Generator:
 
     def __init__(self, model: PreTrainedModel, stop: Sequence[int], pad_id: int, sampling: Sampling, source: str):
         self.model = model
+        self.head = head_of(model)
         self.stop = set(stop)
         self.pad_id = pad_id
         self.sampling = sampling
@@ -117,15 +119,11 @@ class Generator:
     def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Return the next token's logits, (B, V) float32."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+        output = self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return output.logits[:, -1].float()
+        # Two-dimensional on purpose: a slice of a batch of sequences times the head would copy the head once a row.
+        return self.head.logits(output.last_hidden_state[:, -1])
 
     def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> Tensor:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
@@ -169,8 +167,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
         return logits.argmax(-1)
     scaled = logits / sampling.temperature
     if sampling.top_k:
-        kth = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < kth, -torch.inf)
+        kept = scaled.topk(min(sampling.top_k, scaled.shape[-1]))  # k tokens even where logits are equal
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept.indices, kept.values)
     probabilities = scaled.softmax(-1)
     if sampling.top_p < 1:
         probabilities = nucleus(probabilities, sampling.top_p)

@@ -53,10 +53,13 @@ def usable(store: RolloutStore, identity: str) -> bool:
     if manifest.sampling is not None:
         settings = ", ".join(f"{key}={value}" for key, value in manifest.sampling.model_dump().items())
         held = f"{manifest.rows} completions sampled with {settings}"
+    rewrite = f"rewrite it with kdctl rollout --source {manifest.source} --force"
+    if manifest.source == "heldout":
+        rewrite = "delete it together with everything that was measured on it"
     raise StoreError(
         f"{store.path} was made with other settings or from another model or other prompts than asked for now: it "
-        f"holds {held}. Training or measuring on it would not be what the preset says; rewrite it with "
-        f"kdctl rollout --source {manifest.source} --force, or use another --run"
+        f"holds {held}. Training or measuring on it would not be what the preset says; {rewrite}, or "
+        "use another --run"
     )
 
 

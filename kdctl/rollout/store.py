@@ -61,7 +61,7 @@ class RolloutStore:
         schema = SCHEMA.with_metadata({IDENTITY: identity.encode()})
         table = pa.Table.from_pylist([vars(rollout) for rollout in rollouts], schema=schema)
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         write_bytes(self.shard_path(index), buffer.getvalue())
         return self.entry(index, table)
 
@@ -77,17 +77,17 @@ class RolloutStore:
     def kept_shard(self, index: int, identity: str) -> ShardEntry | None:
         """Return the entry of a whole shard with this identity left by an earlier run, if there is one."""
         try:
-            table = pq.read_table(self.shard_path(index))
-        except (FileNotFoundError, pa.ArrowInvalid):
+            table = pq.read_table(self.shard_path(index), page_checksum_verification=True)
+        except (OSError, pa.ArrowException):
             return None
-        if (table.schema.metadata or {}).get(IDENTITY) != identity.encode():
+        if not table.schema.equals(SCHEMA.with_metadata({IDENTITY: identity.encode()}), check_metadata=True):
             return None
         return self.entry(index, table)
 
     def finish(self, manifest: StoreManifest) -> None:
-        """Write the manifest and remove shards that it does not name."""
+        """Write the manifest and remove shards that it does not name, and what a killed run left half-written."""
         named = {shard.file for shard in manifest.shards}
-        for path in self.path.glob("shard-*.parquet"):
+        for path in [*self.path.glob("shard-*.parquet"), *self.path.glob(".*.tmp")]:
             if path.name not in named:
                 path.unlink()
         write_record(self.manifest_path, manifest)
@@ -104,10 +104,11 @@ class RolloutStore:
         """Read one shard and check its hash."""
         path = self.path / shard.file
         if not path.exists():
-            raise StoreError(
-                f"{path} is named in the manifest and missing; run kdctl rollout --force to write it again"
-            )
+            raise StoreError(f"{path} is named in the manifest and missing; {self._way_out()}")
         data = path.read_bytes()
         if sha256(path) != shard.sha256:
-            raise StoreError(f"{path} is not the shard that was written; run kdctl rollout --force to write it again")
+            raise StoreError(f"{path} is not the shard that was written; {self._way_out()}")
         return [Rollout(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+
+    def _way_out(self) -> str:
+        return f"delete the folder {self.path}, and the same command writes the same rollouts again"

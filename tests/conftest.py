@@ -1,0 +1,69 @@
+"""Shared fixtures: a tiny random Llama with a byte tokenizer, built once a session; no network, an own cache."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl import models
+from kdctl.preset import Preset
+from kdctl.resolve import load_preset
+
+_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "tiny.py")
+assert _spec is not None
+assert _spec.loader is not None
+tiny = importlib.util.module_from_spec(_spec)
+sys.modules["tiny"] = tiny
+_spec.loader.exec_module(tiny)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the network out, converted models in a temporary cache, and libraries quiet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("KDCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        models.quiet()
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model folder, bf16."""
+    return tiny.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model folder, fp32."""
+    return tiny.build(tmp_path_factory.mktemp("tiny32"), torch.float32)
+
+
+@pytest.fixture
+def teacher(tiny_dir: Path) -> PreTrainedModel:
+    """Load the tiny teacher, bf16."""
+    return models.load_model(tiny_dir, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.fixture
+def teacher_fp32(tiny_dir_fp32: Path) -> PreTrainedModel:
+    """Load the tiny teacher, fp32."""
+    return models.load_model(tiny_dir_fp32, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_dir: Path) -> PreTrainedTokenizerBase:
+    """Load the byte tokenizer."""
+    return models.load_tokenizer(tiny_dir)
+
+
+@pytest.fixture
+def smoke(tiny_dir: Path) -> Preset:
+    """Return the smoke preset on the tiny teacher, without benchmark tasks."""
+    return load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []})

@@ -1,0 +1,93 @@
+"""Which rollouts a step trains on."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.distill.batch import on_policy_rows
+from kdctl.distill.feed import Feed, Live, Replay
+from kdctl.errors import StoreError
+from kdctl.preset import DistillSection, PromptsSection
+from kdctl.prompts import PromptReader
+from kdctl.records import Rollout
+from kdctl.rollout.generate import Generator, Sampling
+from kdctl.rollout.store import RolloutStore
+
+SETTINGS = DistillSection(lmbda=0.5, steps=7, micro_batch_size=4, refresh_every=3)
+
+
+def numbered(source: str, count: int) -> list[Rollout]:
+    return [Rollout(f"{source}{i}", i, 0, [1], [2, 3], None, "length", 0, 0, source) for i in range(count)]
+
+
+def live(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings=SETTINGS) -> Live:
+    prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0).prompts
+    generator = Generator(teacher, [258], 258, Sampling(1.0, 1.0, 0, 4, 0, 0), "student")
+    return Live(settings, prompts, generator, RolloutStore(folder), "identity", "writer")
+
+
+def test_rows_come_from_the_source_that_the_draw_names() -> None:
+    feed = Feed(SETTINGS, numbered("teacher", 10), Replay(numbered("student", 10), 0))
+    for step in range(50):
+        drawn = on_policy_rows(SETTINGS.seed, step, 4, 0.5)
+        assert [row.source == "student" for row in feed.rows(step)] == drawn
+
+
+def test_every_off_policy_item_is_used_once_a_pass() -> None:
+    settings = DistillSection(lmbda=0.0, micro_batch_size=4)
+    feed = Feed(settings, numbered("teacher", 8))
+    first, second = ([row.prompt_id for step in steps for row in feed.rows(step)] for steps in ((0, 1), (2, 3)))
+    assert sorted(first) == sorted(second) == sorted(f"teacher{i}" for i in range(8))
+    assert first != second
+
+
+def test_rows_depend_on_the_step_alone() -> None:
+    feeds = [Feed(SETTINGS, numbered("teacher", 9), Replay(numbered("student", 7), 0)) for _ in range(2)]
+    in_order = [feeds[0].rows(step) for step in range(6)]
+    assert feeds[1].rows(5) == in_order[5]
+    assert feeds[1].rows(2) == in_order[2]
+
+
+def test_live_store_says_which_rows_each_interval_used(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source = live(teacher, tokenizer, tmp_path)
+    feed = Feed(SETTINGS, numbered("teacher", 9), source)
+    used = {step: [row for row in feed.rows(step) if row.source == "student"] for step in range(7)}
+    store = RolloutStore(tmp_path)
+    written, manifest = store.read(), store.manifest()
+    intervals = {"0-2": range(3), "3-5": range(3, 6), "6-6": range(6, 7)}
+    rows = {key: [row for step in steps for row in used[step]] for key, steps in intervals.items()}
+    assert list(manifest.steps) == [key for key in intervals if rows[key]]
+    assert len(manifest.steps) >= 2
+    for key, (first, last) in manifest.steps.items():
+        assert written[first:last] == rows[key]
+        assert {row.policy_step for row in rows[key]} == {intervals[key].start}
+
+
+def test_live_resumes_in_the_middle_of_an_interval(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    whole = Feed(SETTINGS, numbered("teacher", 9), live(teacher, tokenizer, tmp_path / "a"))
+    expected = [whole.rows(step) for step in range(7)]
+    begun = Feed(SETTINGS, numbered("teacher", 9), live(teacher, tokenizer, tmp_path / "b"))
+    for step in range(5):
+        begun.rows(step)
+    source = live(teacher, tokenizer, tmp_path / "b")
+    source.resume(4)
+    resumed = Feed(SETTINGS, numbered("teacher", 9), source)
+    assert [resumed.rows(step) for step in range(4, 7)] == expected[4:]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_live_refuses_to_resume_without_what_it_trained_on(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    begun = Feed(SETTINGS, numbered("teacher", 9), live(teacher, tokenizer, tmp_path))
+    begun.rows(0)
+    RolloutStore(tmp_path).shard_path(0).unlink()
+    with pytest.raises(StoreError, match="step 2"):
+        live(teacher, tokenizer, tmp_path).resume(2)

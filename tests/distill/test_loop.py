@@ -1,0 +1,282 @@
+"""The training loop: what a step computes, and what survives a stop."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kdctl.distill.batch import collate
+from kdctl.distill.divergence import Objective, divergence
+from kdctl.distill.feed import Feed
+from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
+from kdctl.errors import StoreError, TrainingError
+from kdctl.metrics import make_yardstick, predicting_states
+from kdctl.models import final_hidden, head_of
+from kdctl.preset import DistillSection, QuantizeSection
+from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.quant.shadow import ShadowWeights
+from kdctl.records import Rollout
+from kdctl.tracking import Tracker, read_metrics
+
+GRID = QuantizeSection(group_size=32, method="minmax")
+
+
+def rollouts(count: int, seed: int = 0) -> list[Rollout]:
+    """Make rollouts of random tokens with ragged prompts and completions."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        prompt, completion = (int(torch.randint(2, 12, (1,), generator=generator)) for _ in range(2))
+        ids = torch.randint(0, 256, (prompt + completion,), generator=generator).tolist()
+        made.append(Rollout(str(index), index, 0, ids[:prompt], ids[prompt:], None, "length", 0, 0, "teacher"))
+    return made
+
+
+def trainer_on(teacher: PreTrainedModel, data: list[Rollout], **settings) -> Trainer:
+    """Build a trainer that replays ``data``."""
+    section = DistillSection(**({"steps": 4, "lr": 1e-3, "warmup_ratio": 0.0, "max_tokens": 64} | settings))
+    weights = quantize_layers(teacher, select_layers(teacher, GRID), GRID)
+    student = build_student(teacher, weights)
+    shadow = ShadowWeights(student, weights, teacher)
+    return Trainer(teacher, student, shadow, Feed(section, data), section, pad_id=258)
+
+
+def test_eight_rows_at_once_equal_one_row_eight_times(teacher_fp32: PreTrainedModel) -> None:
+    data = rollouts(8)
+    whole = trainer_on(teacher_fp32, data, micro_batch_size=8)
+    single = trainer_on(teacher_fp32, data, micro_batch_size=1, gradient_accumulation=8)
+    loss, tokens = whole.accumulate(data)
+    other_loss, other_tokens = single.accumulate(data)
+    assert tokens == other_tokens == sum(len(r.completion_ids) for r in data)
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    for name, master in whole.shadow.masters.items():
+        other = single.shadow.masters[name].grad
+        assert master.grad is not None
+        assert other is not None
+        torch.testing.assert_close(master.grad, other, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_is_the_divergence_over_completion_tokens_divided_once(teacher_fp32: PreTrainedModel) -> None:
+    data = rollouts(5)
+    trainer = trainer_on(teacher_fp32, data, micro_batch_size=2, gradient_accumulation=3)
+    loss, tokens = trainer.accumulate(data)
+    total = 0.0
+    for rollout in data:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        first = len(rollout.prompt_ids) - 1
+        log_p, log_q = (
+            model(input_ids=ids).logits[0, first:-1].double().log_softmax(-1)
+            for model in (teacher_fp32, trainer.student)
+        )
+        total += float((log_p.exp() * (log_p - log_q)).sum().detach())
+    assert loss == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_learning_rate_zero_changes_nothing(teacher: PreTrainedModel) -> None:
+    data = rollouts(4)
+    trainer = trainer_on(teacher, data, micro_batch_size=4)
+    trainer.settings = trainer.settings.model_copy(update={"lr": 0.0})
+    before = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+    metrics = trainer.step(0)
+    assert metrics["optim/grad_norm"] > 0
+    for name, tensor in trainer.student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_step_changes_quantized_weights_and_nothing_else(teacher: PreTrainedModel) -> None:
+    trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4, lr=1e-2)
+    before = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+    trainer.step(0)
+    changed = {n for n, tensor in trainer.student.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {f"{name}.weight" for name in trainer.shadow.masters}
+
+
+def test_student_always_holds_what_its_masters_quantize_to(teacher: PreTrainedModel) -> None:
+    from kdctl.quant.apply import dense
+
+    trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4, lr=1e-2)
+    trainer.step(0)
+    for name, weight in trainer.shadow.quantized():
+        assert torch.equal(trainer.student.get_parameter(f"{name}.weight"), dense(weight))
+
+
+@pytest.mark.parametrize(("beta", "lr"), [(0.0, 3e-3), (0.5, 3e-3), (1.0, 3e-3)])
+def test_training_lowers_the_divergence_it_minimises(teacher_fp32: PreTrainedModel, beta: float, lr: float) -> None:
+    data = rollouts(4)
+    trainer = trainer_on(teacher_fp32, data, micro_batch_size=4, beta=beta, lr=lr, steps=20, schedule="constant")
+    losses = [trainer.step(step)[f"train/{trainer.objective.name}"] for step in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_clipping_bounds_the_gradient_norm(teacher: PreTrainedModel) -> None:
+    trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4, max_grad_norm=1e-4)
+    trainer.accumulate(rollouts(4))
+    norm = trainer.clip()
+    clipped = math.sqrt(
+        sum(float(m.grad.double().square().sum()) for m in trainer.shadow.parameters() if m.grad is not None)
+    )
+    assert norm > 1e-4
+    assert clipped == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(teacher: PreTrainedModel) -> None:
+    trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
+    name, master = next(iter(trainer.shadow.masters.items()))
+    with torch.no_grad():
+        trainer.student.get_parameter(f"{name}.weight").fill_(math.inf)
+    before = master.detach().clone()
+    with pytest.raises(TrainingError, match="step 0"):
+        trainer.step(0)
+    assert torch.equal(master, before)
+
+
+def test_learning_rate_warms_up_then_falls_or_stays() -> None:
+    cosine = DistillSection(steps=100, lr=1.0, warmup_ratio=0.2, schedule="cosine")
+    rates = [learning_rate(step, cosine) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert rates[19] == rates[20] == 1.0
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[60] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.01
+    constant = cosine.model_copy(update={"schedule": "constant"})
+    assert {learning_rate(step, constant) for step in range(20, 100)} == {1.0}
+    assert learning_rate(0, DistillSection(steps=1, lr=1.0, warmup_ratio=0.0)) == 1.0
+
+
+def test_prompt_tokens_carry_no_loss(teacher_fp32: PreTrainedModel) -> None:
+    """Only where completion tokens are predicted may the student's hidden states receive a gradient."""
+    batch = collate(rollouts(3), 258, 64)
+    states = predicting_states(teacher_fp32, batch)
+    hidden = final_hidden(teacher_fp32, batch.input_ids, batch.attention_mask).detach() * 1.1
+    hidden.requires_grad_(True)
+    divergence(batch.predicting(hidden), states, head_of(teacher_fp32), Objective()).backward()
+    assert hidden.grad is not None
+    touched = hidden.grad.abs().sum(-1) > 0
+    predicts = torch.zeros_like(touched)
+    predicts[:, :-1] = batch.completion_mask[:, 1:]
+    assert torch.equal(touched, predicts)
+
+
+# --- stop and resume, with real processes -----------------------------------------------------------------------------
+
+
+def kdctl(*arguments: str, **options) -> subprocess.Popen:
+    """Start kdctl in its own process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdctl", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for a process that must succeed."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out + err
+
+
+def distill_arguments(tiny_dir: Path, run: Path, lmbda: str) -> list[str]:
+    """Build the arguments of a short run with checkpoints at every second step."""
+    sets = [f"teacher.model={tiny_dir}", "distill.steps=8", "distill.refresh_every=3", "quantize.method=minmax"]
+    flags = [part for value in sets for part in ("--set", value)]
+    return ["distill", "--preset", "smoke", "--run", str(run), "--lambda", lmbda, "--name", "v", *flags]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Read every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def comparable(variant: Path) -> dict[str, bytes]:
+    """Read what must be equal: weights, checkpoint tensors and rollouts; reports and metrics hold clock times."""
+    files = tree(variant)
+    return {
+        name: data
+        for name, data in files.items()
+        if name.endswith((".safetensors", ".parquet", "manifest.json", "config.json"))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lmbda", ["0", "0.5"])
+def test_killed_and_resumed_training_equals_undisturbed_bit_for_bit(tiny_dir: Path, tmp_path: Path, lmbda: str) -> None:
+    finish(kdctl(*distill_arguments(tiny_dir, tmp_path / "a", lmbda)))
+    process = kdctl(*distill_arguments(tiny_dir, tmp_path / "b", lmbda))
+    metrics = tmp_path / "b" / "distill" / "v" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "b" / "distill" / "v" / "distill.json").exists()
+    assert "going on from step" in finish(kdctl(*distill_arguments(tiny_dir, tmp_path / "b", lmbda)))
+    undisturbed, resumed = (comparable(tmp_path / name / "distill" / "v") for name in "ab")
+    assert undisturbed.keys() == resumed.keys()
+    assert "final/model.safetensors" in undisturbed
+    assert [name for name in undisturbed if undisturbed[name] != resumed[name]] == []
+    steps = [line.split(",")[0] for line in metrics.read_text().splitlines()]
+    assert steps == [f'{{"step": {step}' for step in range(1, 9)]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(teacher: PreTrainedModel, tmp_path: Path) -> None:
+    data = rollouts(4)
+    trainer = trainer_on(teacher, data, micro_batch_size=4, checkpoint_every=1)
+
+    class Poisoned(Feed):
+        """Breaks the student before the third step."""
+
+        def rows(self, step: int) -> list[Rollout]:
+            if step == 2:
+                name = next(iter(trainer.shadow.masters))
+                with torch.no_grad():
+                    trainer.student.get_parameter(f"{name}.weight").fill_(math.inf)
+            return super().rows(step)
+
+    trainer.feed = Poisoned(trainer.settings, data)
+    outputs = Outputs(
+        tmp_path / "checkpoints",
+        lambda step: Tracker(tmp_path / "metrics.jsonl", step),
+        "identity",
+        lambda done, total: None,
+        lambda text: None,
+    )
+    with pytest.raises(TrainingError, match=r"the state after step 2 is kept in .*step_000002"):
+        train(trainer, make_yardstick(teacher, data, 258), outputs)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_too_little_disk_is_refused_before_the_first_step(
+    teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # pyright: ignore
+    trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
+    outputs = Outputs(tmp_path, lambda step: pytest.fail("trained"), "x", lambda done, total: None, lambda text: None)
+    with pytest.raises(StoreError, match="GiB free"):
+        train(trainer, make_yardstick(teacher, rollouts(2), 258), outputs)
+
+
+@pytest.mark.slow
+def test_non_finite_loss_exits_2_with_one_message(tiny_dir: Path, tmp_path: Path) -> None:
+    arguments = distill_arguments(tiny_dir, tmp_path / "run", "0")
+    process = kdctl(*arguments, "--set", "distill.temperature=1e-39")
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert "distill.lr" in err
+    assert "no checkpoint was written yet" in err
+    assert not (tmp_path / "run" / "distill" / "v" / "final").exists()
