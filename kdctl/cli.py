@@ -95,6 +95,7 @@ def prepare_libraries(preset: Preset, verbose: bool) -> None:
     if not verbose:
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
 
 
@@ -229,8 +230,8 @@ def rollout(
         if as_json:
             show_json(manifests)
             return
-        for name, manifest in manifests.items():
-            console_views().show_store(manifest)
+        for name in sources:
+            console_views().show_store(manifests[name])
             if example_count:
                 console_views().show_examples(pipeline.examples(job, name, example_count))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -188,9 +189,9 @@ class PromptReader:
         return Prompt(name, index, ids, self._until_stop(self._encode(whole[len(head) :])))
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        template = self.tokenizer.apply_chat_template
         try:
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+            return str(template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(

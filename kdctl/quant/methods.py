@@ -47,10 +47,10 @@ def hqq(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
     )
     shape = (weight.shape[0], -1)
     start = QParams(meta["scale"].float().view(shape), nearest_zero(meta["zero"].float().view(shape), grid))
-    return better(weight, search(weight, start, grid, dtype, ZERO_SHIFTS), minmax(weight, grid, dtype), grid)
+    return best_of(weight, search(weight, start, grid, dtype, ZERO_SHIFTS), minmax(weight, grid, dtype), grid)
 
 
-def better(weight: Tensor, first: QParams, second: QParams, grid: Grid) -> QParams:
+def best_of(weight: Tensor, first: QParams, second: QParams, grid: Grid) -> QParams:
     """Take, for each group, the parameters with the less squared error."""
     groups = grouped(weight.float(), grid.group_size)
     keep = squared_error(groups, first, grid) <= squared_error(groups, second, grid)

@@ -16,14 +16,17 @@ from kdctl.errors import StoreError
 from kdctl.records import Rollout, ShardEntry, StoreManifest
 from kdctl.rundir import read_record, sha256, write_bytes, write_record
 
+# Parquet's own name for list items, so that the schema that is read equals the one that was written.
+INTEGERS = pa.list_(pa.field("element", pa.int32()))
+NUMBERS = pa.list_(pa.field("element", pa.float32()))
 SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_index", pa.int32(), nullable=False),
         pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("prompt_ids", INTEGERS, nullable=False),
+        pa.field("completion_ids", INTEGERS, nullable=False),
+        pa.field("logprobs", NUMBERS),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("policy_step", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),

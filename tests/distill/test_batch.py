@@ -1,0 +1,202 @@
+"""Which tokens carry loss, which rows a step trains on."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+
+from kdctl.distill.batch import Batch, collate, micro_batches, on_policy_rows, slot_index
+from kdctl.records import Rollout
+
+EOS = PAD = 258
+LENGTHS = [(3, 5), (10, 1), (1, 9), (6, 6), (2, 2), (8, 3), (4, 4)]
+"""Prompt and completion tokens of ragged rollouts."""
+
+
+def rollout(index: int, prompt: int, completion: int) -> Rollout:
+    """Make a rollout that ends with the token which is also the padding."""
+    return Rollout(
+        prompt_id=f"p{index}",
+        prompt_index=index,
+        sample_index=0,
+        prompt_ids=[100 + index] * (prompt - 1) + [EOS],
+        completion_ids=[10 * index + j for j in range(completion - 1)] + [EOS],
+        logprobs=None,
+        finish_reason="stop",
+        policy_step=0,
+        seed=0,
+        source="dataset",
+    )
+
+
+ROLLOUTS = [rollout(index, *lengths) for index, lengths in enumerate(LENGTHS)]
+
+
+def completion_of(batch: Batch, row: int) -> list[int]:
+    return batch.input_ids[row][batch.completion_mask[row]].tolist()
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_on_the_completion_and_nothing_else():
+    batch = collate(ROLLOUTS, PAD, 999)
+    width = max(sum(lengths) for lengths in LENGTHS)
+    assert batch.input_ids.shape == (7, width)
+    for row, (prompt, completion) in enumerate(LENGTHS):
+        expected = [prompt <= place < prompt + completion for place in range(width)]
+        assert batch.completion_mask[row].tolist() == expected
+        assert completion_of(batch, row) == ROLLOUTS[row].completion_ids
+    assert batch.completion_tokens == sum(completion for _, completion in LENGTHS)
+
+
+def test_padding_is_on_the_right_and_unattended():
+    batch = collate(ROLLOUTS, PAD, 999)
+    for row, item in enumerate(ROLLOUTS):
+        sequence = item.prompt_ids + item.completion_ids
+        padding = batch.input_ids.shape[1] - len(sequence)
+        assert batch.input_ids[row].tolist() == sequence + [PAD] * padding
+        assert batch.attention_mask[row].tolist() == [1] * len(sequence) + [0] * padding
+
+
+def test_end_of_sequence_carries_loss_where_it_is_the_padding_token():
+    batch = collate(ROLLOUTS, EOS, 999)
+    is_eos = batch.input_ids == EOS
+    assert (is_eos & batch.completion_mask).sum(-1).tolist() == [1] * 7
+    assert completion_of(batch, 0)[-1] == EOS
+    other = collate(ROLLOUTS, 0, 999)
+    assert torch.equal(batch.completion_mask, other.completion_mask)
+    assert torch.equal(batch.attention_mask, other.attention_mask)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 8, 11, 12, 999])
+def test_max_tokens_cuts_the_completion(max_tokens):
+    batch = collate(ROLLOUTS, PAD, max_tokens)
+    assert batch.input_ids.shape[1] <= max_tokens
+    for row, item in enumerate(ROLLOUTS):
+        room = max(0, max_tokens - len(item.prompt_ids))
+        assert completion_of(batch, row) == item.completion_ids[:room]
+        kept = min(max_tokens, len(item.prompt_ids) + len(item.completion_ids))
+        assert int(batch.attention_mask[row].sum()) == kept
+
+
+# --- what predicts what -----------------------------------------------------------------------------------------------
+
+
+def test_predicting_and_targets_align_like_a_loop():
+    batch = collate(ROLLOUTS, PAD, 12)
+    hidden = torch.randn(*batch.input_ids.shape, 3, generator=torch.Generator().manual_seed(0))
+    states, targets = [], []
+    for row, item in enumerate(ROLLOUTS):
+        for place, token in enumerate(item.completion_ids, start=len(item.prompt_ids)):
+            if place < 12:
+                states.append(hidden[row, place - 1])
+                targets.append(token)
+    assert torch.equal(batch.predicting(hidden), torch.stack(states))
+    assert batch.targets().tolist() == targets
+
+
+def test_gradient_reaches_only_the_predicting_positions():
+    batch = collate(ROLLOUTS, PAD, 999)
+    hidden = torch.randn(*batch.input_ids.shape, 3, requires_grad=True)
+    batch.predicting(hidden).sum().backward()
+    assert hidden.grad is not None
+    touched = hidden.grad.abs().sum(-1) > 0
+    expected = torch.zeros_like(touched)
+    for row, (prompt, completion) in enumerate(LENGTHS):
+        expected[row, prompt - 1 : prompt + completion - 1] = True
+    assert torch.equal(touched, expected)
+
+
+def test_moving_a_batch_keeps_it():
+    batch = collate(ROLLOUTS, PAD, 999)
+    moved = batch.to(torch.device("cpu"))
+    for field in dataclasses.fields(Batch):
+        assert torch.equal(getattr(moved, field.name), getattr(batch, field.name))
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_micro_batches_partition_the_rows(size):
+    batches = micro_batches(ROLLOUTS, size, PAD, 999)
+    rows = [tuple(completion_of(batch, row)) for batch in batches for row in range(len(batch.input_ids))]
+    assert Counter(rows) == Counter(tuple(item.completion_ids) for item in ROLLOUTS)
+    assert [len(batch.input_ids) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert sum(batch.completion_tokens for batch in batches) == collate(ROLLOUTS, PAD, 999).completion_tokens
+
+
+def test_micro_batches_pad_no_more_than_the_order_given():
+    def padding(batches: list[Batch]) -> int:
+        return sum(int((1 - batch.attention_mask).sum()) for batch in batches)
+
+    given = [collate(ROLLOUTS[i : i + 2], PAD, 999) for i in range(0, 7, 2)]
+    assert padding(micro_batches(ROLLOUTS, 2, PAD, 999)) < padding(given)
+
+
+# --- the λ draw -------------------------------------------------------------------------------------------------------
+
+
+def draws(lmbda: float, seed: int = 0, steps: int = 2000, rows: int = 8) -> list[bool]:
+    return [drawn for step in range(steps) for drawn in on_policy_rows(seed, step, rows, lmbda)]
+
+
+@pytest.mark.parametrize("lmbda", [0.1, 0.5, 0.9])
+def test_share_of_on_policy_rows_is_lambda(lmbda):
+    found = draws(lmbda)
+    tolerance = 4 * (lmbda * (1 - lmbda) / len(found)) ** 0.5
+    assert abs(sum(found) / len(found) - lmbda) < tolerance
+
+
+def test_lambda_zero_and_one_are_exact():
+    assert not any(draws(0.0))
+    assert all(draws(1.0))
+
+
+def test_larger_lambda_only_adds_rows():
+    small, large = draws(0.3), draws(0.6)
+    assert all(b for a, b in zip(small, large, strict=True) if a)
+    assert sum(large) > sum(small)
+
+
+def test_draw_is_a_function_of_seed_step_and_row():
+    assert draws(0.5) == draws(0.5)
+    assert draws(0.5, seed=1) != draws(0.5)
+    later = on_policy_rows(0, 1234, 64, 0.5)
+    assert later == on_policy_rows(0, 1234, 64, 0.5)
+    assert later != on_policy_rows(0, 1235, 64, 0.5)
+    assert later[:8] == on_policy_rows(0, 1234, 8, 0.5)
+
+
+def test_steps_and_rows_are_drawn_independently():
+    table = torch.tensor([on_policy_rows(0, step, 8, 0.5) for step in range(2000)]).double()
+    together = torch.corrcoef(table.T) - torch.eye(8)
+    assert together.abs().max() < 0.1
+    shifted = torch.corrcoef(torch.stack([table[:-1].flatten(), table[1:].flatten()]))[0, 1]
+    assert shifted.abs() < 0.04
+
+
+# --- the order of the data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_each_pass_covers_every_item_once(count):
+    for start in range(0, 5 * count, count):
+        found = [slot_index(slot, count, 3, "off_policy") for slot in range(start, start + count)]
+        assert sorted(found) == list(range(count))
+
+
+def test_passes_seeds_and_sources_have_their_own_order():
+    def order(start: int = 0, seed: int = 0, source: str = "off_policy") -> tuple[int, ...]:
+        return tuple(slot_index(slot, 20, seed, source) for slot in range(start, start + 20))
+
+    assert order() == order()
+    assert len({order(), order(start=20), order(seed=1), order(source="on_policy")}) == 4
+
+
+def test_slot_decides_alone_whatever_the_rows_per_step():
+    by_eight = [slot_index(step * 8 + row, 11, 0, "s") for step in range(6) for row in range(8)]
+    by_four = [slot_index(step * 4 + row, 11, 0, "s") for step in range(12) for row in range(4)]
+    assert by_eight == by_four
