@@ -117,6 +117,11 @@ class Job:
         return models.pad_id(self.tokenizer)
 
     @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return models.stop_ids(self.folder, self.tokenizer)
+
+    @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher in memory."""
         return models.load_model(self.folder, self.dtype, self.device)
@@ -141,11 +146,13 @@ class Job:
             self.reporter.note(
                 f"{found.skipped} prompts longer than {self.preset.prompts.max_prompt_tokens} tokens left out"
             )
+        if len(found.prompts) < rollout.num_prompts:
+            self.reporter.note(f"only {len(found.prompts)} prompts for rollout.num_prompts={rollout.num_prompts}")
         return found
 
     def generator(self, model: PreTrainedModel, sampling: Sampling, source: str) -> Generator:
         """Make a sampler of completions from a model."""
-        return Generator(model, models.stop_ids(model, self.tokenizer), self.pad_id, sampling, source)
+        return Generator(model, self.stop_ids, self.pad_id, sampling, source)
 
     @cached_property
     def heldout_store(self) -> RolloutStore:

@@ -19,7 +19,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 
@@ -28,6 +35,7 @@ from kdctl.errors import ModelError
 from kdctl.rundir import atomic_folder, sha256
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+GENERATION = "generation_config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -215,9 +223,10 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every token that ends a completion: the generation configuration's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every token that ends a completion: those of generation_config.json and the tokenizer's."""
+    found = (folder / GENERATION).is_file()
+    configured = GenerationConfig.from_pretrained(folder).eos_token_id if found else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
 
@@ -253,9 +262,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash a model folder's configuration and weights, 64 hex digits."""
+    """Hash a model folder's configuration, stop tokens and weights, 64 hex digits."""
     total = hashlib.sha256()
-    for path in [folder / "config.json", *weight_files(folder)]:
+    generation = [folder / GENERATION] if (folder / GENERATION).is_file() else []
+    for path in [folder / "config.json", *generation, *weight_files(folder)]:
         total.update(f"{path.name}:{sha256(path)}\n".encode())
     return total.hexdigest()
 

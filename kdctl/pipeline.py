@@ -167,8 +167,7 @@ def examples(job: Job, source: Source, count: int) -> list[tuple[str, str]]:
 def dataset_rollouts(job: Job, prompts: PromptSet) -> list[Rollout]:
     """Return a data set's completions, cut at ``max_new_tokens``. Raises DataError if all are empty."""
     settings = job.preset.rollout
-    stop = models.stop_ids(models.skeleton(job.config), job.tokenizer)
-    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, stop) for prompt in prompts.prompts]
+    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, job.stop_ids) for prompt in prompts.prompts]
     rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
     if not rollouts:
         raise DataError(

@@ -24,22 +24,15 @@ _spec.loader.exec_module(tiny)
 
 @pytest.fixture(scope="session", autouse=True)
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the network out, converted models in a temporary cache, and libraries quiet."""
+    """Keep the network out, converted models in a temporary cache, torch on one thread and libraries quiet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("KDCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # subprocesses too: tiny tensors are slower on several threads
+        torch.set_num_threads(1)
         models.quiet()
         yield
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Keep torch from splitting tiny tensors among threads: on a busy machine that is ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

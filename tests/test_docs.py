@@ -32,7 +32,9 @@ def test_every_command_is_documented_with_an_example(name: str) -> None:
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_every_option_is_documented(name: str, option: str) -> None:
     section = README[README.index("## Commands and options") :]
-    rows = [line for line in section.splitlines() if line.startswith((f"| `kdctl {name}", "| all stages", "| `kdctl` "))]
+    rows = [
+        line for line in section.splitlines() if line.startswith((f"| `kdctl {name}", "| all stages", "| `kdctl` "))
+    ]
     assert any(f"`{option}" in row for row in rows)
 
 

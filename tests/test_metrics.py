@@ -16,7 +16,6 @@ from kdctl.preset import QuantizeSection
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.records import Rollout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 258  # the end-of-sequence token too
 SETTINGS = QuantizeSection(bits=3, group_size=16, method="minmax")
 

@@ -375,17 +375,20 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch):
     ("configured", "expected"),
     [(None, (258,)), (258, (258,)), (7, (7, 258)), ([9, 258, 5], (5, 9, 258)), ([], (258,))],
 )
-def test_stop_ids_are_the_union(teacher, tokenizer, configured, expected):
-    teacher.generation_config.eos_token_id = configured
-    assert models.stop_ids(teacher, tokenizer) == expected
+def test_stop_ids_are_the_union_of_the_generation_config_and_the_tokenizer(tmp_path, tokenizer, configured, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": configured}))
+    assert models.stop_ids(tmp_path, tokenizer) == expected
 
 
-def test_stop_ids_read_the_generation_config_file(tiny_dir, tmp_path, tokenizer):
+def test_stop_ids_without_a_generation_config_are_the_tokenizers(tmp_path, tokenizer):
+    assert models.stop_ids(tmp_path, tokenizer) == (258,)
+
+
+def test_other_stop_tokens_are_another_fingerprint(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "generation_config.json").read_text()) | {"eos_token_id": [256, 258]}
-    (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    model = models.load_model(tmp_path, torch.bfloat16, CPU)
-    assert models.stop_ids(model, tokenizer) == (256, 258)
+    assert models.fingerprint(tmp_path) == models.fingerprint(tiny_dir)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258]}))
+    assert models.fingerprint(tmp_path) != models.fingerprint(tiny_dir)
 
 
 def test_fingerprint_follows_weights_and_configuration_not_place(tiny_dir, tmp_path):

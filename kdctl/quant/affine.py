@@ -68,7 +68,7 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def grid_position(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     """Return W / s + z before rounding and clamping, (out_features, groups, group_size) float32."""
     scale = qparams.scale.float().unsqueeze(-1)
-    return grouped(weight.float(), grid.group_size) / scale + qparams.zero_point.unsqueeze(-1)
+    return (grouped(weight.float(), grid.group_size) / scale).add_(qparams.zero_point.unsqueeze(-1))
 
 
 def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
@@ -78,9 +78,21 @@ def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
 
 
 def inside(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
-    """Tell which weights are not clamped, (out_features, in_features) bool."""
-    position = grid_position(weight, qparams, grid).round()
-    return ((position >= 0) & (position <= grid.max_code)).flatten(-2)
+    """Tell which weights are not clamped, (out_features, in_features) bool.
+
+    Half-even rounding takes −0.5 to code 0 and 2^bits − 0.5 to 2^bits, so the interval is closed below and open above.
+    """
+    position = grid_position(weight, qparams, grid)
+    return ((position >= -0.5) & (position < grid.max_code + 0.5)).flatten(-2)
+
+
+def fake_quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Map a weight to Q(W), float32; rounded to the scale's dtype it is ``dequantize(quantize(weight))`` to the bit.
+
+    A difference of codes times a scale of at most 16 significant bits is exact in float32, so one rounding is left.
+    """
+    position = grid_position(weight, qparams, grid).round_().clamp_(0, grid.max_code)
+    return position.sub_(qparams.zero_point.unsqueeze(-1)).mul_(qparams.scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def dequantize(codes: Tensor, qparams: QParams, grid: Grid) -> Tensor:

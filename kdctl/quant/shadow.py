@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from kdctl.quant.affine import QuantizedWeight, dequantize, inside, into_cell, quantize
+from kdctl.quant.affine import QuantizedWeight, fake_quantize, inside, into_cell, quantize
 
 
 class ShadowWeights:
@@ -62,8 +62,9 @@ class ShadowWeights:
     @torch.no_grad()
     def write_back(self) -> None:
         """Write Q(master) into the student."""
-        for name, weight in self.quantized():
-            self._parameters[name].copy_(dequantize(weight.codes, weight.qparams, weight.grid))
+        for name, master in self.masters.items():
+            grid = self._grids[name]
+            self._parameters[name].copy_(fake_quantize(master, grid.qparams, grid.grid))
 
     @torch.no_grad()
     def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:

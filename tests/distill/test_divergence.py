@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kdctl.distill.divergence import Head, Objective, Scale, divergence, token_chunk, value_and_gradient
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BETAS = (0.0, 1e-4, 0.01, 0.1, 0.5, 0.9, 0.999, 1.0)
 HIDDEN, VOCABULARY = 12, 101
 SCALES: tuple[Scale, ...] = ("normalized", "gkd")

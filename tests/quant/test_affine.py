@@ -23,7 +23,6 @@ from kdctl.quant.affine import (
     unpack_zero_point,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = (2, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXACT_GRIDS = [(bits, symmetric) for bits in (2, 3, 4) for symmetric in (False, True)] + [(8, True)]

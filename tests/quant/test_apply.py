@@ -12,7 +12,6 @@ from kdctl.preset import QuantizeSection
 from kdctl.quant.apply import dense, layer_errors, quantize_layers, select_layers
 from kdctl.quant.checkpoint import Student
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 SETTINGS = QuantizeSection(group_size=16, method="minmax")
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

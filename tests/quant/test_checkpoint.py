@@ -25,7 +25,6 @@ from kdctl.quant.checkpoint import Student, load_student, packed_tensors, unpack
 from kdctl.records import QuantizeReport
 from kdctl.rundir import sha256
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 KINDS = [(bits, symmetric) for bits in (2, 3, 4) for symmetric in (False, True)] + [(8, True)]

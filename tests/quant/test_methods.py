@@ -10,7 +10,6 @@ from kdctl.quant import methods
 from kdctl.quant.affine import Grid, QParams, dequantize, grouped, quantize
 from kdctl.quant.methods import METHODS, ZERO_SHIFTS, hqq, minmax, quantize_weight, search
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GROUP = 16
 GRIDS = [Grid(bits, GROUP, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
 NAMES = sorted(METHODS)

@@ -15,7 +15,6 @@ from kdctl.quant.apply import build_student, dense
 from kdctl.quant.checkpoint import Student
 from kdctl.quant.shadow import ShadowWeights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 SETTINGS = QuantizeSection(bits=4, group_size=16, method="minmax")
 KINDS = [(method, symmetric) for method in ("minmax", "hqq") for symmetric in (False, True)]

@@ -65,15 +65,6 @@ def counts_of(tokens: Tensor, vocabulary: int) -> Tensor:
     return torch.bincount(tokens, minlength=vocabulary)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep tiny matrices from waiting for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def logits() -> Tensor:
     """One row of uneven logits, (1, 264)."""

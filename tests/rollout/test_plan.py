@@ -28,15 +28,6 @@ PROMPTS = [Prompt(f"p{i}", i, [(37 * i + 11 * j) % 256 for j in range(2 + 3 * i)
 PLAN = Plan("teacher", "identity-one", "writer", PromptSet(PROMPTS, 2), prompts_per_block=2, num_generations=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep tiny matrices from waiting for other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def generator(teacher) -> Generator:
     return Generator(teacher, (258,), 258, SAMPLING, "teacher")
