@@ -3,8 +3,9 @@
     python benchmarks/versus_trl.py --peer-python PEER_VENV/bin/python [--data FILE.jsonl]
 
 The peer's environment: ``pip install torch transformers datasets accelerate trl torchao``. Without ``--data`` the
-quickstart's teacher writes the completions that both train on. Each measurement is a process of its own; the first step
-of each is left out. Run it on an idle machine: any other busy process distorts both sides.
+quickstart's teacher writes the completions that both train on. Each measurement is a process of its own and takes the
+mean over all its steps, generation included; the table has medians over rounds. Run it on an idle machine: any other
+busy process distorts both sides.
 """
 
 import argparse
@@ -37,19 +38,19 @@ class Case:
     peak_gib: list[float] = field(default_factory=list)
 
     def run(self, folder: Path) -> None:
-        """Run once, in ``folder``, and note the median step and the peak resident memory."""
+        """Run once, in ``folder``, and note the mean step and the peak resident memory."""
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             process = subprocess.Popen(self.command, cwd=folder, stdout=out, stderr=err)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{self.name} failed:\n{(folder / 'stderr').read_text()[-3000:]}")
-        self.seconds.append(self._median(folder))
+        self.seconds.append(self._mean(folder))
         self.peak_gib.append(usage.ru_maxrss / 2**20)
 
-    def _median(self, folder: Path) -> float:
+    def _mean(self, folder: Path) -> float:
         if self.metrics is None:
-            return json.loads((folder / "stdout").read_text().splitlines()[-1])["median_s"]
-        return statistics.median(line["time/step_s"] for line in read_metrics(self.metrics)[1:])
+            return json.loads((folder / "stdout").read_text().splitlines()[-1])["mean_s"]
+        return statistics.fmean(line["time/step_s"] for line in read_metrics(self.metrics))
 
 
 def arguments() -> argparse.Namespace:
@@ -59,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSON lines with messages that end with an answer")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lmbda", type=float, nargs="+", default=[0, 1])
     return parser.parse_args()
 
 
@@ -149,9 +151,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = prepare(folder, args.data)
-        cases = [kdctl_case(job, folder, args.steps, lmbda, refresh) for lmbda, refresh in ((0, 1), (1, 1), (1, 8))]
+        kinds = [(lmbda, refresh) for lmbda in args.lmbda for refresh in ((1, args.steps) if lmbda else (1,))]
+        cases = [kdctl_case(job, folder, args.steps, lmbda, refresh) for lmbda, refresh in kinds]
         if args.peer_python:
-            cases += [peer_case(job, folder, args.peer_python.absolute(), args.steps, lmbda) for lmbda in (0, 1)]
+            cases += [peer_case(job, folder, args.peer_python.absolute(), args.steps, lmbda) for lmbda in args.lmbda]
         for index in range(args.rounds):
             for case in cases:
                 case.run(folder)

@@ -47,7 +47,8 @@ def tiny_config(**overrides) -> LlamaConfig:
 def build(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **overrides) -> Path:
     """Write a tiny model folder."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**overrides)).to(dtype)
+    model = LlamaForCausalLM(tiny_config(**overrides))
+    model.to(dtype)  # pyright: ignore[reportArgumentType]
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

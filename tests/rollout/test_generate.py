@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
