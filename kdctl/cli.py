@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from kdctl import __version__, console, resolve
 from kdctl.errors import KdctlError, PresetError
 from kdctl.preset import Preset, Source
+from kdctl.records import ExportFormat
 
 if TYPE_CHECKING:
     from kdctl.job import Job
@@ -87,9 +88,9 @@ def run_folder(name: str | None, folder: Path | None) -> Path:
     return folder or Path("runs") / Path(name or DEFAULT_PRESET).stem
 
 
-def prepare_libraries(preset: Preset, verbose: bool) -> None:
+def prepare_libraries(offline: bool, verbose: bool) -> None:
     """Set what libraries read when they are imported: offline mode and, unless verbose, silence."""
-    if preset.runtime.offline:
+    if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
@@ -120,7 +121,7 @@ class Stage:
 
     def open(self) -> "Job":
         """Import the heavy parts and open the run folder."""
-        prepare_libraries(self.preset, self.verbose)
+        prepare_libraries(self.preset.runtime.offline, self.verbose)
         from kdctl import models
         from kdctl.job import open_job
 
@@ -289,6 +290,10 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option("--task", help="lm-eval task. Repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences in one forward pass.")] = None,
+    also: Annotated[
+        str | None, typer.Option(help="Model made elsewhere, of the teacher's tokenizer: a folder or Hub id.")
+    ] = None,
+    also_name: Annotated[str | None, typer.Option("--as", help="Name of the row of --also.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -301,11 +306,14 @@ def evaluate(
     """
     flags = {"eval.tasks": task, "eval.limit": limit, "eval.batch_size": batch_size}
     with guarded():
+        if (also is None) != (also_name is None):
+            raise PresetError("--also names a model and --as the name of its row; give both or neither")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
         job = stage.open()
         from kdctl import pipeline
 
-        results = pipeline.evaluate(job, models or (), force)
+        foreign = pipeline.open_foreign(job, also_name, also) if also and also_name else None
+        results = pipeline.evaluate(job, models or (), force, foreign)
         if as_json:
             show_json(results)
         else:
@@ -349,6 +357,69 @@ def run_preset(
         from kdctl import pipeline
 
         console.show_text(pipeline.run_all(job))
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(help="Student folder: a run's student, or distill/VARIANT/final in it.")
+    ] = Path("runs") / DEFAULT_PRESET / "student",
+    to: Annotated[
+        ExportFormat, typer.Option("--to", help="Format: for llama.cpp, plain safetensors, or hqq.")
+    ] = "gguf",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder or .gguf file to write. (default: beside FOLDER)")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="gguf: take 5.5 bits a weight where 5.0 would have to round an offset.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a student for another program: GGUF for llama.cpp, plain safetensors, or hqq's own format.
+
+    Example: kdctl export runs/quickstart/student --to gguf
+    """
+    with guarded():
+        if exact and to != "gguf":
+            raise PresetError(f"--exact chooses a GGUF type, and --to {to} is exact in any case; leave it out")
+        prepare_libraries(True, verbose)
+        from kdctl import models
+        from kdctl.export import export as export_student
+
+        if not verbose:
+            models.quiet()
+        show(export_student(folder, to, out, exact), as_json, console_views().show_exported)
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="Student folder: a run's student, or distill/VARIANT/final in it.")
+    ] = Path("runs") / DEFAULT_PRESET / "student",
+    teacher: Annotated[
+        str | None, typer.Option(help="What the student was made from. (default: the run folder's teacher)")
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prove a student folder: integrity, shapes, scales, three loaders equal to the bit, and the recorded errors.
+
+    Exit code 0 if all passed, 1 if something failed, 2 if it is no student folder.
+    Example: kdctl verify runs/quickstart/student
+    """
+    with guarded():
+        prepare_libraries(teacher is None, verbose)
+        from kdctl import models
+        from kdctl.verify import find_teacher
+        from kdctl.verify import verify as verify_student
+
+        if not verbose:
+            models.quiet()
+        report = verify_student(folder, find_teacher(folder, teacher), models.pick_device("auto"))
+        show(report, as_json, console_views().show_verified)
+        if not report.passed:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -196,8 +196,8 @@ class Job:
     @cached_property
     def yardstick_identity(self) -> str:
         """Hash of everything that students are measured on."""
-        heldout = {"heldout": self.heldout_store.fingerprint(), "teacher": self.fingerprint}
-        return identity("yardstick", {"text_tokens": self.preset.heldout.text_tokens}, heldout)
+        text_tokens = self.preset.heldout.text_tokens
+        return metrics.yardstick_identity(text_tokens, self.heldout_store.fingerprint(), self.fingerprint)
 
     @cached_property
     def teacher_text(self) -> TextMetrics:

@@ -17,6 +17,7 @@ from kdctl.distill.batch import Batch, collate
 from kdctl.distill.divergence import Head, token_chunk
 from kdctl.models import final_hidden, head_of
 from kdctl.records import DistributionMetrics, Rollout, TextMetrics
+from kdctl.resolve import identity
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -34,6 +35,19 @@ class Yardstick:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Output heads; the two of a student of ours are equal, those of a model made elsewhere need not be."""
+
+    student: Head
+    teacher: Head
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits are in memory at once."""
+        return token_chunk(self.teacher.weight.shape[0])
+
+
+@dataclass(frozen=True)
 class PerDocument:
     """Sums over the completion tokens of each document, (documents,) float64, in nats and counts."""
 
@@ -43,6 +57,11 @@ class PerDocument:
     agree: Array
     nll: Array
     teacher_nll: Array
+
+
+def yardstick_identity(text_tokens: int, heldout: str, teacher: str) -> str:
+    """Hash everything that students are measured on: held-out completions, their writer and the plain text."""
+    return identity("yardstick", {"text_tokens": text_tokens}, {"heldout": heldout, "teacher": teacher})
 
 
 def make_yardstick(
@@ -69,22 +88,22 @@ def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress | None = None) -> PerDocument:
     """Measure the student against the teacher on every document of the yardstick."""
-    parts = []
+    parts, heads = [], Heads(head_of(student), yardstick.head)
     for done, (batch, states) in enumerate(zip(yardstick.batches, yardstick.states, strict=True)):
         hidden = predicting_states(student, batch)
-        parts.append(_per_document(hidden, states, batch.to(student.device), yardstick.head))
+        parts.append(_per_document(hidden, states, batch.to(student.device), heads))
         if progress is not None:
             progress(done + 1, len(yardstick.batches))
     return _joined(parts)
 
 
 @torch.inference_mode()
-def _per_document(student: Tensor, teacher: Tensor, batch: Batch, head: Head) -> PerDocument:
-    chunk = token_chunk(head.weight.shape[0])
+def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) -> PerDocument:
     targets = batch.targets()
+    parts = [slice(i, i + heads.chunk) for i in range(0, len(targets), heads.chunk)]
     columns = [
-        _per_token(head.logits(student[i : i + chunk]), head.logits(teacher[i : i + chunk]), targets[i : i + chunk])
-        for i in range(0, len(targets), chunk)
+        _per_token(heads.student.logits(student[part]), heads.teacher.logits(teacher[part]), targets[part])
+        for part in parts
     ]
     values = torch.cat(columns, -1).double()  # (5, N)
     counts = batch.completion_mask.sum(-1)
@@ -125,8 +144,8 @@ def summarize(per_document: PerDocument) -> DistributionMetrics:
 
 def compare_teacher(yardstick: Yardstick) -> PerDocument:
     """Measure the teacher against itself: all divergences are zero, the likelihoods are its own."""
-    pairs = zip(yardstick.batches, yardstick.states, strict=True)
-    return _joined([_per_document(states, states, batch.to(states.device), yardstick.head) for batch, states in pairs])
+    pairs, heads = zip(yardstick.batches, yardstick.states, strict=True), Heads(yardstick.head, yardstick.head)
+    return _joined([_per_document(states, states, batch.to(states.device), heads) for batch, states in pairs])
 
 
 def _joined(parts: Sequence[PerDocument]) -> PerDocument:
@@ -159,10 +178,10 @@ def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list
 def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]], pad_id: int) -> TextMetrics:
     """Measure perplexity on documents of tokens, each from its second token on."""
     rollouts = [_as_rollout(ids) for ids in documents]
-    head, sums, counts = head_of(model), [], []
+    heads, sums, counts = Heads(head_of(model), head_of(model)), [], []
     for i in range(0, len(rollouts), BATCH):
         batch = collate(rollouts[i : i + BATCH], pad_id, TEXT_WINDOW).to(model.device)
-        part = _per_document(states := predicting_states(model, batch), states, batch, head)
+        part = _per_document(states := predicting_states(model, batch), states, batch, heads)
         sums.append(part.nll)
         counts.append(part.tokens)
     nll, tokens = np.concatenate(sums), np.concatenate(counts)

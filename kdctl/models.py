@@ -28,15 +28,17 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.quantization_config import GgufConfig
+from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin
 
+from kdctl.architecture import check_architecture
 from kdctl.distill.divergence import Head
 from kdctl.errors import ModelError
 from kdctl.rundir import atomic_folder, sha256
+from kdctl.tokens import open_tokenizer
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 GENERATION = "generation_config.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 def cache_dir() -> Path:
@@ -144,9 +146,11 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         )
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ModelError(f"model type {config.model_type!r} is not a causal language model here: {error}") from None
+    check_architecture(model)
+    return model
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -158,10 +162,16 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a full-precision model for evaluation. Raises ModelError if its logits are more than lm_head(hidden)."""
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, how: QuantizationConfigMixin | None = None
+) -> PreTrainedModel:
+    """Load a model for evaluation, quantized weights as ``how`` says.
+
+    Raises ModelError if its logits are more than lm_head(hidden).
+    """
+    options = {"dtype": dtype, "output_loading_info": True} | ({"quantization_config": how} if how else {})
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # pyright: ignore
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)  # pyright: ignore
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from None
     if found["missing_keys"]:
@@ -187,10 +197,7 @@ def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises ModelError if it is missing or has no chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+    tokenizer = open_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"

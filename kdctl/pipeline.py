@@ -8,21 +8,26 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kdctl import metrics, models, stats
+from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.errors import DataError, PresetError, StoreError
+from kdctl.foreign import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.job import Job, Measured, versions
 from kdctl.metrics import PerDocument
 from kdctl.preset import DistillSection, Preset, Source
 from kdctl.prompts import PromptSet, as_rollout
 from kdctl.quant.apply import build_student, layer_errors, quantize_layers, share_frozen
-from kdctl.quant.checkpoint import Student, check_sums, load_student, save_student
+from kdctl.quant.checkpoint import Student, check_sums, load_student
 from kdctl.quant.shadow import ShadowWeights
 from kdctl.records import DistillReport, EvalResult, QuantizeReport, Rollout, StoreManifest
 from kdctl.report import write_report
@@ -31,6 +36,7 @@ from kdctl.rollout.generate import Sampling
 from kdctl.rollout.plan import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
+from kdctl.students import write_student
 from kdctl.tracking import Tracker, open_wandb, read_metrics
 
 Stores = dict[Source, RolloutStore]
@@ -60,14 +66,8 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
     student = Student(build_student(job.teacher, weights), weights)
     per_document = job.measure(student.model, "student")
     described = describe_student(job, student, name, per_document, seconds)
-    save_student(job.run.student, student, job.tokenizer, ignored(job), described, metrics.as_table(per_document))
+    write_student(job, job.run.student, student, described, per_document)
     return read_record(report, QuantizeReport)
-
-
-def ignored(job: Job) -> list[str]:
-    """List the linear layers that stay in full precision."""
-    quantized = set(job.layers)
-    return ["lm_head", *(name for name in models.linear_shapes(models.skeleton(job.config)) if name not in quantized)]
 
 
 def describe_student(
@@ -189,11 +189,11 @@ def variant_name(settings: DistillSection, base: DistillSection) -> str:
     return name
 
 
-def check_name(name: str) -> str:
-    """Return a variant's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
+def check_name(name: str, option: str = "--name") -> str:
+    """Return a model's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
     if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq"):
         raise PresetError(
-            f"--name {name!r} cannot name a variant; use letters, digits and ._=+-, and neither teacher nor ptq"
+            f"{option} {name!r} cannot name a variant; use letters, digits and ._=+-, and neither teacher nor ptq"
         )
     return name
 
@@ -287,7 +287,9 @@ def _finish_variant(
     """Measure the trained student, write ``final/`` and then ``distill.json``."""
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
-    save_student(variant.final, student, job.tokenizer, ignored(job), described, metrics.as_table(after))
+    summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
+    training = Training(variant.name, job.preset.distill, summary, removed)
+    write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if live(settings):
         stores = {**stores, "student": RolloutStore(variant.rollouts)}
@@ -299,9 +301,9 @@ def _finish_variant(
         settings=settings.model_dump(),
         student=job.student_fingerprint,
         stores={source: store.fingerprint() for source, store in stores.items()},
-        before=metrics.summarize(before),
+        before=summary,
         after=metrics.summarize(after),
-        removed=stats.removed(after.forward_kl, before.forward_kl),
+        removed=removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
         steps=settings.steps,
         train_seconds_s=sum(step_seconds),
@@ -317,34 +319,61 @@ def _finish_variant(
 # --- eval -------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(job: Job, names: Sequence[str] = (), force: bool = False) -> dict[str, EvalResult]:
-    """Evaluate teacher, PTQ student and every variant, or only those named. Tasks are loaded before any model."""
-    known = ["teacher", "ptq", *(variant.name for variant in job.run.variants())]
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate. foreign: where it came from, if kdctl did not make it here."""
+
+    name: str
+    folder: Path
+    foreign: Foreign | None = None
+
+
+def evaluate(
+    job: Job, names: Sequence[str] = (), force: bool = False, also: Foreign | None = None
+) -> dict[str, EvalResult]:
+    """Evaluate teacher, PTQ student and every variant, or only those named, and ``also`` a model made elsewhere.
+
+    Tasks are loaded before any model.
+    """
+    known = _candidates(job, also)
     for name in names:
         if name not in known:
             raise DataError(f"no model {name!r} in {job.run.path}; there are {', '.join(known)}")
-    chosen = [name for name in known if not names or name in names]
-    pending = [name for name in chosen if force or not _evaluated(job, name)]
-    for name in chosen:
-        if name not in pending:
-            job.reporter.note(f"eval: {name} is complete, skipped")
+    chosen = [one for one in known.values() if not names or one.name in names or one.foreign]
+    pending = [one for one in chosen if force or not _evaluated(job, one)]
+    for one in chosen:
+        if one not in pending:
+            job.reporter.note(f"eval: {one.name} is complete, skipped")
     if pending:
         from kdctl.evaluate import build_tasks  # lm-eval takes seconds to import; only this stage needs it
 
         tasks = build_tasks(job.preset.eval, job.offline)
         ensure_student(job)
-        for name in pending:
-            _evaluate_one(job, name, tasks)
-    return {name: read_record(job.run.eval(name) / "results.json", EvalResult) for name in chosen}
+        for one in pending:
+            _evaluate_one(job, one, tasks)
+    return {one.name: read_record(job.run.eval(one.name) / "results.json", EvalResult) for one in chosen}
 
 
-def _model_path(job: Job, name: str) -> Path:
-    return {"teacher": job.folder, "ptq": job.run.student}.get(name, job.run.variant(name).final)
+def open_foreign(job: Job, name: str, reference: str) -> Foreign:
+    """Find a model made elsewhere for a row of its own."""
+    return find_foreign(check_name(name, "--as"), reference, job.dtype, job.offline)
 
 
-def _eval_identity(job: Job, name: str) -> str:
+def _candidates(job: Job, also: Foreign | None) -> dict[str, Candidate]:
+    """List what can be evaluated, by name, in the order of the report."""
+    variants = [Candidate(variant.name, variant.final) for variant in job.run.variants()]
+    found = [Candidate("teacher", job.folder), Candidate("ptq", job.run.student)]
+    if also is not None:
+        if also.name in {variant.name for variant in variants}:
+            raise PresetError(f"--as {also.name!r} is the name of a variant in {job.run.path}; choose another")
+        check_comparable(also, job.tokenizer, job.config)
+        found.append(Candidate(also.name, also.folder, also))
+    return {one.name: one for one in [*found, *variants]}
+
+
+def _eval_identity(job: Job, one: Candidate) -> str:
     inputs = {
-        "weights": models.fingerprint(_model_path(job, name)),
+        "weights": models.fingerprint(one.folder),
         "teacher": job.fingerprint,
         "heldout": job.heldout_store.fingerprint(),
         "lm_eval": version("lm-eval"),
@@ -352,43 +381,57 @@ def _eval_identity(job: Job, name: str) -> str:
     return identity("eval", {"eval": job.preset.eval, "text_tokens": job.preset.heldout.text_tokens}, inputs)
 
 
-def _evaluated(job: Job, name: str) -> bool:
+def _evaluated(job: Job, one: Candidate) -> bool:
     """Tell whether results of the same model, tasks, limit and yardstick are there."""
-    results = job.run.eval(name) / "results.json"
-    return results.exists() and read_record(results, EvalResult).identity == _eval_identity(job, name)
+    results = job.run.eval(one.name) / "results.json"
+    return results.exists() and read_record(results, EvalResult).identity == _eval_identity(job, one)
 
 
-def _evaluate_one(job: Job, name: str, tasks: dict[str, Any]) -> None:
+def _evaluate_one(job: Job, one: Candidate, tasks: dict[str, Any]) -> None:
     """Score one model on the tasks and the yardstick and write its results, items first."""
     from kdctl.evaluate import score_tasks, write_items
 
-    started, path = time.perf_counter(), _model_path(job, name)
-    model = job.teacher if name == "teacher" else load_student(path, job.device).model
-    with job.reporter.task(f"evaluating {name}", "documents") as advance:
+    started, folder = time.perf_counter(), job.run.eval(one.name)
+    model = _load(job, one)
+    with job.reporter.task(f"evaluating {one.name}", "documents") as advance:
         scores, items = score_tasks(
             model, job.tokenizer, tasks, job.preset.eval, lambda _, done, total: advance(done, total)
         )
-    if name == "teacher":
-        measured = Measured(metrics.compare_teacher(job.yardstick), job.teacher_text)
-    else:
-        measured = job.measure_student(path, model, name)
-    folder = job.run.eval(name)
+    measured = _measure(job, one, model)
     write_items(folder, items | {"heldout": metrics.as_table(measured.per_document)})
-    report = job.run.variant(name).report
+    report = job.run.variant(one.name).report
     result = EvalResult(
-        model=name,
-        identity=_eval_identity(job, name),
-        weights=models.fingerprint(path),
+        model=one.name,
+        identity=_eval_identity(job, one),
+        weights=models.fingerprint(one.folder),
         limit=job.preset.eval.limit,
         tasks=scores,
         distribution=metrics.summarize(measured.per_document),
         text=measured.text,
-        size_bytes=models.weights_bytes(path),
+        size_bytes=models.weights_bytes(one.folder),
         seconds_s=time.perf_counter() - started,
         versions=versions(),
-        settings=read_record(report, DistillReport).settings if report.exists() else {},
+        settings=read_record(report, DistillReport).settings if report.exists() and not one.foreign else {},
+        reference=one.foreign.reference if one.foreign else None,
     )
     write_record(folder / "results.json", result)
+
+
+def _load(job: Job, one: Candidate) -> PreTrainedModel:
+    if one.name == "teacher":
+        return job.teacher
+    if one.foreign:
+        return load_foreign(one.foreign, job.dtype, job.device)
+    return load_student(one.folder, job.device).model
+
+
+def _measure(job: Job, one: Candidate, model: PreTrainedModel) -> Measured:
+    """Measure a model on the yardstick and on plain text, or read what was measured when it was made."""
+    if one.name == "teacher":
+        return Measured(metrics.compare_teacher(job.yardstick), job.teacher_text)
+    if one.foreign:
+        return Measured(job.measure(model, one.name), metrics.text_perplexity(model, job.text, job.pad_id))
+    return job.measure_student(one.folder, model, one.name)
 
 
 # --- report and run ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
+ExportFormat = Literal["gguf", "dense", "hqq"]
 
 
 class Record(BaseModel):
@@ -172,6 +173,29 @@ class QuantizeReport(StudentFolder):
     versions: Versions
 
 
+class Check(Record):
+    """One thing that was looked at in a student folder."""
+
+    name: str
+    status: Literal["passed", "failed", "unknown"]
+    detail: str
+    needs_teacher: bool = False
+    """Where it cannot be looked at without the teacher, "unknown" is no failure."""
+
+    @property
+    def acceptable(self) -> bool:
+        """Tell whether the folder may be used as far as this check goes."""
+        return self.status == "passed" or (self.status == "unknown" and self.needs_teacher)
+
+
+class VerifyReport(Record):
+    """What ``kdctl verify`` found in a student folder."""
+
+    folder: str
+    passed: bool
+    checks: tuple[Check, ...]
+
+
 class CheckpointMeta(Record):
     """JSON beside a checkpoint's tensors."""
 
@@ -220,7 +244,7 @@ class EvalResult(Record):
     """``eval/<model>/results.json``."""
 
     model: str
-    """``teacher``, ``ptq`` or a variant."""
+    """``teacher``, ``ptq``, a variant, or the name of a model made elsewhere."""
     identity: str
     weights: str
     """Fingerprint of the evaluated weights."""
@@ -233,3 +257,23 @@ class EvalResult(Record):
     versions: Versions
     settings: dict[str, object] = {}
     """λ, β, lr and the other distill settings of a variant."""
+    reference: str | None = None
+    """Only for a model that kdctl did not make here: the folder or Hub id that ``--also`` named."""
+
+
+class ExportReport(Record):
+    """What ``kdctl export`` wrote."""
+
+    format: ExportFormat
+    path: str
+    weights: str
+    """Fingerprint of the student that was exported."""
+    size_bytes: int
+    block_type: str | None = None
+    """GGUF only: the type that holds the codes."""
+    exact_blocks: float | None = None
+    """GGUF only: share of blocks whose scale and offset are the grid's to the bit."""
+    largest_difference: float | None = None
+    """GGUF only: largest distance of a weight from Q(W), which is rounded to the model's dtype and a GGUF's is not."""
+    rounded_difference: float | None = None
+    """GGUF only: the same with the GGUF's weights rounded to the model's dtype, as transformers reads them."""

@@ -47,11 +47,18 @@ def average(row: Row, tasks: Sequence[str]) -> tuple[float, float] | None:
 
 def read_rows(run: RunDir) -> list[Row]:
     """Read one row for each model that the folder has results of. Raises StoreError if there are none."""
-    names = ["teacher", "ptq", *(variant.name for variant in run.variants())]
+    variants = [variant.name for variant in run.variants()]
+    names = ["teacher", "ptq", *(name for name in _foreign_names(run) if name not in variants), *variants]
     rows = [row for row in (_read_row(run, name) for name in names) if row is not None]
     if not rows:
         raise StoreError(f"{run.path} has no results yet; run kdctl quantize, distill or eval with this --run first")
     return rows
+
+
+def _foreign_names(run: RunDir) -> list[str]:
+    """List the evaluated models that were made elsewhere, by name."""
+    found = [read_record(path, EvalResult) for path in sorted(run.eval_root.glob("*/results.json"))]
+    return [result.model for result in found if result.reference is not None]
 
 
 def write_report(run: RunDir, form: str = "markdown") -> str:

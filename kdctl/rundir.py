@@ -71,6 +71,14 @@ class VariantDir:
         self.report = path / "distill.json"
 
 
+def enclosing_run(folder: Path) -> RunDir | None:
+    """Return the run folder that a student folder lies in, ``student/`` or ``distill/<variant>/final/``, if any."""
+    for parent in list(folder.resolve().parents)[:3]:
+        if (parent / "preset.json").is_file():
+            return RunDir(parent)
+    return None
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content, hexadecimal."""
     with open(path, "rb") as file:
@@ -156,7 +164,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+def require_free_space(folder: Path, needed_bytes: int, what: str, option: str = "--run") -> None:
     """Raise StoreError, before any work, if ``folder``'s disk has not ``needed_bytes`` left."""
     while not folder.exists():
         folder = folder.parent
@@ -164,5 +172,5 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise StoreError(
             f"{what} needs {needed_bytes / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; "
-            "free some space or choose another place with --run"
+            f"free some space or choose another place with {option}"
         )

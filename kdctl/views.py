@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from kdctl import console
-from kdctl.records import DistillReport, DistributionMetrics, Estimate, QuantizeReport, StoreManifest
+from kdctl.records import (
+    DistillReport,
+    DistributionMetrics,
+    Estimate,
+    ExportReport,
+    QuantizeReport,
+    StoreManifest,
+    VerifyReport,
+)
 
 WORST = 5
 
@@ -84,3 +92,27 @@ def show_distilled(report: DistillReport) -> None:
         ),
     ]
     console.show_pairs(report.variant, pairs)
+
+
+def show_exported(report: ExportReport) -> None:
+    """Show where an export lies and what it kept."""
+    pairs = [("path", report.path), ("size", mib(report.size_bytes))]
+    if report.exact_blocks is not None:
+        pairs += [
+            ("codes", f"all kept, in {report.block_type} blocks of 32"),
+            ("scale and offset exact", f"{100 * report.exact_blocks:.2f} % of blocks"),
+            (
+                "largest difference from Q(W)",
+                f"{report.largest_difference:.3g} (in llama.cpp, which does not round Q(W))",
+            ),
+            ("the same, rounded like Q(W)", f"{report.rounded_difference:.3g} (in transformers)"),
+        ]
+    console.show_pairs(f"{report.format} export", pairs)
+
+
+def show_verified(report: VerifyReport) -> None:
+    """Show every check and the verdict."""
+    console.show_pairs(report.folder, [(check.name, f"{check.status}: {check.detail}") for check in report.checks])
+    unknown = [check.name for check in report.checks if check.status == "unknown"]
+    verdict = "verified" if report.passed else "NOT verified"
+    console.show_text(verdict + (f"; unknown: {', '.join(unknown)}" if unknown else ""))

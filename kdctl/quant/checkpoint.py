@@ -6,7 +6,7 @@ last.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -36,6 +36,8 @@ from kdctl.rundir import atomic_folder, sha256, write_record
 
 SUMS = "SHA256SUMS"
 HELDOUT = "heldout.parquet"
+REPORT = "quantize.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -108,21 +110,29 @@ def unquantized_tensors(model: PreTrainedModel, weights: Mapping[str, QuantizedW
     return found
 
 
+def dense_linears(model: nn.Module, weights: Container[str]) -> list[str]:
+    """List the linear layers that stay in full precision, the output head among them."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in weights]
+
+
 def save_student(
     folder: Path,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
-    ignore: list[str],
     report: QuantizeReport,
     heldout: pa.Table,
+    card: Callable[[QuantizeReport], str],
 ) -> None:
-    """Write a student folder; it appears whole or not at all. heldout: its per-document sums on the yardstick."""
+    """Write a student folder; it appears whole or not at all.
+
+    heldout: its per-document sums on the yardstick. card: writes the text of README.md once the size is known.
+    """
     tensors = unquantized_tensors(student.model, student.weights)
     for name, weight in student.weights.items():
         tensors |= packed_tensors(name, weight)
     grid = next(iter(student.weights.values())).grid
     config = copy.deepcopy(student.model.config)
-    config.quantization_config = quantization_config(grid, ignore)
+    config.quantization_config = quantization_config(grid, dense_linears(student.model, student.weights))
     config.name_or_path = ""
     with atomic_folder(folder) as temporary:
         on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -132,7 +142,8 @@ def save_student(
             student.model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         report = report.model_copy(update={"student_bytes": folder_bytes(temporary)})
-        write_record(temporary / "quantize.json", report)
+        write_record(temporary / REPORT, report)
+        (temporary / CARD).write_text(card(report), encoding="utf-8")
         pq.write_table(heldout, temporary / HELDOUT)
         write_sums(temporary)
 
@@ -183,15 +194,22 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def load_student(folder: Path, device: torch.device) -> Student:
-    """Load a student folder without transformers' quantization code.
+    """Load a student folder, checking its integrity first.
 
     Raises StoreError if the folder is damaged or of another format.
     """
     check_sums(folder)
+    return read_student(folder, device)
+
+
+def read_student(folder: Path, device: torch.device) -> Student:
+    """Read a student folder without transformers' quantization code and without looking at SHA256SUMS."""
     config = AutoConfig.from_pretrained(folder)
     grid = stored_grid(config, folder)
     tensors = dict(read_tensors(folder))
     names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    if not names:
+        raise StoreError(f"{folder} has no packed weights")
     weights = {name: unpacked(name, tensors, grid) for name in names}
     state = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
     for name, weight in weights.items():

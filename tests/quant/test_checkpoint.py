@@ -155,7 +155,8 @@ def test_saving_a_loaded_student_again_changes_no_stored_number(
     stored = json.loads((folder / "quantize.json").read_text())
     report = QuantizeReport.model_construct(**stored | {"skip": tuple(stored["skip"])})
     heldout = pq.read_table(folder / checkpoint.HELDOUT)
-    checkpoint.save_student(tmp_path / "again", load_student(folder, CPU), tokenizer, ["lm_head"], report, heldout)
+    student = load_student(folder, CPU)
+    checkpoint.save_student(tmp_path / "again", student, tokenizer, report, heldout, lambda _: "a card")
     for path in folder.iterdir():
         assert sha256(path) == sha256(tmp_path / "again" / path.name), path.name
 
@@ -234,8 +235,8 @@ def test_shard_that_the_sums_do_not_know_is_noticed(folder: Path):
         load_student(folder, CPU)
 
 
-def test_a_readme_may_be_added_to_a_folder(folder: Path):
-    (folder / "README.md").write_text("a model card")
+def test_a_file_may_be_added_to_a_folder(folder: Path):
+    (folder / "NOTES.md").write_text("a note")
     assert load_student(folder, CPU).weights
 
 

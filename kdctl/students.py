@@ -1,0 +1,57 @@
+"""Writes student folders: the model card with them, and the gate before them (layer 4)."""
+
+from pathlib import Path
+
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from kdctl import metrics
+from kdctl.card import Origin, Training, model_card
+from kdctl.inspection import Teacher
+from kdctl.job import Job
+from kdctl.metrics import PerDocument
+from kdctl.models import HUB_ID
+from kdctl.quant.checkpoint import Student, save_student
+from kdctl.records import QuantizeReport
+from kdctl.verify import accept
+
+
+def write_student(
+    job: Job,
+    folder: Path,
+    student: Student,
+    report: QuantizeReport,
+    per_document: PerDocument,
+    training: Training | None = None,
+) -> None:
+    """Write a student folder beside its place, verify it there, and only then move it in.
+
+    Raises StoreError if it does not verify. training: how it was trained, None for a PTQ student.
+    """
+    origin = origin_of(job)
+    pending = folder.with_name(f".{folder.name}.new")
+    table = metrics.as_table(per_document)
+    save_student(pending, student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training))
+    with job.reporter.task(f"verifying {folder.name}"):
+        accept(pending, folder, Teacher(job.folder, job.dtype, job.fingerprint), job.device)
+
+
+def origin_of(job: Job) -> Origin:
+    """Say where the teacher came from."""
+    reference = job.preset.teacher.model
+    return Origin(reference, reference if is_hub_id(reference) else None, license_of(job.folder))
+
+
+def is_hub_id(reference: str) -> bool:
+    """Tell whether a reference names a model on the Hub, not something on this disk."""
+    return "/" in reference and bool(HUB_ID.match(reference)) and not Path(reference).exists()
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the license that a model folder's card states, if it has one that can be read."""
+    card = folder / "README.md"
+    try:
+        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) else None
