@@ -153,7 +153,7 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="minmax or hqq.")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, hqq or gptq.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone. Repeatable.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -247,6 +247,7 @@ def distill(
     beta: Annotated[float | None, typer.Option(help="β: 0 forward KL, 1 reverse KL, between generalized JSD.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    train: Annotated[str | None, typer.Option(help="What learns: weights, lora or scales.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the λ draw and the data order.")] = None,
     refresh_every: Annotated[
         int | None, typer.Option(help="Steps between live generations; 0 replays rollouts/student.")
@@ -268,6 +269,7 @@ def distill(
         "distill.beta": beta,
         "distill.lr": lr,
         "distill.steps": steps,
+        "distill.train": train,
         "distill.seed": seed,
         "distill.refresh_every": refresh_every,
         "tracking.wandb": wandb,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kdctl import metrics, models, stats
 from kdctl.card import Training
+from kdctl.distill.batch import Batch, micro_batches
 from kdctl.distill.feed import Feed, Live, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.errors import DataError, PresetError, StoreError
@@ -26,9 +27,9 @@ from kdctl.job import Job, Measured, versions
 from kdctl.metrics import PerDocument
 from kdctl.preset import DistillSection, Preset, Source
 from kdctl.prompts import PromptSet, as_rollout
-from kdctl.quant.apply import build_student, layer_errors, quantize_layers, share_frozen
+from kdctl.quant.apply import build_student, layer_errors, quantize_calibrated, quantize_layers, share_frozen
 from kdctl.quant.checkpoint import Student, check_sums, load_student
-from kdctl.quant.shadow import ShadowWeights
+from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport, EvalResult, QuantizeReport, Rollout, StoreManifest
 from kdctl.report import write_report
 from kdctl.resolve import identity
@@ -40,6 +41,7 @@ from kdctl.students import write_student
 from kdctl.tracking import Tracker, open_wandb, read_metrics
 
 Stores = dict[Source, RolloutStore]
+CALIBRATION_BATCH = 16
 
 
 # --- quantize ---------------------------------------------------------------------------------------------------------
@@ -47,9 +49,11 @@ Stores = dict[Source, RolloutStore]
 
 def quantize(job: Job, force: bool = False) -> QuantizeReport:
     """Make ``student/`` from the teacher by post-training quantization."""
-    name = identity(
-        "quantize", {"quantize": job.preset.quantize, "dtype": str(job.dtype)}, {"teacher": job.fingerprint}
-    )
+    settings, inputs = job.preset.quantize, {"teacher": job.fingerprint}
+    calibration = _filled(job, settings.calibration_source) if settings.method == "gptq" else None
+    if calibration is not None:
+        inputs["calibration"] = calibration.fingerprint()
+    name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
     report = job.run.student / "quantize.json"
     if report.exists() and not force:
         found = read_record(report, QuantizeReport)
@@ -59,15 +63,25 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
             return found
         raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
     started = time.perf_counter()
-    settings = job.preset.quantize
     with job.reporter.task(f"quantizing {len(job.layers)} layers", "layers") as advance:
-        weights = quantize_layers(job.teacher, job.layers, settings, advance)
+        if calibration is None:
+            weights = quantize_layers(job.teacher, job.layers, settings, advance)
+        else:
+            batches = calibration_batches(job, calibration)
+            weights = quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
     seconds = time.perf_counter() - started
     student = Student(build_student(job.teacher, weights), weights)
     per_document = job.measure(student.model, "student")
     described = describe_student(job, student, name, per_document, seconds)
     write_student(job, job.run.student, student, described, per_document)
     return read_record(report, QuantizeReport)
+
+
+def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
+    """Cut the first sequences of a store into padded batches, prompts and completions together."""
+    rollouts = store.read()[: job.preset.quantize.calibration_sequences]
+    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.pad_id, job.preset.distill.max_tokens)
+    return [batch.to(job.device) for batch in batches]
 
 
 def describe_student(
@@ -245,7 +259,7 @@ def _distill_identity(job: Job, stores: Stores) -> str:
 def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
     """Run the training loop and return the trained student."""
     settings = job.preset.distill
-    shadow = ShadowWeights(ptq.model, ptq.weights, job.teacher)
+    shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
     feed = _feed(job, variant, ptq, stores, name)
     trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, job.pad_id)
     small = job.small_yardstick(settings.heldout_documents)

@@ -16,6 +16,9 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, closed, documented by the strings under its fields."""
 
@@ -42,8 +45,14 @@ class QuantizeSection(Section):
     """Weights along in_features that share one scale."""
     symmetric: bool = False
     """Fix the zero point in the middle of the codes and do not store it."""
-    method: Literal["minmax", "hqq"] = "hqq"
-    """How scales and zero points are found."""
+    method: Literal["minmax", "hqq", "gptq"] = "hqq"
+    """How codes, scales and zero points are found."""
+    calibration_source: Literal["teacher", "dataset"] = "teacher"
+    """Rollout store whose sequences ``gptq`` calibrates on."""
+    calibration_sequences: Count = 128
+    """Sequences to calibrate on."""
+    damping: Positive = 0.01
+    """Share of the mean diagonal added to the Hessian by ``gptq``."""
     skip: tuple[str, ...] = ()
     """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
 
@@ -145,6 +154,20 @@ class DistillSection(Section):
     """``normalized`` divides generalized JSD by β(1 − β), so that its ends are the two KLs; ``gkd`` does not."""
     temperature: Positive = 1.0
     """Softmax temperature in the loss, for teacher and student."""
+    train: Literal["weights", "lora", "scales"] = "weights"
+    """What learns: full-precision masters of all weights, low-rank updates inside Q, or scales with codes frozen."""
+    learn_scales: bool = False
+    """With ``train="weights"``, learn the scales beside the weights."""
+    train_norms: bool = False
+    """With ``train="scales"``, learn the normalisation weights too."""
+    lora_rank: Count = 32
+    """Rank of the low-rank updates."""
+    lora_alpha: Positive | None = None
+    """Low-rank updates are scaled by alpha/rank; twice the rank without it."""
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
+    """Patterns of the layers that get a low-rank update; the others keep their codes."""
+    scale_lr_ratio: Positive = 10.0
+    """Learning rate of scales as a multiple of ``lr``; it is a relative step, the same for every group."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after warm-up."""
     warmup_ratio: Share = 0.1
@@ -167,6 +190,19 @@ class DistillSection(Section):
     """Write the training state every so many steps; 0 only at the end."""
     keep_last: Count = 1
     """Checkpoints kept."""
+
+    @property
+    def effective_lora_alpha(self) -> float:
+        """Alpha, or twice the rank where it is not given."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.learn_scales and self.train != "weights":
+            raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
+        if self.train_norms and self.train != "scales":
+            raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
+        return self
 
     @property
     def rows_per_step(self) -> int:

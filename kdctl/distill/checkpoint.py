@@ -1,4 +1,4 @@
-"""Training state on disk: masters and AdamW moments as safetensors, the rest as JSON; nothing is pickled.
+"""Training state on disk: what is trained and AdamW's moments as safetensors, the rest as JSON; nothing is pickled.
 
 The data order, the λ draw and the learning rate are functions of the step, so the step is all else there is to keep.
 """
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdctl.errors import StoreError
-from kdctl.quant.shadow import ShadowWeights
+from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta
 from kdctl.rundir import atomic_folder, read_record, sha256, write_record
 
@@ -24,20 +24,20 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 
 
-def checkpoint_bytes(shadow: ShadowWeights) -> int:
-    """Return the size of one checkpoint: master and two moments in float32."""
-    return sum(3 * 4 * master.numel() for master in shadow.masters.values())
+def checkpoint_bytes(shadow: Shadow) -> int:
+    """Return the size of one checkpoint: what is trained and two moments of it, in float32."""
+    return sum(3 * 4 * tensor.numel() for tensor in shadow.parameters())
 
 
 def save_checkpoint(
-    root: Path, shadow: ShadowWeights, optimizer: torch.optim.Optimizer, meta: CheckpointMeta, keep_last: int
+    root: Path, shadow: Shadow, optimizer: torch.optim.Optimizer, meta: CheckpointMeta, keep_last: int
 ) -> Path:
     """Write a checkpoint atomically, then remove all but the ``keep_last`` newest."""
     tensors = {}
-    for name, master in shadow.masters.items():
-        tensors[f"master.{name}"] = master.detach()
+    for name, trained in shadow.trained.items():
+        tensors[f"trained.{name}"] = trained.detach()
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[master][moment]
+            tensors[f"{moment}.{name}"] = optimizer.state[trained][moment]
     path = checkpoint_path(root, meta.step)
     with atomic_folder(path) as temporary:
         save_file(tensors, temporary / TENSORS)
@@ -53,8 +53,8 @@ def latest_checkpoint(root: Path) -> tuple[Path, CheckpointMeta] | None:
     return (found[-1], read_record(found[-1] / META, CheckpointMeta)) if found else None
 
 
-def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: ShadowWeights, optimizer: torch.optim.Optimizer) -> None:
-    """Put masters and moments back and write Q(master) into the student.
+def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: Shadow, optimizer: torch.optim.Optimizer) -> None:
+    """Put what is trained and its moments back and write Q(W) into the student.
 
     Raises StoreError if the file is not the one that was written.
     """
@@ -62,8 +62,8 @@ def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: ShadowWeights, opt
         raise StoreError(f"{path / TENSORS} is damaged; remove {path} to go on from an earlier checkpoint or the start")
     tensors = load_file(path / TENSORS)
     with torch.no_grad():
-        for name, master in shadow.masters.items():
-            master.copy_(tensors[f"master.{name}"])
-            state = {moment: tensors[f"{moment}.{name}"].to(master.device) for moment in MOMENTS}
-            optimizer.state[master] = {"step": torch.tensor(float(meta.step), device=master.device), **state}
+        for name, trained in shadow.trained.items():
+            trained.copy_(tensors[f"trained.{name}"])
+            state = {moment: tensors[f"{moment}.{name}"].to(trained.device) for moment in MOMENTS}
+            optimizer.state[trained] = {"step": torch.tensor(float(meta.step), device=trained.device), **state}
     shadow.write_back()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import Yardstick, compare, predicting_states, summarize
 from kdctl.models import final_hidden, head_of
 from kdctl.preset import DistillSection
-from kdctl.quant.shadow import ShadowWeights
+from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
 from kdctl.rundir import require_free_space
 from kdctl.tracking import Tracker
@@ -46,6 +47,17 @@ def objective_of(settings: DistillSection) -> Objective:
     return Objective(settings.beta, settings.temperature, settings.divergence_scale)
 
 
+def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str, Any]]:
+    """Split what is trained by learning rate: scales learn in relative steps and are never decayed."""
+    scales = [tensor for name, tensor in shadow.trained.items() if name.endswith(".log_scale")]
+    others = [tensor for name, tensor in shadow.trained.items() if not name.endswith(".log_scale")]
+    groups = [
+        {"params": others, "ratio": 1.0},
+        {"params": scales, "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class Trainer:
     """Everything one variant's training holds on to."""
 
@@ -53,7 +65,7 @@ class Trainer:
         self,
         teacher: PreTrainedModel,
         student: PreTrainedModel,
-        shadow: ShadowWeights,
+        shadow: Shadow,
         feed: Feed,
         settings: DistillSection,
         pad_id: int,
@@ -70,7 +82,7 @@ class Trainer:
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
         self.optimizer = torch.optim.AdamW(
-            shadow.parameters(),
+            parameter_groups(shadow, settings),
             lr=settings.lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
@@ -89,7 +101,7 @@ class Trainer:
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
         rate = learning_rate(step, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.shadow.write_back()
@@ -126,8 +138,7 @@ class Trainer:
         return divergence(hidden, states, self.head, self.objective, self.chunk)
 
     def clip(self) -> float:
-        """Mask clamped weights, scale the gradient down to ``max_grad_norm`` and return its norm."""
-        self.shadow.mask_clamped()
+        """Scale the gradient down to ``max_grad_norm`` and return its norm."""
         limit = self.settings.max_grad_norm or math.inf
         return float(torch.nn.utils.clip_grad_norm_(self.shadow.parameters(), limit))
 

@@ -140,13 +140,12 @@ def unpack_zero_point(packed: Tensor, bits: int, out_features: int) -> Tensor:
 def into_cell(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Move a weight into the rounding cells of given codes, float32 (out_features, in_features).
 
-    Unchanged where it already rounds to its code; elsewhere the nearest point that safely does, a hundredth of a cell
-    inside. So ``quantize(into_cell(W, Q), ...)`` is Q's codes, whatever method chose them.
+    Unchanged where it already rounds to its code; elsewhere the middle of the cell, so that the first steps of training
+    do not undo what a calibrated method decided. ``quantize(into_cell(W, Q), ...)`` is Q's codes, whatever chose them.
     """
     qparams, grid = quantized.qparams, quantized.grid
     same = quantize(weight, qparams, grid) == quantized.codes
-    code = grouped(quantized.codes, grid.group_size).float()
-    nearest = grid_position(weight, qparams, grid).clamp(code - 0.49, code + 0.49)
-    zero = qparams.zero_point.unsqueeze(-1)
-    moved = ((nearest - zero) * qparams.scale.float().unsqueeze(-1)).flatten(-2)
-    return torch.where(same, weight.float(), moved)
+    zero = qparams.zero_point.float().unsqueeze(-1)
+    difference = grouped(quantized.codes, grid.group_size).float() - zero
+    middle = (difference * qparams.scale.float().unsqueeze(-1)).flatten(-2)
+    return torch.where(same, weight.float(), middle)

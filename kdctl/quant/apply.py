@@ -1,16 +1,20 @@
 """Walks a model: which layers are quantized, by which method, and the student that results."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdctl.distill.batch import Batch
 from kdctl.errors import ModelError, PresetError
 from kdctl.models import from_tensors, linear_shapes
 from kdctl.preset import QuantizeSection
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
+from kdctl.quant.calibrate import quantize_in_order
+from kdctl.quant.gptq import gptq
 from kdctl.quant.methods import quantize_weight
 from kdctl.records import LayerError
 
@@ -65,6 +69,21 @@ def quantize_layers(
         if progress is not None:
             progress(done + 1, len(names))
     return weights
+
+
+def quantize_calibrated(
+    teacher: PreTrainedModel,
+    names: list[str],
+    settings: QuantizeSection,
+    batches: Sequence[Batch],
+    progress: Progress | None = None,
+) -> Weights:
+    """Quantize layer by layer with GPTQ on calibration batches, each layer seeing the quantized ones before it."""
+
+    def quantizer(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+        return gptq(weight, hessian, grid_of(settings), weight.dtype, settings.damping)
+
+    return quantize_in_order(copy.deepcopy(teacher), names, batches, quantizer, progress)
 
 
 def build_student(teacher: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> PreTrainedModel:

@@ -58,8 +58,18 @@ def best_of(weight: Tensor, first: QParams, second: QParams, grid: Grid) -> QPar
     return QParams(scale, torch.where(keep, first.zero_point, second.zero_point))
 
 
-def search(weight: Tensor, start: QParams, grid: Grid, dtype: torch.dtype, shifts: tuple[int, ...]) -> QParams:
-    """Pick, for each group, the scale and zero point near ``start`` with the least squared error."""
+def search(
+    weight: Tensor,
+    start: QParams,
+    grid: Grid,
+    dtype: torch.dtype,
+    shifts: tuple[int, ...],
+    importance: Tensor | None = None,
+) -> QParams:
+    """Pick, for each group, the scale and zero point near ``start`` with the least squared error.
+
+    importance: (groups, group_size) weights of the squared errors, all one without it.
+    """
     groups = grouped(weight.float(), grid.group_size)
     best = torch.full(start.scale.shape, torch.inf, device=weight.device)
     scale, zero = round_scale(start.scale, dtype), start.zero_point.clone()
@@ -67,7 +77,7 @@ def search(weight: Tensor, start: QParams, grid: Grid, dtype: torch.dtype, shift
         shifted = nearest_zero(start.zero_point.float() + shift, grid)
         for factor in SCALE_FACTORS:
             trial = QParams(round_scale(start.scale * factor, dtype), shifted)
-            error = squared_error(groups, trial, grid)
+            error = squared_error(groups, trial, grid, importance)
             better = error < best
             best = torch.where(better, error, best)
             scale = torch.where(better, trial.scale, scale)
@@ -75,12 +85,13 @@ def search(weight: Tensor, start: QParams, grid: Grid, dtype: torch.dtype, shift
     return QParams(scale, zero)
 
 
-def squared_error(groups: Tensor, qparams: QParams, grid: Grid) -> Tensor:
-    """Return Σ(W − Q(W))² of each group, (out_features, groups) float32."""
+def squared_error(groups: Tensor, qparams: QParams, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """Return Σ(W − Q(W))², weighted if asked, of each group, (out_features, groups) float32."""
     scale = qparams.scale.float().unsqueeze(-1)
     zero = qparams.zero_point.float().unsqueeze(-1)
     codes = (groups / scale).add_(zero).round_().clamp_(0, grid.max_code)
-    return codes.sub_(zero).mul_(scale).sub_(groups).square_().sum(-1)
+    errors = codes.sub_(zero).mul_(scale).sub_(groups).square_()
+    return errors.sum(-1) if importance is None else errors.mul_(importance).sum(-1)
 
 
 def nearest_zero(zero: Tensor, grid: Grid) -> Tensor:

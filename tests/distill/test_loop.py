@@ -57,8 +57,8 @@ def test_eight_rows_at_once_equal_one_row_eight_times(teacher_fp32: PreTrainedMo
     other_loss, other_tokens = single.accumulate(data)
     assert tokens == other_tokens == sum(len(r.completion_ids) for r in data)
     assert loss == pytest.approx(other_loss, rel=1e-5)
-    for name, master in whole.shadow.masters.items():
-        other = single.shadow.masters[name].grad
+    for name, master in whole.shadow.trained.items():
+        other = single.shadow.trained[name].grad
         assert master.grad is not None
         assert other is not None
         torch.testing.assert_close(master.grad, other, rtol=1e-3, atol=1e-6)
@@ -96,7 +96,7 @@ def test_a_step_changes_quantized_weights_and_nothing_else(teacher: PreTrainedMo
     before = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
     trainer.step(0)
     changed = {n for n, tensor in trainer.student.state_dict().items() if not torch.equal(tensor, before[n])}
-    assert changed == {f"{name}.weight" for name in trainer.shadow.masters}
+    assert changed == {f"{name}.weight" for name, _ in trainer.shadow.quantized()}
 
 
 def test_student_always_holds_what_its_masters_quantize_to(teacher: PreTrainedModel) -> None:
@@ -129,7 +129,8 @@ def test_clipping_bounds_the_gradient_norm(teacher: PreTrainedModel) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(teacher: PreTrainedModel) -> None:
     trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
-    name, master = next(iter(trainer.shadow.masters.items()))
+    name, _ = next(iter(trainer.shadow.quantized()))
+    master = trainer.shadow.trained[f"{name}.master"]
     with torch.no_grad():
         trainer.student.get_parameter(f"{name}.weight").fill_(math.inf)
     before = master.detach().clone()
@@ -241,7 +242,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(teacher: PreTr
 
         def rows(self, step: int) -> list[Rollout]:
             if step == 2:
-                name = next(iter(trainer.shadow.masters))
+                name, _ = next(iter(trainer.shadow.quantized()))
                 with torch.no_grad():
                     trainer.student.get_parameter(f"{name}.weight").fill_(math.inf)
             return super().rows(step)

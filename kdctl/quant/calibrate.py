@@ -1,0 +1,130 @@
+"""Layer-by-layer quantization with calibration data (layer 2).
+
+The inputs of each decoder layer come from the already quantized ones before it, so that every layer compensates what
+went wrong earlier. One layer's Hessians are in memory at a time.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdctl.distill.batch import Batch
+from kdctl.errors import ModelError
+from kdctl.quant.affine import QuantizedWeight, dequantize
+
+Quantizer = Callable[[str, Tensor, Tensor], QuantizedWeight]
+"""Maps a layer's name, weight and Hessian to a quantized weight."""
+Progress = Callable[[int, int], None]
+LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+def by_decoder_layer(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group linear layers by the decoder layer that holds them. Raises ModelError if one is outside of all."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = LAYER.match(name)
+        if match is None:
+            raise ModelError(
+                f"{name} is in no decoder layer, so it has no place in layer-by-layer calibration; skip it"
+            )
+        groups.setdefault(match.group(1), []).append(name)
+    return groups
+
+
+@torch.no_grad()
+def quantize_in_order(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    quantizer: Quantizer,
+    progress: Progress | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Quantize a model's layers in place, first to last, and return their weights on the grid."""
+    groups = by_decoder_layer(names)
+    hidden, options = first_inputs(model, list(groups), batches)
+    weights: dict[str, QuantizedWeight] = {}
+    for done, (prefix, members) in enumerate(groups.items()):
+        layer = model.get_submodule(prefix)
+        hessians = collect(
+            layer, {name: model.get_submodule(name) for name in members}, hidden, options[prefix], batches
+        )
+        for name in members:
+            parameter = model.get_parameter(f"{name}.weight")
+            weights[name] = quantizer(name, parameter, hessians[name])
+            parameter.copy_(dequantize(weights[name].codes, weights[name].qparams, weights[name].grid))
+        hidden = [run(layer, state, kept) for state, kept in zip(hidden, options[prefix], strict=True)]
+        if progress is not None:
+            progress(done + 1, len(groups))
+    return weights
+
+
+def run(layer: nn.Module, hidden: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Run one decoder layer on its own."""
+    output = layer(hidden, **options)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def first_inputs(
+    model: PreTrainedModel, prefixes: Sequence[str], batches: Sequence[Batch]
+) -> tuple[list[Tensor], dict[str, list[dict[str, Any]]]]:
+    """Catch the first decoder layer's input and every decoder layer's other arguments (masks, positions), per batch."""
+    hidden: list[Tensor] = []
+    options: dict[str, list[dict[str, Any]]] = {prefix: [] for prefix in prefixes}
+
+    def catch(prefix: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if prefix == prefixes[0]:
+                hidden.append(arguments[0])
+            options[prefix].append(named)
+
+        return hook
+
+    hooks = [
+        model.get_submodule(prefix).register_forward_pre_hook(catch(prefix), with_kwargs=True) for prefix in prefixes
+    ]
+    try:
+        for batch in batches:
+            model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, options
+
+
+def collect(
+    layer: nn.Module,
+    members: Mapping[str, nn.Module],
+    hidden: Sequence[Tensor],
+    options: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
+) -> dict[str, Tensor]:
+    """Sum x·xᵀ over the tokens that reach each linear layer, padding left out; layers with one input share one sum."""
+    sums: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    mask = torch.empty(0)
+
+    def gather(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            owners[name] = seen.setdefault(id(arguments[0]), name)
+            if owners[name] == name:
+                tokens = arguments[0][mask].float()
+                product = tokens.T @ tokens
+                sums[name] = sums[name].add_(product) if name in sums else product
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(gather(name)) for name, module in members.items()]
+    try:
+        for state, kept, batch in zip(hidden, options, batches, strict=True):
+            seen.clear()
+            mask = batch.attention_mask.bool()
+            run(layer, state, kept)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sums[owners[name]] for name in members}

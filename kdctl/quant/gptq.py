@@ -1,0 +1,64 @@
+"""Second-order error compensation on the shipping grid. Pure functions on tensors (layer 1)."""
+
+import torch
+from torch import Tensor
+
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight, grouped
+from kdctl.quant.methods import ZERO_SHIFTS, minmax, search
+
+BLOCK = 128
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch.dtype, damping: float) -> QuantizedWeight:
+    """Quantize a weight column by column, each column's error compensated in those that follow.
+
+    weight: (out_features, in_features); hessian: (in_features, in_features) float32, Σ x·xᵀ over calibration tokens.
+    Frantar et al. 2022 (GPTQ), algorithm 1, columns in order of decreasing activation. Scales and zero points are
+    chosen before, group by group in the stored order and weighted by activation, so nothing is permuted on disk.
+    Damping is a share of the mean diagonal. Raises torch.linalg.LinAlgError if the damped Hessian is singular.
+    """
+    importance = hessian.diagonal()
+    qparams = weighted_search(weight, importance, grid, dtype)
+    order = importance.argsort(descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], damping)
+    permuted = compensate(weight.float()[:, order], factor, order // grid.group_size, qparams, grid)
+    codes = torch.empty_like(permuted)
+    codes[:, order] = permuted
+    return QuantizedWeight(codes, qparams, grid)
+
+
+def weighted_search(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
+    """Choose scales and zero points with the least squared error weighted by activation, from min-max on."""
+    weights = (importance / importance.mean().clamp(min=1e-30)).clamp(min=1e-3)
+    start = minmax(weight, grid, torch.float32)
+    shifts = (0,) if grid.symmetric else ZERO_SHIFTS
+    return search(weight, start, grid, dtype, shifts, grouped(weights, grid.group_size))
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the damped Hessian's inverse, (in_features, in_features) float32."""
+    damped = hessian.double()
+    damped.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=1e-8))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def compensate(weight: Tensor, factor: Tensor, groups: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Round columns left to right, spreading each rounding error over the columns to the right; returns codes uint8.
+
+    groups: (in_features,) the group that each (permuted) column belongs to. The weight is used up as scratch space.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scale, zero = qparams.scale[:, groups].float(), qparams.zero_point[:, groups].float()
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        errors = torch.empty_like(weight[:, start:stop])
+        for column in range(start, stop):
+            position = weight[:, column] / scale[:, column] + zero[:, column]
+            code = position.round().clamp(0, grid.max_code)
+            value = ((code - zero[:, column]) * scale[:, column]).to(qparams.scale.dtype).float()
+            error = (weight[:, column] - value) / factor[column, column]
+            weight[:, column:stop].addr_(error, factor[column, column:stop], alpha=-1)
+            codes[:, column], errors[:, column - start] = code.to(torch.uint8), error
+        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    return codes

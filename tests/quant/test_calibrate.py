@@ -1,0 +1,53 @@
+"""Layer-by-layer calibration."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdctl.distill.batch import collate
+from kdctl.errors import ModelError
+from kdctl.quant.affine import Grid, dequantize
+from kdctl.quant.calibrate import by_decoder_layer, quantize_in_order
+from kdctl.quant.methods import quantize_weight
+from kdctl.records import Rollout
+
+ROWS = [Rollout("", i, 0, [65 + i] * (3 + i), [70] * 5, None, "length", 0, 0, "teacher") for i in range(4)]
+
+
+def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrainedModel) -> None:
+    names = [n for n, m in teacher_fp32.named_modules() if n.endswith("_proj")]
+    batches = [collate(ROWS[:2], 258, 64), collate(ROWS[2:], 258, 64)]
+    seen: dict[str, Tensor] = {}
+
+    def quantizer(name: str, weight: Tensor, hessian: Tensor):
+        seen[name] = hessian
+        return quantize_weight(weight, "minmax", Grid(4, 32, False), torch.float32)
+
+    model = copy.deepcopy(teacher_fp32)
+    weights = quantize_in_order(model, names, batches, quantizer)
+    assert list(weights) == names
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(f"{name}.weight"), dequantize(weight.codes, weight.qparams, weight.grid))
+    # The second layer's inputs, taken from an independent full forward of the model with only the first one quantized.
+    reference = copy.deepcopy(teacher_fp32)
+    for name in names:
+        if ".layers.0." in name:
+            reference.get_parameter(f"{name}.weight").data.copy_(model.get_parameter(f"{name}.weight"))
+    inputs: list[Tensor] = []
+    target = next(name for name in names if ".layers.1." in name and name.endswith("q_proj"))
+    hook = reference.get_submodule(target).register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        for row in ROWS:
+            reference(input_ids=torch.tensor([row.prompt_ids + row.completion_ids]))
+    hook.remove()
+    tokens = torch.cat([given.flatten(0, 1) for given in inputs])
+    torch.testing.assert_close(seen[target], tokens.T @ tokens, rtol=1e-4, atol=1e-4)
+    assert seen[target] is seen[target.replace("q_proj", "k_proj")]
+
+
+def test_a_layer_outside_all_decoder_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="projector"):
+        by_decoder_layer(["model.layers.0.mlp.up_proj", "projector"])
