@@ -105,12 +105,12 @@ def collect(
     """Sum x·xᵀ over the tokens that reach each linear layer, padding left out; layers with one input share one sum."""
     sums: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
-    seen: dict[int, str] = {}
+    seen: dict[int, tuple[str, Tensor]] = {}  # holds the inputs too, so that none is freed and its id used again
     mask = torch.empty(0)
 
     def gather(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            owners[name] = seen.setdefault(id(arguments[0]), name)
+            owners[name], _ = seen.setdefault(id(arguments[0]), (name, arguments[0]))
             if owners[name] == name:
                 tokens = arguments[0][mask].float()
                 product = tokens.T @ tokens

@@ -45,7 +45,10 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     hook.remove()
     tokens = torch.cat([given.flatten(0, 1) for given in inputs])
     torch.testing.assert_close(seen[target], tokens.T @ tokens, rtol=1e-4, atol=1e-4)
-    assert seen[target] is seen[target.replace("q_proj", "k_proj")]
+    owners = {name.rpartition(".")[2]: id(hessian) for name, hessian in seen.items() if ".layers.0." in name}
+    shared = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    assert [len({owners[name] for name in members}) for members in shared] == [1, 1, 1, 1]
+    assert len(set(owners.values())) == len(shared)
 
 
 def test_a_layer_outside_all_decoder_layers_is_refused() -> None:
