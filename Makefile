@@ -13,11 +13,11 @@ test: $(STAMP)  ## set up, then check style and types and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -m "not slow" --durations=5 --cov --cov-report=
+	$(BIN)/pytest -n 2 -m "not slow" --durations=5 --cov --cov-report=
 	$(BIN)/pytest -m slow --durations=5 --cov --cov-append --cov-report=term:skip-covered
 
 fast: $(STAMP)  ## the fast tests only
-	$(BIN)/pytest -m "not slow" -q
+	$(BIN)/pytest -n 2 -m "not slow" -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
