@@ -110,7 +110,7 @@ def collect(
 
     def gather(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            owners[name], _ = seen.setdefault(id(arguments[0]), (name, arguments[0]))
+            owners[name] = seen.setdefault(id(arguments[0]), (name, arguments[0]))[0]
             if owners[name] == name:
                 tokens = arguments[0][mask].float()
                 product = tokens.T @ tokens
