@@ -27,7 +27,3 @@ class StoreError(KdctlError, RuntimeError):
 
 class TrainingError(KdctlError, ArithmeticError):
     """Training cannot go on: the loss is no longer a finite number."""
-
-
-class InterruptedRun(KdctlError, RuntimeError):
-    """A run was stopped half-way; what was finished is on disk and the same command takes it up again."""

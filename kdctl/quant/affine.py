@@ -78,12 +78,16 @@ def quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
 
 
 def inside(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
-    """Tell which weights are not clamped, (out_features, in_features) bool.
+    """Tell which weights are not clamped, (out_features, in_features) bool."""
+    return unclamped(grid_position(weight, qparams, grid), grid).flatten(-2)
+
+
+def unclamped(position: Tensor, grid: Grid) -> Tensor:
+    """Tell which positions on the grid round to a code without clamping.
 
     Half-even rounding takes −0.5 to code 0 and 2^bits − 0.5 to 2^bits, so the interval is closed below and open above.
     """
-    position = grid_position(weight, qparams, grid)
-    return ((position >= -0.5) & (position < grid.max_code + 0.5)).flatten(-2)
+    return (position >= -0.5) & (position < grid.max_code + 0.5)
 
 
 def fake_quantize(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:

@@ -29,9 +29,11 @@ from kdctl.quant.affine import (
     fake_quantize,
     grid_position,
     grouped,
+    inside,
     into_cell,
     quantize,
     round_scale,
+    unclamped,
 )
 
 Weights = Mapping[str, QuantizedWeight]
@@ -140,7 +142,7 @@ class ShadowWeights(Shadow):
         """Pass G to the master where its code is not clamped, and Σ G·∂Q/∂s to the scale."""
         qparams, grid = self.qparams(name), self._grids[name].grid
         position = grid_position(self.trained[f"{name}.master"], qparams, grid)
-        free = (position >= -0.5) & (position < grid.max_code + 0.5)
+        free = unclamped(position, grid)
         gradient = gradient.float()
         if f"{name}.log_scale" in self.trained:
             zero = qparams.zero_point.unsqueeze(-1)
@@ -197,9 +199,8 @@ class ShadowLora(Shadow):
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass G, zero where the code is clamped, through the product: dL/dA = (α/r)·Bᵀ·G, dL/dB = (α/r)·G·Aᵀ."""
         grid = self._grids[name]
-        position = grid_position(self.master(name), grid.qparams, grid.grid)
-        free = (position >= -0.5) & (position < grid.grid.max_code + 0.5)
-        inner = gradient.float().mul_(free.flatten(-2)).mul_(self._factor)
+        free = inside(self.master(name), grid.qparams, grid.grid)
+        inner = gradient.float().mul_(free).mul_(self._factor)
         a, b = self.trained[f"{name}.lora_a"], self.trained[f"{name}.lora_b"]
         _accumulate(a, b.T @ inner)
         _accumulate(b, inner @ a.T)
