@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,9 +33,10 @@ from kdctl.architecture import check_architecture
 from kdctl.distill.divergence import Head
 from kdctl.errors import ModelError
 from kdctl.rundir import atomic_folder, sha256
-from kdctl.tokens import open_tokenizer
+from kdctl.tokens import open_gguf_tokenizer, open_tokenizer
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
 GENERATION = "generation_config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
@@ -113,7 +113,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     config = GgufConfig(gguf_file=path.name, dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=config, **place)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = open_gguf_tokenizer(path)
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
     with atomic_folder(folder) as temporary:
@@ -124,7 +124,8 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
 
 def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
-    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{str(dtype).removeprefix('torch.')}"
+    made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
+    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{made_by}"
 
 
 def read_config(path: Path) -> PretrainedConfig:
