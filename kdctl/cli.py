@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from kdctl import __version__, console, resolve
 from kdctl.errors import KdctlError, PresetError
-from kdctl.preset import Preset, Source
+from kdctl.preset import Preset, QuantizeSection, Source
 from kdctl.records import ExportFormat
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | 
         own = (folder or Path("runs") / DEFAULT_PRESET) / "preset.json"
         name = str(own) if own.is_file() else DEFAULT_PRESET
     return resolve.load_preset(name, overrides)
+
+
+def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection]:
+    """Return the quantize section once for each method. Raises PresetError for one that does not exist."""
+    tree = preset.model_dump()
+    return [resolve.build_preset(tree, {"quantize.method": method}, "--compare").quantize for method in methods]
 
 
 def run_folder(name: str | None, folder: Path | None) -> Path:
@@ -154,6 +160,9 @@ def quantize(
         bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="minmax, hqq or gptq.")] = None,
+    compared: Annotated[
+        str | None, typer.Option("--compare", help="Methods, with commas: measure each, make no student.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone. Repeatable.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -174,11 +183,22 @@ def quantize(
         "quantize.skip": skip,
     }
     with guarded():
+        if compared is not None and method is not None:
+            raise PresetError("--compare names the methods itself; leave --method out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        methods = list(dict.fromkeys(compared.split(","))) if compared is not None else []
+        sections = with_methods(stage.preset, methods)
         job = stage.open()
         from kdctl import pipeline
 
-        show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+        if not sections:
+            show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+            return
+        results = pipeline.compare(job, sections, force)
+        if as_json:
+            show_json({result.method: result for result in results})
+        else:
+            console_views().show_compared(results)
 
 
 @app.command()
