@@ -218,17 +218,12 @@ def head_of(model: PreTrainedModel) -> Head:
 def check_head(model: PreTrainedModel) -> None:
     """Raise ModelError unless logits are exactly lm_head(final hidden state)."""
     ids = torch.tensor([[1, 2, 3]], device=model.device)
-    hidden = final_hidden(model, ids, torch.ones_like(ids))
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
         raise ModelError(
             f"model type {model.config.model_type!r} changes its logits after the output head (capping or scaling), "
             "and kdctl computes divergences from final hidden states and would train on another distribution"
         )
-
-
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run a model up to its final hidden states, (B, T, H)."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -237,11 +232,6 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     configured = GenerationConfig.from_pretrained(folder).eos_token_id if found else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill padding with; which one does not matter, masks come from lengths."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -26,6 +26,7 @@ LAYERS = {
     "quant.shadow": 1,
     "distill.batch": 1,
     "distill.divergence": 1,
+    "attention": 2,
     "gguf_layout": 2,
     "architecture": 2,
     "foreign": 2,

@@ -18,7 +18,6 @@ from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport
 from kdctl.resolve import identity
-from kdctl.rollout.generate import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
@@ -86,7 +85,7 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
     feed = _feed(job, variant, ptq, stores, name)
-    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, job.pad_id)
+    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings)
     small = job.small_yardstick(settings.heldout_documents)
 
     def tracker(resume_step: int) -> Tracker:
@@ -110,7 +109,7 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
         return Feed(settings, off_policy)
     if not live(settings):
         return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed))
-    generator = job.generator(ptq.model, Sampling.of(job.preset.rollout), "student")
+    generator = job.generator(ptq.model, "student")
     prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
     return Feed(settings, off_policy, Live(settings, prompts, generator, store, name, job.student_fingerprint))
 

@@ -132,5 +132,5 @@ def _measure(job: Job, one: Candidate, model: PreTrainedModel) -> Measured:
     if one.name == "teacher":
         return Measured(metrics.compare_teacher(job.yardstick), job.teacher_text)
     if one.foreign:
-        return Measured(job.measure(model, one.name), metrics.text_perplexity(model, job.text, job.pad_id))
+        return Measured(job.measure(model, one.name), metrics.text_perplexity(model, job.text))
     return job.measure_student(one.folder, model, one.name)

@@ -71,7 +71,7 @@ def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
         sqnr_db=sqnr(job.teacher, student.weights),
         yardstick=job.yardstick_identity,
         distribution=metrics.summarize(job.measure(student.model, settings.method)),
-        text=metrics.text_perplexity(student.model, job.text, job.pad_id),
+        text=metrics.text_perplexity(student.model, job.text),
         versions=versions(),
         **settings.model_dump(include=GRID),
     )
@@ -103,7 +103,7 @@ def make_student(job: Job, recipe: Recipe) -> tuple[Student, float]:
 def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
     """Cut the first sequences of a store into padded batches, prompts and completions together."""
     rollouts = store.read()[: job.preset.quantize.calibration_sequences]
-    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.pad_id, job.preset.distill.max_tokens)
+    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.preset.distill.max_tokens)
     return [batch.to(job.device) for batch in batches]
 
 
@@ -123,7 +123,7 @@ def describe_student(
         layers=layer_errors(job.teacher, student.weights),
         yardstick=job.yardstick_identity,
         distribution=metrics.summarize(per_document),
-        text=metrics.text_perplexity(student.model, job.text, job.pad_id),
+        text=metrics.text_perplexity(student.model, job.text),
         teacher_text=job.teacher_text,
         seconds_s=seconds,
         versions=versions(),

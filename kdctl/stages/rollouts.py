@@ -7,7 +7,6 @@ from kdctl.prompts import PromptSet, as_rollout
 from kdctl.quant.checkpoint import load_student
 from kdctl.records import Rollout
 from kdctl.resolve import identity
-from kdctl.rollout.generate import Sampling
 from kdctl.rollout.plan import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.store import RolloutStore
 
@@ -55,7 +54,7 @@ def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
         fill_from_dataset(store, plan, dataset_rollouts(job, prompts))
     else:
         model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
-        fill(store, plan, job.generator(model, Sampling.of(settings), source), job.reporter)
+        fill(store, plan, job.generator(model, source), job.reporter)
     return True
 
 
