@@ -1,6 +1,7 @@
 """Sequences laid end to end see what each would see alone, whole or continued from a cache."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 from kdctl.attention import NAME, Layout, RowCache, forward, use_layouts
 from kdctl.errors import ModelError
 
-SHAPE = {
+SHAPE: Any = {
     "vocab_size": 100,
     "hidden_size": 64,
     "intermediate_size": 96,
