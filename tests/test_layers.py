@@ -18,7 +18,7 @@ LAYERS = {
     "resolve": 0,
     "rundir": 0,
     "card": 1,
-    "stats": 1,
+    "stats.bootstrap": 1,
     "quant.affine": 1,
     "quant.blocks": 1,
     "quant.gptq": 1,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kdctl import stats
+from kdctl.stats import bootstrap
 from kdctl.records import Estimate
 
 DOCUMENTS, DATA_SETS = 60, 300
@@ -52,7 +53,7 @@ def coverage(estimates: list[Estimate], truth: float) -> float:
 
 
 def test_intervals_of_ratios_cover_the_truth_about_95_times_in_100(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 400)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
     estimates = [stats.ratio(before, length) for length, before, _ in map(data, range(DATA_SETS))]
     assert 0.90 <= coverage(estimates, 0.3) <= 0.98
     below = np.mean([estimate.high < 0.3 for estimate in estimates])
@@ -61,7 +62,7 @@ def test_intervals_of_ratios_cover_the_truth_about_95_times_in_100(monkeypatch: 
 
 
 def test_intervals_of_removed_cover_the_truth_about_95_times_in_100(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 400)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
     estimates = [stats.removed(after, before) for _, before, after in map(data, range(DATA_SETS))]
     assert 0.90 <= coverage(estimates, 0.5) <= 0.98
 
