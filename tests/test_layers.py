@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "kdctl"
 LAYERS = {
     "__init__": 0,
     "errors": 0,
+    "findings": 0,
     "keyed": 0,
     "preset": 0,
     "progress": 0,
@@ -19,6 +20,8 @@ LAYERS = {
     "rundir": 0,
     "card": 1,
     "stats.bootstrap": 1,
+    "stats.groups": 1,
+    "stats.proportions": 1,
     "quant.affine": 1,
     "quant.blocks": 1,
     "quant.gptq": 1,

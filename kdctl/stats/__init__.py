@@ -1,5 +1,12 @@
-"""Statistics on per-item results: intervals, paired comparisons, verdicts. Pure numpy and scipy (layer 1)."""
+"""Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
 
-from kdctl.stats.bootstrap import exponential, ratio, removed
+from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
+from kdctl.stats.proportions import accuracy
 
-__all__ = ["exponential", "ratio", "removed"]
+__all__ = [
+    "accuracy",
+    "exponential",
+    "ratio",
+    "ratio_difference",
+    "removed",
+]
