@@ -1,11 +1,16 @@
 """Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
 
 from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
+from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.proportions import accuracy
 
 __all__ = [
+    "Paired",
     "accuracy",
+    "compare",
+    "compare_average",
     "exponential",
+    "holm",
     "ratio",
     "ratio_difference",
     "removed",
