@@ -24,6 +24,7 @@ LAYERS = {
     "stats.comparisons": 1,
     "stats.groups": 1,
     "stats.proportions": 1,
+    "stats.repeats": 1,
     "stats.verdicts": 1,
     "quant.affine": 1,
     "quant.blocks": 1,

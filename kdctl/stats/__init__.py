@@ -3,15 +3,18 @@
 from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.proportions import accuracy
+from kdctl.stats.repeats import compare_seeds, seeds
 
 __all__ = [
     "Paired",
     "accuracy",
     "compare",
     "compare_average",
+    "compare_seeds",
     "exponential",
     "holm",
     "ratio",
     "ratio_difference",
     "removed",
+    "seeds",
 ]
