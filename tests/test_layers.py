@@ -22,6 +22,7 @@ LAYERS = {
     "stats.averages": 1,
     "stats.bootstrap": 1,
     "stats.comparisons": 1,
+    "stats.gaps": 1,
     "stats.groups": 1,
     "stats.proportions": 1,
     "stats.repeats": 1,

@@ -2,11 +2,13 @@
 
 from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
+from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
 from kdctl.stats.repeats import compare_seeds, seeds
 
 __all__ = [
     "Paired",
+    "Trio",
     "accuracy",
     "compare",
     "compare_average",
@@ -15,6 +17,8 @@ __all__ = [
     "holm",
     "ratio",
     "ratio_difference",
+    "recovery",
+    "recovery_average",
     "removed",
     "seeds",
 ]
