@@ -153,7 +153,7 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="minmax, hqq or gptq.")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, hqq, gptq or autoround.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone. Repeatable.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,

@@ -26,8 +26,10 @@ from kdctl.foreign import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.job import Job, Measured, versions
 from kdctl.metrics import PerDocument
 from kdctl.preset import DistillSection, Preset, Source
+from kdctl.progress import Advance
 from kdctl.prompts import PromptSet, as_rollout
-from kdctl.quant.apply import build_student, layer_errors, quantize_calibrated, quantize_layers, share_frozen
+from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, share_frozen
+from kdctl.quant.autoround import Task, autoround
 from kdctl.quant.checkpoint import Student, check_sums, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport, EvalResult, QuantizeReport, Rollout, StoreManifest
@@ -42,6 +44,7 @@ from kdctl.tracking import Tracker, open_wandb, read_metrics
 
 Stores = dict[Source, RolloutStore]
 CALIBRATION_BATCH = 16
+CALIBRATED = ("gptq", "autoround")
 
 
 # --- quantize ---------------------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ CALIBRATION_BATCH = 16
 def quantize(job: Job, force: bool = False) -> QuantizeReport:
     """Make ``student/`` from the teacher by post-training quantization."""
     settings, inputs = job.preset.quantize, {"teacher": job.fingerprint}
-    calibration = _filled(job, settings.calibration_source) if settings.method == "gptq" else None
+    calibration = _filled(job, settings.calibration_source) if settings.method in CALIBRATED else None
     if calibration is not None:
         inputs["calibration"] = calibration.fingerprint()
     name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
@@ -64,17 +67,32 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
         raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
     started = time.perf_counter()
     with job.reporter.task(f"quantizing {len(job.layers)} layers", "layers") as advance:
-        if calibration is None:
-            weights = quantize_layers(job.teacher, job.layers, settings, advance)
-        else:
-            batches = calibration_batches(job, calibration)
-            weights = quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+        weights = _quantized(job, calibration, advance)
     seconds = time.perf_counter() - started
     student = Student(build_student(job.teacher, weights), weights)
     per_document = job.measure(student.model, "student")
     described = describe_student(job, student, name, per_document, seconds)
     write_student(job, job.run.student, student, described, per_document)
     return read_record(report, QuantizeReport)
+
+
+def _quantized(job: Job, calibration: RolloutStore | None, advance: Advance) -> Weights:
+    """Run the preset's method, on calibration sequences where it takes them."""
+    settings = job.preset.quantize
+    if calibration is None:
+        return quantize_layers(job.teacher, job.layers, settings, advance)
+    batches = calibration_batches(job, calibration)
+    if settings.method == "gptq":
+        return quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+    task = Task(
+        teacher=job.folder,
+        dtype=job.preset.teacher.dtype,
+        device=str(job.device),
+        settings=settings,
+        names=tuple(job.layers),
+        seed=job.preset.rollout.seed,
+    )
+    return autoround(task, batches, advance)
 
 
 def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
