@@ -45,6 +45,7 @@ LAYERS = {
     "tokens": 2,
     "tracking": 2,
     "quant.apply": 2,
+    "quant.autoround": 2,
     "quant.calibrate": 2,
     "quant.checkpoint": 2,
     "quant.layout": 2,
@@ -80,8 +81,9 @@ ALLOWED = {
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
     "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.offline"},
     "accelerate": {"distill.loop"},
+    "auto_round": {"quant.autoround"},
 }
-HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate"}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round"}
 
 
 def module_name(path: Path) -> str:
