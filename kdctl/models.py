@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -228,6 +229,17 @@ def check_head(model: PreTrainedModel) -> None:
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run a model up to its final hidden states, (B, T, H)."""
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def cached_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+    """Run a model on (B, T) tokens that follow those in a cache, and add them to it; final hidden states, (B, T, H).
+
+    mask: (B, tokens in the cache + T) int64. Positions count from its first 1, so padding may be on the left.
+    """
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kdctl.keyed import uniform
-from kdctl.models import head_of
+from kdctl.models import cached_hidden, head_of
 from kdctl.preset import RolloutSection
 from kdctl.records import Prompt, Rollout, SamplingRecord
 
@@ -118,12 +118,8 @@ class Generator:
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Return the next token's logits, (B, V) float32."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
         # Two-dimensional on purpose: a slice of a batch of sequences times the head would copy the head once a row.
-        return self.head.logits(output.last_hidden_state[:, -1])
+        return self.head.logits(cached_hidden(self.model, ids, mask, cache)[:, -1])
 
     def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> Tensor:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
