@@ -46,6 +46,7 @@ LAYERS = {
     "distill.feed": 2,
     "tasks.harness": 2,
     "tasks.items": 2,
+    "tasks.likelihood": 2,
     "tasks.offline": 2,
     "distill.loop": 3,
     "evaluate": 3,
@@ -65,7 +66,7 @@ ALLOWED = {
     "typer": {"cli"},
     "wandb": {"tracking"},
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
-    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.offline"},
+    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
     "accelerate": {"distill.loop"},
 }
 HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate"}
