@@ -56,6 +56,7 @@ LAYERS = {
     "distill.feed": 2,
     "tasks.harness": 2,
     "tasks.items": 2,
+    "tasks.likelihood": 2,
     "tasks.offline": 2,
     "distill.loop": 3,
     "evaluate": 3,
@@ -79,7 +80,7 @@ ALLOWED = {
     "typer": {"cli"},
     "wandb": {"tracking"},
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
-    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.offline"},
+    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
     "accelerate": {"distill.loop"},
     "auto_round": {"quant.autoround"},
 }

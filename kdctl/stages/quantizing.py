@@ -13,7 +13,7 @@ from kdctl.metrics import PerDocument
 from kdctl.preset import Preset, QuantizeSection
 from kdctl.progress import Advance
 from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
-from kdctl.quant.autoround import Task, autoround
+from kdctl.quant.autoround import Task, autoround, check_installed
 from kdctl.quant.checkpoint import Student, check_sums
 from kdctl.records import MethodResult, QuantizeReport
 from kdctl.resolve import identity
@@ -56,6 +56,8 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
 
 def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) -> list[MethodResult]:
     """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
+    if any(settings.method == "autoround" for settings in sections):
+        check_installed()
     return [_compared(job, recipe_of(job, settings), force) for settings in sections]
 
 
