@@ -68,11 +68,6 @@ def collate(rollouts: Sequence[Rollout], max_tokens: int) -> Batch:
     )
 
 
-def micro_batches(rollouts: Sequence[Rollout], size: int, max_tokens: int) -> list[Batch]:
-    """Split one step's rollouts into batches of ``size``."""
-    return [collate(rollouts[i : i + size], max_tokens) for i in range(0, len(rollouts), size)]
-
-
 def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:
     """Draw which rows of a step are student-generated: row r where uniform(seed, step, r) < λ."""
     return [uniform("lambda", seed, step, row) < lmbda for row in range(rows)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdctl import metrics, models
-from kdctl.distill.batch import Batch, micro_batches
+from kdctl.distill.batch import Batch, collate
 from kdctl.errors import StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
@@ -123,8 +123,8 @@ def _quantized(job: Job, recipe: Recipe, advance: Advance) -> Weights:
 def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
     """Cut the first sequences of a store into batches, prompts and completions together."""
     rollouts = store.read()[: job.preset.quantize.calibration_sequences]
-    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.preset.distill.max_tokens)
-    return [batch.to(job.device) for batch in batches]
+    parts = [rollouts[i : i + CALIBRATION_BATCH] for i in range(0, len(rollouts), CALIBRATION_BATCH)]
+    return [collate(part, job.preset.distill.max_tokens).to(job.device) for part in parts]
 
 
 def describe_student(
