@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import Batch, collate
+from kdctl.distill.batch import Batch, collate, split
 from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
@@ -123,8 +123,7 @@ class Trainer:
         The sum over all micro-batches is divided once by the global token count, so 8 × 1 equals 1 × 8.
         """
         settings = self.settings
-        size = settings.micro_batch_size
-        parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+        parts = split(rollouts, settings.micro_batch_size)
         batches = [collate(part, settings.max_tokens) for part in parts]
         tokens = sum(batch.completion_tokens for batch in batches)
         total = 0.0

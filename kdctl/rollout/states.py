@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import collate
+from kdctl.distill.batch import collate, split
 from kdctl.metrics import predicting_states
 from kdctl.progress import Reporter
 from kdctl.records import Rollout, ShardEntry
@@ -87,9 +87,7 @@ class TeacherStates:
         return states.float() * file.get_slice("scale")[start : start + count]
 
     def _encoded(self, rollouts: Sequence[Rollout], model: PreTrainedModel) -> dict[str, Tensor]:
-        longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-        batches = [collate(rollouts[i : i + BATCH], longest) for i in range(0, len(rollouts), BATCH)]
-        states = torch.cat([predicting_states(model, batch).cpu() for batch in batches])
+        states = torch.cat([predicting_states(model, collate(part)).cpu() for part in split(rollouts, BATCH)])
         return {"states": states} if self.kind == "exact" else int8(states)
 
 

@@ -171,7 +171,7 @@ def _finish_variant(
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
         versions=versions(),
-        **grid_record(job.preset),
+        **grid_record(job.preset.quantize),
     )
     write_record(variant.report, report)
     return report
