@@ -50,6 +50,8 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     """Train one variant and write its ``final/`` folder."""
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
+    if job.preset.distill.replay is not None:
+        recorded(job, job.preset.distill.replay)
     ensure_student(job)
     stores: Stores = {source: filled(job, source) for source in needed_sources(job.preset)}
     name_now = _distill_identity(job, stores)
