@@ -58,11 +58,11 @@ LAYERS = {
     "console": 5,
     "views": 5,
     "cli": 5,
+    "command": 5,
     "__main__": 5,
 }
 ALLOWED = {
     "rich": {"console"},
-    "typer": {"cli"},
     "wandb": {"tracking"},
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
     "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.offline"},
