@@ -32,7 +32,7 @@ from kdctl.quant.checkpoint import Student, check_sums, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport, EvalResult, QuantizeReport, Rollout, StoreManifest
 from kdctl.report import write_report
-from kdctl.resolve import identity
+from kdctl.resolve import identity, variant_name
 from kdctl.rollout.generate import Sampling
 from kdctl.rollout.plan import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.store import RolloutStore
@@ -193,16 +193,6 @@ def dataset_rollouts(job: Job, prompts: PromptSet) -> list[Rollout]:
 # --- distill ----------------------------------------------------------------------------------------------------------
 
 
-def variant_name(settings: DistillSection, base: DistillSection) -> str:
-    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
-    always = {"lmbda", "beta", "lr", "seed"}
-    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
-    for key, value in settings.model_dump().items():
-        if key not in always and value != base.model_dump()[key]:
-            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
-    return name
-
-
 def check_name(name: str, option: str = "--name") -> str:
     """Return a model's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
     if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq"):
@@ -216,8 +206,7 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     """Train one variant and write its ``final/`` folder."""
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
-    ensure_student(job)
-    stores: Stores = {source: _filled(job, source) for source in needed_sources(job.preset)}
+    stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
     if force:
         shutil.rmtree(variant.path, ignore_errors=True)
@@ -234,6 +223,13 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
     student = _train(job, variant, ptq, stores, name_now)
     return _finish_variant(job, variant, student, before, stores, name_now)
+
+
+def shared_stages(job: Job) -> Stores:
+    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
+    ensure_student(job)
+    _ = job.heldout_store
+    return {source: _filled(job, source) for source in needed_sources(job.preset)}
 
 
 def _filled(job: Job, source: Source) -> RolloutStore:
