@@ -28,6 +28,7 @@ from kdctl.command import (
 from kdctl.errors import PresetError
 from kdctl.preset import Preset, Source
 from kdctl.records import ExportFormat
+from kdctl.sweep_command import sweep
 
 app = typer.Typer(
     name="kdctl",
@@ -260,6 +261,9 @@ def run_preset(
         from kdctl import pipeline
 
         console.show_text(pipeline.run_all(job))
+
+
+app.command()(sweep)
 
 
 @app.command()

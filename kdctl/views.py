@@ -1,6 +1,7 @@
 """Records to what a person reads on stdout (layer 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdctl import console
 from kdctl.records import (
@@ -10,6 +11,8 @@ from kdctl.records import (
     ExportReport,
     QuantizeReport,
     StoreManifest,
+    SweepReport,
+    TrialRecord,
     VerifyReport,
 )
 
@@ -116,3 +119,78 @@ def show_verified(report: VerifyReport) -> None:
     unknown = [check.name for check in report.checks if check.status == "unknown"]
     verdict = "verified" if report.passed else "NOT verified"
     console.show_text(verdict + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
+
+
+def trial_rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a sweep's table: one column a swept field."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    header = ["trial", *(key.rpartition(".")[2] for key in keys)]
+    rows = [[str(trial.number), *(_cell(trial.values, key) for key in keys)] for trial in trials]
+    return header, rows
+
+
+def _cell(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def sweep_table(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, header and rows of a sweep that is under way or done."""
+    header, rows = trial_rows(report.trials)
+    for trial, row in zip(report.trials, rows, strict=True):
+        metric = "" if trial.metric is None else f"{trial.metric:.4f}"
+        left = "" if trial.left_s is None else duration(trial.left_s)
+        steps = f"{trial.step}/{trial.steps}" if trial.steps else ""
+        row += [trial.status + (" (best)" if metric and trial.variant == report.best else ""), steps, left, metric]
+    done = sum(trial.status == "complete" for trial in report.trials)
+    return (
+        f"{report.sweep}: {done} of {len(report.trials)} trials",
+        [
+            *header,
+            "status",
+            "steps",
+            "left",
+            report.metric,
+        ],
+        rows,
+    )
+
+
+def time_left(report: SweepReport, jobs: int) -> str:
+    """Estimate how long the rest of a sweep takes, from the seconds a step of finished trials."""
+    done = [(trial.seconds_s, trial.steps) for trial in report.trials if trial.seconds_s is not None]
+    if not done or report.trials[-1].steps == 0:
+        return ""
+    pace = sum(seconds for seconds, _ in done) / sum(steps for _, steps in done)
+    left = sum(trial.steps - trial.step for trial in report.trials if trial.status in ("waiting", "running"))
+    return f", about {duration(left * pace / jobs)} left" if left else ""
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as people do."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def draw_sweep(report: SweepReport, jobs: int) -> console.Table:
+    """Lay out a sweep that is under way."""
+    title, header, rows = sweep_table(report)
+    return console.make_table(title + time_left(report, jobs), header, rows)
+
+
+def show_sweep(report: SweepReport) -> None:
+    """Show every trial of a sweep and where the rest is."""
+    title, header, rows = sweep_table(report)
+    console.show_rows(
+        title, [*header, "variant"], [[*r, t.variant or ""] for r, t in zip(rows, report.trials, strict=True)]
+    )
+    console.show_text(f"kdctl report --run {report.folder} prints the variants' table with error bars")
+
+
+def show_trials(trials: Sequence[TrialRecord]) -> None:
+    """Show what a sweep would run."""
+    header, rows = trial_rows(trials)
+    console.show_rows(
+        "trials", [*header, "variant"], [[*row, t.variant or ""] for row, t in zip(rows, trials, strict=True)]
+    )

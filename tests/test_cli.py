@@ -29,7 +29,7 @@ from kdctl.report import ABSENT, write_report
 from kdctl.resolve import load_preset
 from kdctl.rundir import RunDir
 
-COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify")
+COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
 STAGES = ("quantize", "rollout", "distill", "eval", "run")
 HEAVY = ("torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate")
 TELL = (
