@@ -1,11 +1,11 @@
 """``kdctl sweep``: read the file, check all of it, then run it here, through wandb or on Kubernetes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,12 +21,14 @@ from kdctl.command import (
     show,
 )
 from kdctl.errors import PresetError
+from kdctl.preset import Preset
 
 if TYPE_CHECKING:
     from kdctl.sweep.board import Board
     from kdctl.sweep.space import Sweep
 
 DEFAULT_SWEEP = "quickstart_grid"
+Backend = Literal["local", "wandb", "kubernetes"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class Request:
         return self.preset or found.preset or (str(own) if own.is_file() else DEFAULT_PRESET)
 
 
+@dataclass(frozen=True)
+class PodOptions:
+    """The options of --backend kubernetes."""
+
+    pods: int
+    sweep_id: str | None
+    settings: tuple[str, ...]
+    apply: bool
+
+
 def sweep(
     file: Annotated[str, typer.Argument(help="Name of a shipped sweep, or a wandb sweep file.")] = DEFAULT_SWEEP,
     values: Annotated[
@@ -70,6 +82,16 @@ def sweep(
     max_trials: Annotated[
         int | None, typer.Option(help="Largest grid; number of random or bayes trials. (default: 64)", min=1)
     ] = None,
+    backend: Annotated[Backend, typer.Option(help="Where trials run: here, wandb agents here, or pods.")] = "local",
+    agents: Annotated[int, typer.Option(help="wandb agents, or pods. 0: only create the wandb sweep.", min=0)] = 1,
+    sweep_id: Annotated[
+        str | None, typer.Option(help="wandb sweep that exists: agents or pods join it, instead of a new one.")
+    ] = None,
+    pod: Annotated[
+        list[str] | None,
+        typer.Option(help="image=, gpus=, cpus=, memory=, claim= or secret= of a pod. Repeatable."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Hand the manifests to kubectl; else print them.")] = False,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate variants, or only train them.")] = True,
     as_json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
@@ -82,18 +104,42 @@ def sweep(
     with guarded():
         from kdctl.sweep.space import read_sweep
 
+        check_backend(
+            backend,
+            {
+                "--jobs": jobs > 1,
+                "--shard": shard,
+                "--agents": agents != 1,
+                "--sweep-id": sweep_id,
+                "--pod": pod,
+                "--apply": apply,
+            },
+        )
         found = read_sweep(file)
         folder = run or Path("runs") / found.name
         request = Request(file, preset, tuple(settings or ()), max_trials, evaluate, verbose)
         if values:
             run_one(request, found, folder, values)
-            return
-        board = planned(request, found, folder)
-        if dry_run:
-            show_plan(board)
-            return
-        run_here(request, board, jobs, shard)
-        show(board.report(board.study()), as_json, views.show_sweep)
+        elif dry_run:
+            show_plan(planned(request, found, folder))
+        elif backend == "wandb":
+            run_agents(request, found, folder, agents, sweep_id)
+        elif backend == "kubernetes":
+            run_pods(request, found, folder, PodOptions(agents, sweep_id, tuple(pod or ()), apply))
+        else:
+            board = planned(request, found, folder)
+            run_here(request, board, jobs, shard)
+            show(board.report(board.study()), as_json, views.show_sweep)
+
+
+def check_backend(backend: Backend, given: Mapping[str, object]) -> None:
+    """Refuse options that mean nothing where the trials will run."""
+    allowed = {"local": ("--jobs", "--shard"), "wandb": ("--agents", "--sweep-id")}.get(
+        backend, ("--agents", "--sweep-id", "--pod", "--apply")
+    )
+    for option, value in given.items():
+        if value and option not in allowed:
+            raise PresetError(f"{option} means nothing with --backend {backend}, which takes {', '.join(allowed)}")
 
 
 def planned(request: Request, found: "Sweep", folder: Path) -> "Board":
@@ -131,7 +177,7 @@ def run_here(request: Request, board: "Board", jobs: int, shard: str | None) -> 
 
     if not request.verbose:
         models.quiet()
-    with watched(board, reporter, jobs):
+    with watched(board, reporter):
         run_shard(board, part, reporter)
 
 
@@ -143,16 +189,16 @@ def run_jobs(request: Request, board: "Board", jobs: int) -> None:
     board.run.prepare()
     words = request.command(str(board.run.path))
     commands = [[sys.executable, "-m", "kdctl", *words, "--shard", f"{index}/{jobs}"] for index in range(jobs)]
-    with only_sweep(board.locks, board.plan.sweep.name), watched(board, console.ConsoleReporter(), jobs):
+    with only_sweep(board.locks, board.plan.sweep.name), watched(board, console.ConsoleReporter()):
         run_workers(commands, board.folder)
 
 
 @contextmanager
-def watched(board: "Board", reporter: console.ConsoleReporter, jobs: int) -> Iterator[None]:
+def watched(board: "Board", reporter: console.ConsoleReporter) -> Iterator[None]:
     """Show a live table of the sweep while a block runs."""
     board.run.prepare()
     study = board.study()
-    with reporter.live(lambda: views.draw_sweep(board.report(study), jobs)):
+    with reporter.live(lambda: views.draw_sweep(board.report(study))):
         yield
 
 
@@ -176,3 +222,66 @@ def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequenc
     one = LocalSweep(board, console.ConsoleReporter())
     value = one.run_trial(values)
     console.show_pairs(plan.variant(values, one.base), [(found.metric.name, f"{value:.6g}")])
+
+
+def run_agents(request: Request, found: "Sweep", folder: Path, agents: int, sweep_id: str | None) -> None:
+    """Create a wandb sweep, unless one is named, and run agents of it until it is done."""
+    from kdctl import tracking
+    from kdctl.sweep.board import Board
+    from kdctl.sweep.plan import base_plan, grid_trials
+    from kdctl.sweep.wandb_config import wandb_config
+    from kdctl.sweep.workers import run_workers
+
+    overrides = resolve.parse_assignments(request.settings)
+    plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
+    if found.method == "grid":
+        grid_trials(found, request.max_trials)
+    board = Board(plan, folder)
+    board.run.prepare()
+    words = request.command(str(folder)) + logging_on(plan.preset)
+    config = wandb_config(plan, words, request.max_trials)
+    name = sweep_id or tracking.create_sweep(config, plan.preset.tracking)
+    console.show_text(f"wandb agent {name}")
+    if agents:
+        run_workers([[sys.executable, "-m", "wandb", "agent", name]] * agents, board.folder)
+
+
+def logging_on(preset: Preset) -> list[str]:
+    """Return the option that makes trials log to wandb, unless they do."""
+    return ["--set", "tracking.wandb=online"] if preset.tracking.wandb == "off" else []
+
+
+def run_pods(request: Request, found: "Sweep", folder: Path, options: PodOptions) -> None:
+    """Print the manifests of a Job, or hand them to kubectl."""
+    from kdctl.sweep import kubernetes
+
+    if options.pods < 1:
+        raise PresetError("--agents 0 is for --backend wandb; a Job needs at least one pod")
+    if options.sweep_id:
+        text = render_agents(found, options.sweep_id, options.pods, options.settings)
+    else:
+        text = render_pods(request, found, folder, options.pods, options.settings)
+    console.show_text(kubernetes.apply(text) if options.apply else text)
+
+
+def render_pods(request: Request, found: "Sweep", folder: Path, pods: int, settings: Sequence[str]) -> str:
+    """Return the manifests of a Job whose pods are the sweep's shards. All of it is checked here first."""
+    from kdctl.sweep import kubernetes as k8s
+    from kdctl.sweep.space import find_sweep, sweep_names
+
+    pod, place = k8s.parse_pod(settings), k8s.pod_folder(PurePosixPath(folder))
+    pods = min(pods, planned(request, found, folder).plan.total)
+    files: dict[str, str] = {}
+    file = request.file if request.file in sweep_names() else k8s.shipped(find_sweep(request.file), files)
+    preset = request.preset or found.preset
+    if preset is not None and preset not in resolve.preset_names():
+        preset = k8s.shipped(Path(preset), files)
+    words = replace(request, file=file, preset=preset).command(place)
+    return k8s.render(k8s.Fleet(found.name, k8s.shard_command(words, pods), pods, files), pod)
+
+
+def render_agents(found: "Sweep", sweep_id: str, pods: int, settings: Sequence[str]) -> str:
+    """Return the manifests of a Job whose pods are agents of a wandb sweep."""
+    from kdctl.sweep import kubernetes as k8s
+
+    return k8s.render(k8s.Fleet(found.name, k8s.agent_command(sweep_id), pods, {}), k8s.parse_pod(settings))

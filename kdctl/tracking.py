@@ -1,6 +1,8 @@
 """Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,3 +68,16 @@ def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[
         resume="allow" if settings.wandb == "online" else None,
         settings=wandb.Settings(silent=True),
     )
+
+
+def create_sweep(config: dict[str, Any], settings: TrackingSection) -> str:
+    """Create a sweep on wandb's server and return what an agent is told: ``entity/project/id``.
+
+    The one place where a sweep talks to the server; agents are wandb's own program. What wandb says goes to stderr.
+    """
+    import wandb
+
+    project, entity = config.get("project", settings.project), config.get("entity", settings.entity)
+    with redirect_stdout(sys.stderr):
+        sweep_id = wandb.sweep(config, project=project, entity=entity)
+    return "/".join(part for part in (entity, project, sweep_id) if part)

@@ -143,27 +143,19 @@ def sweep_table(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
         steps = f"{trial.step}/{trial.steps}" if trial.steps else ""
         row += [trial.status + (" (best)" if metric and trial.variant == report.best else ""), steps, left, metric]
     done = sum(trial.status == "complete" for trial in report.trials)
-    return (
-        f"{report.sweep}: {done} of {len(report.trials)} trials",
-        [
-            *header,
-            "status",
-            "steps",
-            "left",
-            report.metric,
-        ],
-        rows,
-    )
+    title = f"{report.sweep}: {done} of {len(report.trials)} trials{time_left(report)}"
+    return title, [*header, "status", "steps", "left", report.metric], rows
 
 
-def time_left(report: SweepReport, jobs: int) -> str:
-    """Estimate how long the rest of a sweep takes, from the seconds a step of finished trials."""
+def time_left(report: SweepReport) -> str:
+    """Estimate how long the rest of a sweep takes, from what a step of finished trials took with its evaluation."""
     done = [(trial.seconds_s, trial.steps) for trial in report.trials if trial.seconds_s is not None]
-    if not done or report.trials[-1].steps == 0:
+    if not done or not all(trial.steps for trial in report.trials):
         return ""
     pace = sum(seconds for seconds, _ in done) / sum(steps for _, steps in done)
     left = sum(trial.steps - trial.step for trial in report.trials if trial.status in ("waiting", "running"))
-    return f", about {duration(left * pace / jobs)} left" if left else ""
+    at_once = max(1, sum(trial.status == "running" for trial in report.trials))
+    return f", about {duration(left * pace / at_once)} left" if left else ""
 
 
 def duration(seconds: float) -> str:
@@ -173,24 +165,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def draw_sweep(report: SweepReport, jobs: int) -> console.Table:
+def draw_sweep(report: SweepReport) -> console.Table:
     """Lay out a sweep that is under way."""
-    title, header, rows = sweep_table(report)
-    return console.make_table(title + time_left(report, jobs), header, rows)
+    return console.make_table(*sweep_table(report))
 
 
 def show_sweep(report: SweepReport) -> None:
     """Show every trial of a sweep and where the rest is."""
     title, header, rows = sweep_table(report)
-    console.show_rows(
-        title, [*header, "variant"], [[*r, t.variant or ""] for r, t in zip(rows, report.trials, strict=True)]
-    )
+    _show_variants(title, header, rows, report.trials)
     console.show_text(f"kdctl report --run {report.folder} prints the variants' table with error bars")
 
 
 def show_trials(trials: Sequence[TrialRecord]) -> None:
     """Show what a sweep would run."""
-    header, rows = trial_rows(trials)
-    console.show_rows(
-        "trials", [*header, "variant"], [[*row, t.variant or ""] for row, t in zip(rows, trials, strict=True)]
-    )
+    _show_variants("trials", *trial_rows(trials), trials)
+
+
+def _show_variants(title: str, header: list[str], rows: list[list[str]], trials: Sequence[TrialRecord]) -> None:
+    """Print a sweep's table with the variants' names last."""
+    named = [[*row, trial.variant or ""] for row, trial in zip(rows, trials, strict=True)]
+    console.show_rows(title, [*header, "variant"], named)

@@ -98,7 +98,7 @@ def plan_sweep(sweep: Sweep, preset: str, overrides: Values, max_trials: int | N
     _refuse_early_stopping(sweep)
     base = base_plan(sweep, preset, overrides, evaluate)
     if sweep.method == "grid":
-        trials = _grid(sweep, max_trials or MAX_TRIALS)
+        trials = grid_trials(sweep, max_trials)
         total = len(trials)
     else:
         total = max_trials or sweep.file.run_cap or MAX_TRIALS
@@ -164,8 +164,9 @@ def _refuse_early_stopping(sweep: Sweep) -> None:
         )
 
 
-def _grid(sweep: Sweep, limit: int) -> list[Values]:
-    """List the grid's points. Raises PresetError if there are more than ``limit``."""
+def grid_trials(sweep: Sweep, max_trials: int | None) -> list[Values]:
+    """List the grid's points. Raises PresetError if there are more than ``max_trials``, 64 without it."""
+    limit = max_trials or MAX_TRIALS
     try:
         trials = list(itertools.islice(grid(sweep), sweep.file.run_cap))
     except ValueError as error:

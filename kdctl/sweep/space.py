@@ -172,7 +172,7 @@ def _understand(name: str, path: Path, file: SweepFile) -> Sweep:
     """Split a file's parameters into those that are swept and settings of the whole sweep."""
     swept: dict[str, Parameter] = {}
     settings: dict[str, Any] = {}
-    for written, entry in _flat(file.parameters):
+    for written, entry in flat(file.parameters):
         key = field_of(written, str(path))
         if key in swept or key in settings:
             raise PresetError(f"{path}: parameter {written!r} is {key}, which another parameter sets already")
@@ -189,13 +189,13 @@ def _understand(name: str, path: Path, file: SweepFile) -> Sweep:
     return Sweep(path.stem, name, file, tuple(swept.values()), settings, preset)
 
 
-def _flat(entries: dict[str, ParameterEntry], prefix: str = "") -> Iterator[tuple[str, ParameterEntry]]:
-    """List parameters with nested ones under their dotted names."""
+def flat(entries: dict[str, ParameterEntry], prefix: str = "") -> Iterator[tuple[str, ParameterEntry]]:
+    """List parameters, nested ones under their dotted names."""
     for name, entry in entries.items():
         if entry.parameters is None:
             yield prefix + name, entry
         else:
-            yield from _flat(entry.parameters, f"{prefix}{name}.")
+            yield from flat(entry.parameters, f"{prefix}{name}.")
 
 
 def field_of(name: str, where: str) -> str:
