@@ -42,12 +42,16 @@ def distributions(sweep: Sweep) -> dict[str, BaseDistribution]:
 
 def decoded(sweep: Sweep, drawn: Values) -> Values:
     """Turn what Optuna drew into values; numbers get six digits, so that a variant's name says exactly what it is."""
-    choices = {parameter.key for parameter in sweep.parameters if isinstance(parameter, Choice)}
-    return {key: json.loads(value) if key in choices else _rounded(value) for key, value in drawn.items()}
+    parameters = {parameter.key: parameter for parameter in sweep.parameters}
+    return {key: _decoded(parameters[key], value) for key, value in drawn.items()}
 
 
-def _rounded(value: int | float) -> int | float:
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def _decoded(parameter: Parameter, drawn: Any) -> Any:
+    if isinstance(parameter, Choice):
+        return json.loads(drawn)
+    if isinstance(drawn, int) or not isinstance(parameter, Interval):
+        return drawn
+    return min(max(float(f"{drawn:.6g}"), parameter.low), parameter.high)
 
 
 def grid(sweep: Sweep) -> Iterator[Values]:

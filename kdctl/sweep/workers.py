@@ -15,13 +15,12 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
     of a worker that failed, after the others have finished.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // len(commands))
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     files = [open(logs / f"worker-{index}.log", "w", encoding="utf-8") for index in range(len(commands))]  # noqa: SIM115
     workers: list[subprocess.Popen[bytes]] = []
     try:
-        for command, file in zip(commands, files, strict=True):
-            workers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+        for index, command in enumerate(commands):
+            places = _places(index, len(commands))
+            workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
         for worker in workers:
             worker.wait()
     finally:
@@ -31,6 +30,14 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
         for file in files:
             file.close()
     _check(workers, logs)
+
+
+def _places(index: int, count: int) -> dict[str, str]:
+    """Return a worker's environment: its share of the CPU cores, and one of the GPUs that are named, in turn."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return environment | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {})
 
 
 def _check(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:

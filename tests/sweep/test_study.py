@@ -8,7 +8,7 @@ import yaml
 from optuna.trial import TrialState
 
 from kdctl.sweep.space import Sweep, read_sweep
-from kdctl.sweep.study import Study, grid
+from kdctl.sweep.study import Study, grid, random_values
 
 
 @pytest.fixture
@@ -87,3 +87,13 @@ def test_another_sweep_in_the_same_file_is_another_study(tmp_path: Path, bayes: 
     study = Study(tmp_path / "journal.log", "a", bayes)
     study.begin(0, None)
     assert Study(tmp_path / "journal.log", "b", bayes).trials() == {}
+
+
+def test_six_digits_never_leave_the_bounds(tmp_path: Path) -> None:
+    space = {"lr": {"min": 0.123456789, "max": 0.1234567891}}
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump({"method": "random", "parameters": space}))
+    sweep = read_sweep(str(tmp_path / "narrow.yaml"))
+    values = random_values(sweep, 0)
+    assert 0.123456789 <= values["distill.lr"] <= 0.1234567891
+    study = Study(tmp_path / "journal.log", "a", sweep)
+    assert study.values(study.begin(0, values)) == values

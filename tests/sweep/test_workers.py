@@ -53,3 +53,14 @@ def test_no_worker_outlives_an_interrupted_sweep(tmp_path: Path, monkeypatch: py
         run_workers([python("import time; time.sleep(60)")] * 2, tmp_path)
     assert time.monotonic() - before < 30
     assert started[0].returncode is not None
+
+
+@pytest.mark.parametrize(("named", "given"), [("3,5", ["3", "5", "3"]), ("7", ["7"] * 3), (None, ["none"] * 3)])
+def test_workers_take_turns_on_the_gpus_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, given: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    run_workers([python("import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))")] * 3, tmp_path)
+    assert [(tmp_path / f"worker-{index}.log").read_text().strip() for index in range(3)] == given
