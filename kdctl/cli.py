@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from kdctl.command import (
     show_json,
 )
 from kdctl.errors import PresetError
-from kdctl.preset import Preset, Source
+from kdctl.preset import Preset, QuantizeSection, Source
 from kdctl.records import ExportFormat
 from kdctl.sweep_command import sweep
 
@@ -45,6 +46,12 @@ def main() -> None:
     app()
 
 
+def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection]:
+    """Return the quantize section once for each method. Raises PresetError for one that does not exist."""
+    tree = preset.model_dump()
+    return [resolve.build_preset(tree, {"quantize.method": method}, "--compare").quantize for method in methods]
+
+
 @app.command()
 def quantize(
     preset: PresetOption = None,
@@ -56,6 +63,9 @@ def quantize(
         bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="minmax, hqq or gptq.")] = None,
+    compared: Annotated[
+        str | None, typer.Option("--compare", help="Methods, with commas: measure each, make no student.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave alone. Repeatable.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -76,11 +86,22 @@ def quantize(
         "quantize.skip": skip,
     }
     with guarded():
+        if compared is not None and method is not None:
+            raise PresetError("--compare names the methods itself; leave --method out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
+        methods = list(dict.fromkeys(compared.split(","))) if compared is not None else []
+        sections = with_methods(stage.preset, methods)
         job = stage.open()
         from kdctl import pipeline
 
-        show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+        if not sections:
+            show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+            return
+        results = pipeline.compare(job, sections, force)
+        if as_json:
+            show_json({result.method: result for result in results})
+        else:
+            console_views().show_compared(results)
 
 
 @app.command()

@@ -259,7 +259,7 @@ class Inspection:
         found = metrics.yardstick_identity(preset.heldout.text_tokens, store.fingerprint(), self.report.teacher)
         if found != self.report.yardstick:
             raise Unknown(f"{run.heldout} is not the yardstick that the folder was measured on")
-        yardstick = metrics.make_yardstick(self.teacher_model, store.read(), models.pad_id(self.tokenizer))
+        yardstick = metrics.make_yardstick(self.teacher_model, store.read())
         kl = metrics.summarize(metrics.compare(self.student.model, yardstick)).forward_kl.value
         return _same("KL", kl, self.report.distribution.forward_kl.value, KL_CLOSE)
 

@@ -112,11 +112,6 @@ class Job:
         return tokenizer
 
     @cached_property
-    def pad_id(self) -> int:
-        """Token that fills padding."""
-        return models.pad_id(self.tokenizer)
-
-    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion."""
         return models.stop_ids(self.folder, self.tokenizer)
@@ -150,9 +145,13 @@ class Job:
             self.reporter.note(f"only {len(found.prompts)} prompts for rollout.num_prompts={rollout.num_prompts}")
         return found
 
-    def generator(self, model: PreTrainedModel, sampling: Sampling, source: str) -> Generator:
-        """Make a sampler of completions from a model."""
-        return Generator(model, self.stop_ids, self.pad_id, sampling, source)
+    def generator(self, model: PreTrainedModel, source: str) -> Generator:
+        """Make a sampler of completions from a model, with the preset's settings."""
+        settings = self.preset.rollout
+        return self._generator(model, Sampling.of(settings), source, settings.batch_size)
+
+    def _generator(self, model: PreTrainedModel, sampling: Sampling, source: str, batch_size: int) -> Generator:
+        return Generator(model, self.stop_ids, sampling, source, batch_size)
 
     @cached_property
     def heldout_store(self) -> RolloutStore:
@@ -165,7 +164,8 @@ class Job:
         )
         if not usable(store, plan.identity):
             sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
-            fill(store, plan, self.generator(self.teacher, sampling, "teacher"), self.reporter)
+            generator = self._generator(self.teacher, sampling, "teacher", settings.prompts_per_block)
+            fill(store, plan, generator, self.reporter)
         tokens = store.manifest().completion_tokens
         if tokens < settings.min_completion_tokens:
             raise DataError(
@@ -186,7 +186,7 @@ class Job:
 
     def _yardstick(self, rollouts: list[Rollout]) -> Yardstick:
         with self.reporter.task("teacher reads held-out completions", "batches") as advance:
-            return metrics.make_yardstick(self.teacher, rollouts, self.pad_id, advance)
+            return metrics.make_yardstick(self.teacher, rollouts, advance)
 
     @cached_property
     def text(self) -> list[list[int]]:
@@ -202,7 +202,7 @@ class Job:
     @cached_property
     def teacher_text(self) -> TextMetrics:
         """The teacher's perplexity on plain text."""
-        return metrics.text_perplexity(self.teacher, self.text, self.pad_id)
+        return metrics.text_perplexity(self.teacher, self.text)
 
     def measured(self, folder: Path) -> Measured | None:
         """Read what a student folder says of itself, if it was measured on this job's yardstick."""
@@ -216,7 +216,7 @@ class Job:
         found = self.measured(folder)
         if found is not None:
             return found
-        return Measured(self.measure(model, label), metrics.text_perplexity(model, self.text, self.pad_id))
+        return Measured(self.measure(model, label), metrics.text_perplexity(model, self.text))
 
     def measure(self, model: PreTrainedModel, label: str) -> PerDocument:
         """Compare a model with the teacher on the yardstick."""

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl import stats
+from kdctl.attention import Layout, forward
 from kdctl.distill.batch import Batch, collate
 from kdctl.distill.divergence import Head, token_chunk
-from kdctl.models import final_hidden, head_of
+from kdctl.models import head_of
 from kdctl.records import DistributionMetrics, Rollout, TextMetrics
 from kdctl.resolve import identity
 
@@ -65,12 +66,12 @@ def yardstick_identity(text_tokens: int, heldout: str, teacher: str) -> str:
 
 
 def make_yardstick(
-    teacher: PreTrainedModel, rollouts: Sequence[Rollout], pad_id: int, progress: Progress | None = None
+    teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progress | None = None
 ) -> Yardstick:
     """Run the teacher over the held-out rollouts once."""
     ordered = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
     longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-    batches = [collate(ordered[i : i + BATCH], pad_id, longest) for i in range(0, len(ordered), BATCH)]
+    batches = [collate(ordered[i : i + BATCH], longest) for i in range(0, len(ordered), BATCH)]
     states = []
     for done, batch in enumerate(batches):
         states.append(predicting_states(teacher, batch))
@@ -79,11 +80,16 @@ def make_yardstick(
     return Yardstick(batches, states, head_of(teacher))
 
 
+def predicting_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the final hidden states that predict completion tokens, (M, H), with what backward needs of them."""
+    batch = batch.to(model.device)
+    return forward(model, batch.input_ids, batch.places, Layout(batch.lengths))[batch.predicting]
+
+
 @torch.inference_mode()
 def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the final hidden states that predict completion tokens, (N, H)."""
-    batch = batch.to(model.device)
-    return batch.predicting(final_hidden(model, batch.input_ids, batch.attention_mask))
+    """Return the final hidden states that predict completion tokens, (M, H)."""
+    return predicting_hidden(model, batch)
 
 
 def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress | None = None) -> PerDocument:
@@ -106,10 +112,10 @@ def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) 
         for part in parts
     ]
     values = torch.cat(columns, -1).double()  # (5, N)
-    counts = batch.completion_mask.sum(-1)
-    document = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    counts = torch.tensor(batch.counts)
+    document = torch.repeat_interleave(torch.arange(len(counts)), counts).to(values.device)
     sums = values.new_zeros(len(values), len(counts)).index_add_(1, document, values)
-    return PerDocument(counts.cpu().double().numpy(), *sums.cpu().numpy())
+    return PerDocument(counts.double().numpy(), *sums.cpu().numpy())
 
 
 def _per_token(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -175,12 +181,12 @@ def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list
 
 
 @torch.inference_mode()
-def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]], pad_id: int) -> TextMetrics:
+def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> TextMetrics:
     """Measure perplexity on documents of tokens, each from its second token on."""
     rollouts = [_as_rollout(ids) for ids in documents]
     heads, sums, counts = Heads(head_of(model), head_of(model)), [], []
     for i in range(0, len(rollouts), BATCH):
-        batch = collate(rollouts[i : i + BATCH], pad_id, TEXT_WINDOW).to(model.device)
+        batch = collate(rollouts[i : i + BATCH], TEXT_WINDOW).to(model.device)
         part = _per_document(states := predicting_states(model, batch), states, batch, heads)
         sums.append(part.nll)
         counts.append(part.tokens)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,9 +33,10 @@ from kdctl.architecture import check_architecture
 from kdctl.distill.divergence import Head
 from kdctl.errors import ModelError
 from kdctl.rundir import atomic_folder, sha256
-from kdctl.tokens import open_tokenizer
+from kdctl.tokens import open_gguf_tokenizer, open_tokenizer
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
 GENERATION = "generation_config.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
@@ -113,7 +113,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     config = GgufConfig(gguf_file=path.name, dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=config, **place)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = open_gguf_tokenizer(path)
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
     with atomic_folder(folder) as temporary:
@@ -124,7 +124,8 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
 
 def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
-    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{str(dtype).removeprefix('torch.')}"
+    made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
+    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{made_by}"
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -217,17 +218,12 @@ def head_of(model: PreTrainedModel) -> Head:
 def check_head(model: PreTrainedModel) -> None:
     """Raise ModelError unless logits are exactly lm_head(final hidden state)."""
     ids = torch.tensor([[1, 2, 3]], device=model.device)
-    hidden = final_hidden(model, ids, torch.ones_like(ids))
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
         raise ModelError(
             f"model type {model.config.model_type!r} changes its logits after the output head (capping or scaling), "
             "and kdctl computes divergences from final hidden states and would train on another distribution"
         )
-
-
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run a model up to its final hidden states, (B, T, H)."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -236,11 +232,6 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     configured = GenerationConfig.from_pretrained(folder).eos_token_id if found else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill padding with; which one does not matter, masks come from lengths."""
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -89,7 +89,9 @@ class RolloutSection(Section):
     num_generations: Count = 1
     """Completions per prompt."""
     prompts_per_block: Count = 32
-    """Prompts generated together; one block is one shard, and the most that a killed run loses."""
+    """Prompts of one block, which is one shard and the most that a killed run loses."""
+    batch_size: Count = 64
+    """Completions in the making at once; one that ends makes room for the next of its block."""
     max_new_tokens: Count = 128
     """Longest completion."""
     min_new_tokens: Natural = 0

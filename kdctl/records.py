@@ -173,6 +173,23 @@ class QuantizeReport(StudentFolder):
     versions: Versions
 
 
+class MethodResult(Record):
+    """``compare/<method>.json``: what one post-training method reaches."""
+
+    identity: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    method: str
+    seconds_s: float
+    sqnr_db: float
+    """10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers."""
+    yardstick: str
+    distribution: DistributionMetrics
+    text: TextMetrics
+    versions: Versions
+
+
 class Check(Record):
     """One thing that was looked at in a student folder."""
 

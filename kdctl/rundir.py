@@ -34,6 +34,10 @@ class RunDir:
         """Return the folder of an offline rollout store."""
         return self.path / "rollouts" / source
 
+    def compared(self, method: str) -> Path:
+        """Return the file of what one post-training method reaches."""
+        return self.path / "compare" / f"{method}.json"
+
     def variant(self, name: str) -> "VariantDir":
         """Return the folder of one distilled variant."""
         return VariantDir(self.distill_root / name)

@@ -9,6 +9,7 @@ from kdctl.records import (
     DistributionMetrics,
     Estimate,
     ExportReport,
+    MethodResult,
     QuantizeReport,
     StoreManifest,
     SweepReport,
@@ -58,6 +59,27 @@ def show_quantized(report: QuantizeReport) -> None:
     console.show_pairs("student", pairs)
     rows = [(e.name, f"{100 * e.relative_error:.2f} %", f"{e.sqnr_db:.1f}") for e in report.layers[:WORST]]
     console.show_rows("layers with the largest error", ("layer", "‖W − Q(W)‖/‖W‖", "SQNR dB"), rows)
+
+
+def show_compared(results: Sequence[MethodResult]) -> None:
+    """Show post-training methods side by side."""
+    first = results[0]
+    kind = "symmetric" if first.symmetric else "asymmetric"
+    rows = [
+        (
+            one.method,
+            f"{one.seconds_s:.1f}",
+            interval(one.distribution.forward_kl),
+            f"{100 * one.distribution.top1_agreement.value:.1f} %",
+            f"{one.distribution.perplexity.value:.2f}",
+            f"{one.text.perplexity.value:.2f}",
+            f"{one.sqnr_db:.2f}",
+        )
+        for one in results
+    ]
+    title = f"{first.bits} bits, group size {first.group_size}, {kind}; {first.distribution.tokens} held-out tokens"
+    columns = ("method", "seconds", "KL(teacher‖student)", "top-1", "perplexity", "text perplexity", "SQNR dB")
+    console.show_rows(title, columns, rows)
 
 
 def show_store(manifest: StoreManifest) -> None:

@@ -138,7 +138,7 @@ def test_cached_generation_is_the_plain_forward_pass(family: str) -> None:
         Prompt(str(index), index, torch.randint(0, 256, (length,), generator=numbers).tolist())
         for index, length in enumerate((3, WINDOW + 9, WINDOW))
     ]
-    generator = Generator(model, [258], 258, Sampling(1.0, 1.0, 0, 2 * WINDOW, 0, 0), "teacher")
+    generator = Generator(model, [258], Sampling(1.0, 1.0, 0, 2 * WINDOW, 0, 0), "teacher")
     for rollout in generator.block([(prompt, 0) for prompt in prompts]):
         with torch.no_grad():
             logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0]

@@ -28,6 +28,7 @@ from kdctl.preset import Preset
 from kdctl.report import ABSENT, write_report
 from kdctl.resolve import load_preset
 from kdctl.rundir import RunDir
+from kdctl.stages import distilling, evaluating, rollouts
 
 COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
 STAGES = ("quantize", "rollout", "distill", "eval", "run")
@@ -72,7 +73,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
 
     monkeypatch.setattr(models, "load_model", refuse)
     monkeypatch.setattr(models, "convert_gguf", refuse)
-    monkeypatch.setattr(pipeline, "load_student", refuse)
+    for stage in (rollouts, distilling, evaluating):
+        monkeypatch.setattr(stage, "load_student", refuse)
     datasets.disable_progress_bars()  # imported long ago, it does not see the variable that the command line sets
     before = dict(os.environ)
     yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
@@ -351,6 +353,22 @@ def test_a_folder_of_another_teacher_or_quantizer_is_refused_with_both_values(
     before = (tmp_path / "preset.json").read_bytes()
     check_refused(invoke(*shlex.split(arguments), "--run", tmp_path), *parts)
     assert (tmp_path / "preset.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--compare minmax,gtpq", ("quantize.method='gtpq'", "gptq")),
+        ("--compare minmax --method hqq", ("--compare", "--method")),
+        ("--compare ''", ("quantize.method=''",)),
+    ],
+)
+def test_a_comparison_of_unknown_methods_is_refused(
+    invoke: Invoke, tmp_path: Path, arguments: str, parts: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "run"
+    check_refused(invoke("quantize", *shlex.split(arguments), "--preset", "smoke", "--run", folder), *parts)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("name", ["quantize", "rollout", "distill", "eval"])

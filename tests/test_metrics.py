@@ -66,7 +66,7 @@ def by_length(rollouts: list[Rollout]) -> list[Rollout]:
 
 def test_document_sums_are_those_of_a_naive_float64_computation(teacher_fp32: PreTrainedModel, rollouts: list[Rollout]):
     student = student_of(teacher_fp32)
-    found = compare(student, make_yardstick(teacher_fp32, rollouts, PAD))
+    found = compare(student, make_yardstick(teacher_fp32, rollouts))
     expected = np.array([naive(teacher_fp32, student, document) for document in by_length(rollouts)]).T
     assert found.forward_kl.sum() > 0.1 * found.tokens.sum()
     assert 0.05 < found.agree.sum() / found.tokens.sum() < 0.95
@@ -77,7 +77,7 @@ def test_document_sums_are_those_of_a_naive_float64_computation(teacher_fp32: Pr
 @pytest.mark.parametrize("fixture", ["teacher", "teacher_fp32"])
 def test_a_model_has_no_divergence_from_itself(request: pytest.FixtureRequest, rollouts: list[Rollout], fixture: str):
     model: PreTrainedModel = request.getfixturevalue(fixture)
-    found = compare(model, make_yardstick(model, rollouts, PAD))
+    found = compare(model, make_yardstick(model, rollouts))
     assert (found.forward_kl == 0).all()
     assert (found.reverse_kl == 0).all()
     assert (found.agree == found.tokens).all()
@@ -87,7 +87,7 @@ def test_a_model_has_no_divergence_from_itself(request: pytest.FixtureRequest, r
 
 
 def test_only_completion_tokens_count(teacher_fp32: PreTrainedModel, rollouts: list[Rollout]):
-    yardstick = make_yardstick(teacher_fp32, rollouts, PAD)
+    yardstick = make_yardstick(teacher_fp32, rollouts)
     targets = torch.cat([batch.targets() for batch in yardstick.batches]).tolist()
     assert targets == [token for document in by_length(rollouts) for token in document.completion_ids]
     assert sum(len(states) for states in yardstick.states) == len(targets)
@@ -97,8 +97,8 @@ def test_only_completion_tokens_count(teacher_fp32: PreTrainedModel, rollouts: l
 
 def test_completion_does_not_depend_on_the_documents_beside_it(teacher_fp32: PreTrainedModel, rollouts: list[Rollout]):
     student = student_of(teacher_fp32)
-    together = compare(student, make_yardstick(teacher_fp32, rollouts[:5], PAD))
-    alone = [compare(student, make_yardstick(teacher_fp32, [document], 0)) for document in by_length(rollouts[:5])]
+    together = compare(student, make_yardstick(teacher_fp32, rollouts[:5]))
+    alone = [compare(student, make_yardstick(teacher_fp32, [document])) for document in by_length(rollouts[:5])]
     for name, values in vars(together).items():
         np.testing.assert_allclose(values, [vars(one)[name][0] for one in alone], rtol=1e-4, atol=1e-4, err_msg=name)
 
@@ -133,7 +133,7 @@ def test_progress_counts_every_batch(teacher: PreTrainedModel, rollouts: list[Ro
         seen.append((done, total))
 
     callback: Callable[[int, int], None] = note
-    compare(teacher, make_yardstick(teacher, rollouts, PAD, callback), callback)
+    compare(teacher, make_yardstick(teacher, rollouts, callback), callback)
     assert seen == [(1, 3), (2, 3), (3, 3)] * 2
 
 
@@ -156,7 +156,7 @@ def test_text_perplexity_is_the_models_own_loss(teacher_fp32: PreTrainedModel, t
         ids = torch.tensor([document])
         losses.append(float(teacher_fp32(ids, labels=ids).loss.double()) * (len(document) - 1))
     predicted = sum(len(document) - 1 for document in documents)
-    found = text_perplexity(teacher_fp32, documents, PAD)
+    found = text_perplexity(teacher_fp32, documents)
     assert (found.tokens, found.documents) == (predicted, 20)
     assert found.perplexity.value == pytest.approx(np.exp(sum(losses) / predicted), rel=1e-5)
     assert found.perplexity.low < found.perplexity.value < found.perplexity.high

@@ -19,6 +19,7 @@ from kdctl import models
 from kdctl.errors import ModelError
 from kdctl.job import open_job
 from kdctl.resolve import load_preset
+from kdctl.tokens import open_gguf_tokenizer
 
 CPU = torch.device("cpu")
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,8 +55,10 @@ def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return found
 
 
-def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write a tiny Llama and its byte tokenizer as a GGUF file."""
+def write_gguf(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splitting: str | None = None
+) -> Path:
+    """Write a tiny Llama and its byte tokenizer as a GGUF file; splitting is what happens to text before merges."""
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -68,11 +71,13 @@ def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
-    tokens += ["he", *(f"<unused{i}>" for i in range(config.vocab_size - len(tokens) - 1))]
+    tokens += ["he", "12", *(f"<unused{i}>" for i in range(config.vocab_size - len(tokens) - 2))]
     writer.add_tokenizer_model("gpt2")
+    if splitting is not None:
+        writer.add_tokenizer_pre(splitting)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges(["h e"])  # an empty list would be left out of the file
+    writer.add_token_merges(["h e", "1 2"])  # an empty list would be left out of the file
     writer.add_eos_token_id(258)
     writer.add_pad_token_id(258)
     writer.add_chat_template(tiny.TEMPLATE)
@@ -214,6 +219,13 @@ def test_gguf_conversion_keeps_configuration_and_tokenizer(gguf_file, cache, tok
     text = "<|im_start|>user\nnaïve 3 + 4?<|im_end|>\n"
     assert converted(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (converted.chat_template, converted.eos_token_id) == (tokenizer.chat_template, 258)
+
+
+@pytest.mark.parametrize(("splitting", "pieces"), [("smollm", ["1", "2"]), ("default", ["12"]), (None, ["12"])])
+def test_gguf_tokenizer_splits_digits_where_the_file_says_so(splitting, pieces, tiny_dir_fp32, tokenizer, tmp_path):
+    model = models.load_model(tiny_dir_fp32, torch.float32, CPU)
+    file = write_gguf(tmp_path / "tiny.gguf", model, tokenizer, splitting)
+    assert open_gguf_tokenizer(file).tokenize("12he") == [*pieces, "he"]
 
 
 def test_gguf_is_converted_once(gguf_file, cache, monkeypatch):

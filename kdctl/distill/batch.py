@@ -17,55 +17,60 @@ from kdctl.records import Rollout
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences, prompt then completion.
+    """Sequences laid end to end, each prompt then completion; no token is padding.
 
-    input_ids, attention_mask: (B, T) int64; completion_mask: (B, T) bool, the tokens that carry loss.
+    input_ids, places: (N,) int64, tokens and where each stands in its sequence; predicting: (M,) int64, the tokens
+    whose successor carries loss; lengths, counts: tokens, and tokens that carry loss, of each sequence.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
+    places: Tensor
+    predicting: Tensor
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
 
     @property
     def completion_tokens(self) -> int:
         """Tokens that carry loss."""
-        return int(self.completion_mask.sum())
-
-    def predicting(self, hidden: Tensor) -> Tensor:
-        """Select from (B, T, H) hidden states those that predict a completion token, (N, H) in row order."""
-        return hidden[:, :-1][self.completion_mask[:, 1:]]
+        return sum(self.counts)
 
     def targets(self) -> Tensor:
-        """Return the completion tokens in the order of ``predicting``, (N,)."""
-        return self.input_ids[:, 1:][self.completion_mask[:, 1:]]
+        """Return the tokens that carry loss, (M,)."""
+        return self.input_ids[self.predicting + 1]
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.completion_mask.to(device))
+        ids, places, predicting = (tensor.to(device) for tensor in (self.input_ids, self.places, self.predicting))
+        return Batch(ids, places, predicting, self.lengths, self.counts)
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int, max_tokens: int) -> Batch:
-    """Pad rollouts to one rectangle, cutting completions at ``max_tokens``.
+def collate(rollouts: Sequence[Rollout], max_tokens: int) -> Batch:
+    """Lay rollouts end to end, cutting completions at ``max_tokens``.
 
-    Masks come from lengths, never from token values: an end-of-sequence token that is also the padding token carries
-    loss like any other.
+    What carries loss follows from lengths, never from token values: an end-of-sequence token counts like any other. The
+    first token of a sequence has no predecessor and carries none.
     """
     sequences = [(r.prompt_ids + r.completion_ids)[:max_tokens] for r in rollouts]
-    width = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(rollouts), width), pad_id)
-    attention = torch.zeros(len(rollouts), width, dtype=torch.int64)
-    completion = torch.zeros(len(rollouts), width, dtype=torch.bool)
-    for row, (rollout, sequence) in enumerate(zip(rollouts, sequences, strict=True)):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention[row, : len(sequence)] = 1
-        completion[row, len(rollout.prompt_ids) : len(sequence)] = True
-    return Batch(input_ids, attention, completion)
+    lengths = tuple(map(len, sequences))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    first = [min(max(len(r.prompt_ids), 1), length) for r, length in zip(rollouts, lengths, strict=True)]
+    predicting = [
+        place
+        for start, begin, length in zip(starts, first, lengths, strict=True)
+        for place in range(start + begin - 1, start + length - 1)
+    ]
+    return Batch(
+        torch.tensor([token for sequence in sequences for token in sequence]),
+        torch.cat([torch.arange(length) for length in lengths]),
+        torch.tensor(predicting, dtype=torch.int64),
+        lengths,
+        tuple(length - begin for length, begin in zip(lengths, first, strict=True)),
+    )
 
 
-def micro_batches(rollouts: Sequence[Rollout], size: int, pad_id: int, max_tokens: int) -> list[Batch]:
-    """Split one step's rollouts into batches of ``size``, like lengths together to save padding."""
-    ordered = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-    return [collate(ordered[i : i + size], pad_id, max_tokens) for i in range(0, len(ordered), size)]
+def micro_batches(rollouts: Sequence[Rollout], size: int, max_tokens: int) -> list[Batch]:
+    """Split one step's rollouts into batches of ``size``."""
+    return [collate(rollouts[i : i + size], max_tokens) for i in range(0, len(rollouts), size)]
 
 
 def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:

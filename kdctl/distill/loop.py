@@ -17,8 +17,8 @@ from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_c
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
 from kdctl.errors import StoreError, TrainingError
-from kdctl.metrics import Yardstick, compare, predicting_states, summarize
-from kdctl.models import final_hidden, head_of
+from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
+from kdctl.models import head_of
 from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
@@ -68,7 +68,6 @@ class Trainer:
         shadow: Shadow,
         feed: Feed,
         settings: DistillSection,
-        pad_id: int,
     ):
         self.accelerator = Accelerator(cpu=student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
@@ -77,7 +76,7 @@ class Trainer:
                 "it with --num_processes 1"
             )
         self.teacher, self.student, self.shadow, self.feed = teacher, student, shadow, feed
-        self.settings, self.pad_id = settings, pad_id
+        self.settings = settings
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
@@ -122,7 +121,7 @@ class Trainer:
         The sum over all micro-batches is divided once by the global token count, so 8 × 1 equals 1 × 8.
         """
         settings = self.settings
-        batches = micro_batches(rollouts, settings.micro_batch_size, self.pad_id, settings.max_tokens)
+        batches = micro_batches(rollouts, settings.micro_batch_size, settings.max_tokens)
         tokens = sum(batch.completion_tokens for batch in batches)
         total = 0.0
         for batch in batches:
@@ -134,7 +133,7 @@ class Trainer:
     def loss(self, batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
         states = predicting_states(self.teacher, batch)
-        hidden = batch.predicting(final_hidden(self.student, batch.input_ids, batch.attention_mask))
+        hidden = predicting_hidden(self.student, batch)
         return divergence(hidden, states, self.head, self.objective, self.chunk)
 
     def clip(self) -> float:

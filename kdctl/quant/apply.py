@@ -1,6 +1,7 @@
 """Walks a model: which layers are quantized, by which method, and the student that results."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -118,6 +119,16 @@ def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> 
     """Measure ‖W − Q(W)‖/‖W‖ of each layer, worst first."""
     found = [_layer_error(name, teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
     return tuple(sorted(found, key=lambda error: -error.relative_error))
+
+
+def sqnr(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> float:
+    """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB."""
+    signal = noise = 0.0
+    for name, weight in weights.items():
+        original = teacher.get_parameter(f"{name}.weight").detach().double()
+        signal += float(original.square().sum())
+        noise += float((original - dense(weight).double()).square().sum())
+    return 10 * math.log10(signal / max(noise, 1e-300 * signal))
 
 
 def _layer_error(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerError:

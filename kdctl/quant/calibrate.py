@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdctl.attention import Layout, forward
 from kdctl.distill.batch import Batch
 from kdctl.errors import ModelError
 from kdctl.quant.affine import QuantizedWeight, dequantize
@@ -49,9 +50,7 @@ def quantize_in_order(
     weights: dict[str, QuantizedWeight] = {}
     for done, (prefix, members) in enumerate(groups.items()):
         layer = model.get_submodule(prefix)
-        hessians = collect(
-            layer, {name: model.get_submodule(name) for name in members}, hidden, options[prefix], batches
-        )
+        hessians = collect(layer, {name: model.get_submodule(name) for name in members}, hidden, options[prefix])
         for name in members:
             parameter = model.get_parameter(f"{name}.weight")
             weights[name] = quantizer(name, parameter, hessians[name])
@@ -88,7 +87,7 @@ def first_inputs(
     ]
     try:
         for batch in batches:
-            model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            forward(model, batch.input_ids, batch.places, Layout(batch.lengths))
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,19 +99,17 @@ def collect(
     members: Mapping[str, nn.Module],
     hidden: Sequence[Tensor],
     options: Sequence[Mapping[str, Any]],
-    batches: Sequence[Batch],
 ) -> dict[str, Tensor]:
-    """Sum x·xᵀ over the tokens that reach each linear layer, padding left out; layers with one input share one sum."""
+    """Sum x·xᵀ over the tokens that reach each linear layer; layers with one input share one sum."""
     sums: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     seen: dict[int, tuple[str, Tensor]] = {}  # holds the inputs too, so that none is freed and its id used again
-    mask = torch.empty(0)
 
     def gather(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             owners[name] = seen.setdefault(id(arguments[0]), (name, arguments[0]))[0]
             if owners[name] == name:
-                tokens = arguments[0][mask].float()
+                tokens = arguments[0].flatten(0, -2).float()
                 product = tokens.T @ tokens
                 sums[name] = sums[name].add_(product) if name in sums else product
 
@@ -120,9 +117,8 @@ def collect(
 
     hooks = [module.register_forward_pre_hook(gather(name)) for name, module in members.items()]
     try:
-        for state, kept, batch in zip(hidden, options, batches, strict=True):
+        for state, kept in zip(hidden, options, strict=True):
             seen.clear()
-            mask = batch.attention_mask.bool()
             run(layer, state, kept)
     finally:
         for hook in hooks:

@@ -1,23 +1,30 @@
-"""Batched sampling, exactly from the model.
+"""Continuously batched sampling, exactly from the model.
 
-One block of prompts is one batch, always generated from its start, so its tokens do not depend on what ran before. Each
-token is drawn by inverting the cumulative distribution at a uniform number keyed by (seed, policy step, prompt, sample,
-position). Nothing is inherited from the model's generation configuration.
+A block of prompts is always generated from its start and its rows follow each other in a fixed order, so its tokens do
+not depend on what ran before. Each token is drawn by inverting the cumulative distribution at a uniform number keyed by
+(seed, policy step, prompt, sample, position). Nothing is inherited from the model's generation configuration.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kdctl.attention import Layout, RowCache, forward
+from kdctl.distill.divergence import ROWS_IN_CACHE
 from kdctl.keyed import uniform
 from kdctl.models import head_of
 from kdctl.preset import RolloutSection
 from kdctl.records import Prompt, Rollout, SamplingRecord
 
 Progress = Callable[[int], None]
+PROMPT_TOKENS = 8192
+"""Prompt tokens that are read in one pass."""
+SPAN = 256
+"""Tokens of the vocabulary whose weights are summed up first when one is drawn."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion so far."""
+        return len(self.prompt.prompt_ids) + len(self.tokens)
+
     def finished(self, sampling: Sampling) -> bool:
         """Tell whether nothing more is to be drawn."""
         return self.stopped or len(self.tokens) >= sampling.max_new_tokens
@@ -66,82 +78,98 @@ class Row:
 class Generator:
     """Samples completions from one model.
 
-    stop: the tokens that end a completion. policy_step: optimizer steps behind the model's weights. source: what the
-    rollouts say about who wrote them.
+    stop: the tokens that end a completion. source: what the rollouts say about who wrote them. batch_size: completions
+    in the making at once.
     """
 
-    def __init__(self, model: PreTrainedModel, stop: Sequence[int], pad_id: int, sampling: Sampling, source: str):
+    def __init__(
+        self, model: PreTrainedModel, stop: Sequence[int], sampling: Sampling, source: str, batch_size: int = 64
+    ):
         self.model = model
         self.head = head_of(model)
         self.stop = set(stop)
-        self.pad_id = pad_id
         self.sampling = sampling
         self.source = source
+        self.batch_size = batch_size
 
     def block(
         self, items: Sequence[tuple[Prompt, int]], policy_step: int = 0, progress: Progress | None = None
     ) -> list[Rollout]:
-        """Generate a completion for each (prompt, sample index), in order."""
+        """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights."""
         rows = [Row(prompt, sample) for prompt, sample in items]
         with torch.inference_mode():
             self._run(rows, policy_step, progress)
         return [self._rollout(row, policy_step) for row in rows]
 
     def _run(self, rows: list[Row], policy_step: int, progress: Progress | None) -> None:
-        """Prefill, then draw one token a row and step until every row has finished."""
-        ids, mask = self._left_padded(rows)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, mask, cache)
-        active = rows
-        while True:
-            tokens = self._draw(active, logits, policy_step)
+        """Draw a token for every active row and step; a row that finishes makes room for a waiting one."""
+        waiting = sorted(rows, key=lambda row: -len(row.prompt.prompt_ids))
+        size = min(self.batch_size, len(rows))
+        longest = max(len(row.prompt.prompt_ids) for row in rows)
+        cache, active = RowCache(size, longest + self.sampling.max_new_tokens), []
+        while active or waiting:
+            admitted = _admit(waiting, size - len(active))
+            logits = self._forward(active, admitted, cache)
+            active += admitted
+            self._draw(active, logits, policy_step)
             if progress is not None:
                 progress(len(active))
-            keep = [i for i, row in enumerate(active) if not row.finished(self.sampling)]
-            if not keep:
-                return
-            if len(keep) < len(active):
-                index = torch.tensor(keep, device=ids.device)
-                cache.batch_select_indices(index)
-                tokens, mask, active = tokens[index], mask[index], [active[i] for i in keep]
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], -1)
-            logits = self._forward(tokens.unsqueeze(-1), mask, cache)
+            self._retire(active, cache)
 
-    def _left_padded(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        width = max(len(row.prompt.prompt_ids) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row.prompt.prompt_ids) :] = torch.tensor(row.prompt.prompt_ids)
-            mask[i, width - len(row.prompt.prompt_ids) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
+    def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache) -> Tensor:
+        """Read the active rows' last tokens and the admitted rows' prompts; return each row's next logits, (R, V).
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Return the next token's logits, (B, V) float32."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        # Two-dimensional on purpose: a slice of a batch of sequences times the head would copy the head once a row.
-        return self.head.logits(output.last_hidden_state[:, -1])
+        Rows admitted side by side with one prompt share its reading.
+        """
+        counts, device = [row.length for row in active], self.model.device
+        tokens, rows = [row.tokens[-1] for row in active], list(range(len(active)))
+        places, ends, shared = [count - 1 for count in counts], list(rows), []
+        for _, group in groupby(enumerate(admitted, len(active)), key=lambda item: id(item[1].prompt)):
+            slots, prompts = zip(*((slot, row.prompt.prompt_ids) for slot, row in group), strict=True)
+            ids = prompts[0]
+            tokens, rows, places = tokens + ids, rows + [slots[0]] * len(ids), places + list(range(len(ids)))
+            ends += [len(tokens) - 1] * len(slots)
+            shared.append((slots, len(ids)))
+        place = torch.tensor(places, device=device)
+        cache.point(torch.tensor(rows, device=device), place)
+        count = torch.tensor(counts, dtype=torch.int64, device=device)
+        layout = Layout([length for _, length in shared], cache, count, max(counts, default=0))
+        hidden = forward(self.model, torch.tensor(tokens, device=device), place, layout)
+        for slots, length in shared:
+            cache.copy(slots[0], slots[1:], length)
+        return self.head(hidden[ends])
 
-    def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> Tensor:
+    def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> None:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
-        position = len(rows[0].tokens)
-        numbers = [
-            uniform("token", self.sampling.seed, policy_step, row.prompt.id, row.sample_index, position) for row in rows
-        ]
-        masked = logits
-        if position < self.sampling.min_new_tokens:
-            masked = logits.index_fill(-1, torch.tensor(sorted(self.stop), device=logits.device), -torch.inf)
-        uniforms = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
-        tokens = sample(masked, uniforms, self.sampling)
-        logprobs = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        sampling, device = self.sampling, logits.device
+        keys = [(row.prompt.id, row.sample_index, len(row.tokens)) for row in rows]
+        numbers = [uniform("token", sampling.seed, policy_step, *key) for key in keys]
+        uniforms = torch.tensor(numbers, dtype=torch.float64, device=device)
+        short = torch.tensor([len(row.tokens) < sampling.min_new_tokens for row in rows], device=device)
+        stop = torch.tensor(sorted(self.stop), device=device)
+        few = ROWS_IN_CACHE if device.type == "cpu" else len(rows)
+        drawn = []
+        for part in (slice(i, i + few) for i in range(0, len(rows), few)):
+            values = logits[part].float()
+            masked = values
+            if sampling.min_new_tokens:
+                masked = values.masked_fill(short[part, None] & _members(stop, values.shape[-1]), -torch.inf)
+            tokens = sample(masked, uniforms[part], sampling)
+            chosen = values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - values.logsumexp(-1)
+            drawn += zip(tokens.tolist(), chosen.tolist(), strict=True)
+        for row, (token, logprob) in zip(rows, drawn, strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.stopped = token in self.stop
-        return tokens
+
+    def _retire(self, active: list[Row], cache: RowCache) -> None:
+        """Take finished rows out, moving the last row into each gap so that the active ones stay side by side."""
+        for slot in reversed(range(len(active))):
+            if active[slot].finished(self.sampling):
+                last = active.pop()
+                if slot < len(active):
+                    active[slot] = last
+                    cache.copy(len(active), [slot], last.length - 1)
 
     def _rollout(self, row: Row, policy_step: int) -> Rollout:
         return Rollout(
@@ -158,6 +186,22 @@ class Generator:
         )
 
 
+def _admit(waiting: list[Row], free: int) -> list[Row]:
+    """Take the next rows that have a place, as many as are read in one pass without too large activations."""
+    admitted: list[Row] = []
+    while waiting and len(admitted) < free:
+        tokens = sum(len(row.prompt.prompt_ids) for row in [*admitted, waiting[0]])
+        if admitted and tokens > PROMPT_TOKENS:
+            break
+        admitted.append(waiting.pop(0))
+    return admitted
+
+
+def _members(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Mark some tokens of the vocabulary, (V,) bool."""
+    return torch.zeros(vocabulary, dtype=torch.bool, device=tokens.device).index_fill_(0, tokens, True)
+
+
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """Draw one token a row by inverting the cumulative distribution.
 
@@ -165,18 +209,34 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits / sampling.temperature
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_k:
         kept = scaled.topk(min(sampling.top_k, scaled.shape[-1]))  # k tokens even where logits are equal
         scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept.indices, kept.values)
-    probabilities = scaled.softmax(-1)
     if sampling.top_p < 1:
-        probabilities = nucleus(probabilities, sampling.top_p)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        return invert(nucleus(scaled.softmax(-1), sampling.top_p), uniforms)
+    return invert((scaled - scaled.amax(-1, keepdim=True)).exp_(), uniforms)
+
+
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the token of each row on whose share of the unit interval its uniform number falls.
+
+    weights: (B, V) float32, not negative, of any sum. First the span of tokens is found, then the token in it, so that
+    nothing as long as the vocabulary is summed up in float64. A token of weight zero is never returned.
+    """
+    spans = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
+    cumulative = spans.sum(-1).double().cumsum(-1)
     total = cumulative[:, -1:]
-    # Below the total even after rounding, so that the token found always has a probability above zero.
-    targets = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    target = _below(uniforms.unsqueeze(-1) * total, total)
+    span = torch.searchsorted(cumulative, target, right=True)
+    before = torch.where(span > 0, cumulative.gather(-1, (span - 1).clamp(min=0)), 0.0)
+    within = spans.gather(1, span.unsqueeze(-1).expand(-1, 1, SPAN)).squeeze(1).double().cumsum(-1)
+    return (span * SPAN + torch.searchsorted(within, _below(target - before, within[:, -1:]), right=True)).squeeze(-1)
+
+
+def _below(values: Tensor, limit: Tensor) -> Tensor:
+    """Keep values under a limit also after rounding, so that the place found has a weight above zero."""
+    return torch.minimum(values, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from kdctl.distill.batch import Batch, collate, micro_batches, on_policy_rows, slot_index
 from kdctl.records import Rollout
 
-EOS = PAD = 258
+EOS = 258
 LENGTHS = [(3, 5), (10, 1), (1, 9), (6, 6), (2, 2), (8, 3), (4, 4)]
 """Prompt and completion tokens of ragged rollouts."""
 
 
 def rollout(index: int, prompt: int, completion: int) -> Rollout:
-    """Make a rollout that ends with the token which is also the padding."""
+    """Make a rollout whose prompt and completion end with end-of-sequence."""
     return Rollout(
         prompt_id=f"p{index}",
         prompt_index=index,
@@ -33,87 +33,66 @@ def rollout(index: int, prompt: int, completion: int) -> Rollout:
 ROLLOUTS = [rollout(index, *lengths) for index, lengths in enumerate(LENGTHS)]
 
 
-def completion_of(batch: Batch, row: int) -> list[int]:
-    return batch.input_ids[row][batch.completion_mask[row]].tolist()
+def sequences_of(batch: Batch) -> list[list[int]]:
+    return [part.tolist() for part in batch.input_ids.split(batch.lengths)]
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+def completions_of(batch: Batch) -> list[list[int]]:
+    return [part.tolist() for part in batch.targets().split(batch.counts)]
+
+
+# --- which tokens carry loss ------------------------------------------------------------------------------------------
 
 
 def test_loss_is_on_the_completion_and_nothing_else():
-    batch = collate(ROLLOUTS, PAD, 999)
-    width = max(sum(lengths) for lengths in LENGTHS)
-    assert batch.input_ids.shape == (7, width)
-    for row, (prompt, completion) in enumerate(LENGTHS):
-        expected = [prompt <= place < prompt + completion for place in range(width)]
-        assert batch.completion_mask[row].tolist() == expected
-        assert completion_of(batch, row) == ROLLOUTS[row].completion_ids
+    batch = collate(ROLLOUTS, 999)
+    assert sequences_of(batch) == [item.prompt_ids + item.completion_ids for item in ROLLOUTS]
+    assert completions_of(batch) == [item.completion_ids for item in ROLLOUTS]
     assert batch.completion_tokens == sum(completion for _, completion in LENGTHS)
 
 
-def test_padding_is_on_the_right_and_unattended():
-    batch = collate(ROLLOUTS, PAD, 999)
-    for row, item in enumerate(ROLLOUTS):
-        sequence = item.prompt_ids + item.completion_ids
-        padding = batch.input_ids.shape[1] - len(sequence)
-        assert batch.input_ids[row].tolist() == sequence + [PAD] * padding
-        assert batch.attention_mask[row].tolist() == [1] * len(sequence) + [0] * padding
+def test_no_token_is_padding_and_places_count_from_each_start():
+    batch = collate(ROLLOUTS, 999)
+    assert len(batch.input_ids) == sum(map(sum, LENGTHS))
+    assert batch.places.tolist() == [place for lengths in LENGTHS for place in range(sum(lengths))]
 
 
-def test_end_of_sequence_carries_loss_where_it_is_the_padding_token():
-    batch = collate(ROLLOUTS, EOS, 999)
-    is_eos = batch.input_ids == EOS
-    assert (is_eos & batch.completion_mask).sum(-1).tolist() == [1] * 7
-    assert completion_of(batch, 0)[-1] == EOS
-    other = collate(ROLLOUTS, 0, 999)
-    assert torch.equal(batch.completion_mask, other.completion_mask)
-    assert torch.equal(batch.attention_mask, other.attention_mask)
-
-
-@pytest.mark.parametrize("max_tokens", [4, 8, 11, 12, 999])
+@pytest.mark.parametrize("max_tokens", [2, 4, 8, 11, 12, 999])
 def test_max_tokens_cuts_the_completion(max_tokens):
-    batch = collate(ROLLOUTS, PAD, max_tokens)
-    assert batch.input_ids.shape[1] <= max_tokens
-    for row, item in enumerate(ROLLOUTS):
-        room = max(0, max_tokens - len(item.prompt_ids))
-        assert completion_of(batch, row) == item.completion_ids[:room]
-        kept = min(max_tokens, len(item.prompt_ids) + len(item.completion_ids))
-        assert int(batch.attention_mask[row].sum()) == kept
+    batch = collate(ROLLOUTS, max_tokens)
+    assert sequences_of(batch) == [(item.prompt_ids + item.completion_ids)[:max_tokens] for item in ROLLOUTS]
+    kept = [item.completion_ids[: max(0, max_tokens - len(item.prompt_ids))] for item in ROLLOUTS]
+    assert completions_of(batch) == kept
+
+
+def test_a_first_token_without_a_prompt_has_no_predecessor_and_carries_no_loss():
+    bare = dataclasses.replace(ROLLOUTS[0], prompt_ids=[])
+    batch = collate([ROLLOUTS[1], bare], 999)
+    assert completions_of(batch) == [ROLLOUTS[1].completion_ids, bare.completion_ids[1:]]
 
 
 # --- what predicts what -----------------------------------------------------------------------------------------------
 
 
 def test_predicting_and_targets_align_like_a_loop():
-    batch = collate(ROLLOUTS, PAD, 12)
-    hidden = torch.randn(*batch.input_ids.shape, 3, generator=torch.Generator().manual_seed(0))
-    states, targets = [], []
-    for row, item in enumerate(ROLLOUTS):
+    batch = collate(ROLLOUTS, 12)
+    starts = [sum(batch.lengths[:row]) for row in range(len(batch.lengths))]
+    places, targets = [], []
+    for start, item in zip(starts, ROLLOUTS, strict=True):
         for place, token in enumerate(item.completion_ids, start=len(item.prompt_ids)):
             if place < 12:
-                states.append(hidden[row, place - 1])
+                places.append(start + place - 1)
                 targets.append(token)
-    assert torch.equal(batch.predicting(hidden), torch.stack(states))
+    assert batch.predicting.tolist() == places
     assert batch.targets().tolist() == targets
 
 
-def test_gradient_reaches_only_the_predicting_positions():
-    batch = collate(ROLLOUTS, PAD, 999)
-    hidden = torch.randn(*batch.input_ids.shape, 3, requires_grad=True)
-    batch.predicting(hidden).sum().backward()
-    assert hidden.grad is not None
-    touched = hidden.grad.abs().sum(-1) > 0
-    expected = torch.zeros_like(touched)
-    for row, (prompt, completion) in enumerate(LENGTHS):
-        expected[row, prompt - 1 : prompt + completion - 1] = True
-    assert torch.equal(touched, expected)
-
-
 def test_moving_a_batch_keeps_it():
-    batch = collate(ROLLOUTS, PAD, 999)
+    batch = collate(ROLLOUTS, 999)
     moved = batch.to(torch.device("cpu"))
-    for field in dataclasses.fields(Batch):
-        assert torch.equal(getattr(moved, field.name), getattr(batch, field.name))
+    for name, value in vars(batch).items():
+        same = torch.equal(value, vars(moved)[name]) if isinstance(value, torch.Tensor) else value == vars(moved)[name]
+        assert same, name
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------
@@ -121,19 +100,11 @@ def test_moving_a_batch_keeps_it():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
 def test_micro_batches_partition_the_rows(size):
-    batches = micro_batches(ROLLOUTS, size, PAD, 999)
-    rows = [tuple(completion_of(batch, row)) for batch in batches for row in range(len(batch.input_ids))]
+    batches = micro_batches(ROLLOUTS, size, 999)
+    rows = [tuple(row) for batch in batches for row in completions_of(batch)]
     assert Counter(rows) == Counter(tuple(item.completion_ids) for item in ROLLOUTS)
-    assert [len(batch.input_ids) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-    assert sum(batch.completion_tokens for batch in batches) == collate(ROLLOUTS, PAD, 999).completion_tokens
-
-
-def test_micro_batches_pad_no_more_than_the_order_given():
-    def padding(batches: list[Batch]) -> int:
-        return sum(int((1 - batch.attention_mask).sum()) for batch in batches)
-
-    given = [collate(ROLLOUTS[i : i + 2], PAD, 999) for i in range(0, 7, 2)]
-    assert padding(micro_batches(ROLLOUTS, 2, PAD, 999)) < padding(given)
+    assert [len(batch.lengths) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert sum(batch.completion_tokens for batch in batches) == collate(ROLLOUTS, 999).completion_tokens
 
 
 # --- the λ draw -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def numbered(source: str, count: int) -> list[Rollout]:
 
 def live(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings=SETTINGS) -> Live:
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0).prompts
-    generator = Generator(teacher, [258], 258, Sampling(1.0, 1.0, 0, 4, 0, 0), "student")
+    generator = Generator(teacher, [258], Sampling(1.0, 1.0, 0, 4, 0, 0), "student")
     return Live(settings, prompts, generator, RolloutStore(folder), "identity", "writer")
 
 

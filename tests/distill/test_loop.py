@@ -1,5 +1,6 @@
 """The training loop: what a step computes, and what survives a stop."""
 
+import copy
 import math
 import os
 import shutil
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from kdctl.attention import Layout, forward
 from kdctl.distill.batch import collate
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
 from kdctl.errors import StoreError, TrainingError
-from kdctl.metrics import make_yardstick, predicting_states
-from kdctl.models import final_hidden, head_of
+from kdctl.metrics import make_yardstick, predicting_hidden, predicting_states
+from kdctl.models import head_of
 from kdctl.preset import DistillSection, QuantizeSection
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.quant.shadow import ShadowWeights
@@ -46,7 +49,7 @@ def trainer_on(teacher: PreTrainedModel, data: list[Rollout], **settings) -> Tra
     weights = quantize_layers(teacher, select_layers(teacher, GRID), GRID)
     student = build_student(teacher, weights)
     shadow = ShadowWeights(student, weights, teacher)
-    return Trainer(teacher, student, shadow, Feed(section, data), section, pad_id=258)
+    return Trainer(teacher, student, shadow, Feed(section, data), section)
 
 
 def test_eight_rows_at_once_equal_one_row_eight_times(teacher_fp32: PreTrainedModel) -> None:
@@ -154,16 +157,41 @@ def test_learning_rate_warms_up_then_falls_or_stays() -> None:
 
 def test_prompt_tokens_carry_no_loss(teacher_fp32: PreTrainedModel) -> None:
     """Only where completion tokens are predicted may the student's hidden states receive a gradient."""
-    batch = collate(rollouts(3), 258, 64)
+    batch = collate(rollouts(3), 64)
     states = predicting_states(teacher_fp32, batch)
-    hidden = final_hidden(teacher_fp32, batch.input_ids, batch.attention_mask).detach() * 1.1
+    hidden = forward(teacher_fp32, batch.input_ids, batch.places, Layout(batch.lengths)).detach() * 1.1
     hidden.requires_grad_(True)
-    divergence(batch.predicting(hidden), states, head_of(teacher_fp32), Objective()).backward()
+    divergence(hidden[batch.predicting], states, head_of(teacher_fp32), Objective()).backward()
     assert hidden.grad is not None
     touched = hidden.grad.abs().sum(-1) > 0
-    predicts = torch.zeros_like(touched)
-    predicts[:, :-1] = batch.completion_mask[:, 1:]
-    assert torch.equal(touched, predicts)
+    assert touched.nonzero().flatten().tolist() == batch.predicting.tolist()
+
+
+def test_a_packed_batch_has_the_loss_and_gradient_of_padded_rows(teacher_fp32: PreTrainedModel) -> None:
+    """The reference pads, masks and takes full logits, as transformers does."""
+    data, student = rollouts(5), copy.deepcopy(teacher_fp32).requires_grad_(True)
+    for parameter in student.parameters():
+        parameter.data.mul_(1.05)
+    batch, head = collate(data, 64), head_of(teacher_fp32)
+    reference = copy.deepcopy(student)
+    packed = divergence(predicting_hidden(student, batch), predicting_states(teacher_fp32, batch), head, Objective())
+    packed.backward()
+    ids = pad_sequence(list(batch.input_ids.split(batch.lengths)), batch_first=True)
+    places, lengths = torch.arange(ids.shape[1]), torch.tensor(batch.lengths).unsqueeze(-1)
+    prompts = torch.tensor([len(item.prompt_ids) for item in data]).unsqueeze(-1)
+    carries = ((places < lengths) & (places >= prompts))[:, 1:]
+    mask = (places < lengths).long()
+    hidden = reference.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1][carries]
+    with torch.no_grad():
+        wanted = teacher_fp32(input_ids=ids, attention_mask=mask).logits[:, :-1][carries].log_softmax(-1)
+    found = torch.nn.functional.linear(hidden, head.weight).log_softmax(-1)
+    padded = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+    padded.backward()
+    assert len(hidden) == batch.completion_tokens
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+    for (name, one), two in zip(student.named_parameters(), reference.parameters(), strict=True):
+        if name.endswith("_proj.weight"):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- stop and resume, with real processes -----------------------------------------------------------------------------
@@ -256,7 +284,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(teacher: PreTr
         lambda text: None,
     )
     with pytest.raises(TrainingError, match=r"the state after step 2 is kept in .*step_000002"):
-        train(trainer, make_yardstick(teacher, data, 258), outputs)
+        train(trainer, make_yardstick(teacher, data), outputs)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
@@ -268,7 +296,7 @@ def test_too_little_disk_is_refused_before_the_first_step(
     trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
     outputs = Outputs(tmp_path, lambda step: pytest.fail("trained"), "x", lambda done, total: None, lambda text: None)
     with pytest.raises(StoreError, match="GiB free"):
-        train(trainer, make_yardstick(teacher, rollouts(2), 258), outputs)
+        train(trainer, make_yardstick(teacher, rollouts(2)), outputs)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chi2, chisquare
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
 from kdctl.keyed import uniform
 from kdctl.preset import RolloutSection
@@ -32,7 +32,7 @@ def ragged_prompts(count: int = 6) -> list[Prompt]:
 
 def generate(model: PreTrainedModel, prompts: list[Prompt], settings: Sampling, stop=STOPS, step=0) -> list[Rollout]:
     """Generate one completion a prompt, all in one block."""
-    generator = Generator(model, stop, EOS, settings, "teacher")
+    generator = Generator(model, stop, settings, "teacher")
     return generator.block([(prompt, 0) for prompt in prompts], step)
 
 
@@ -190,12 +190,46 @@ def test_tokens_do_not_depend_on_the_rest_of_the_block(teacher_fp32, temperature
     assert len({len(rollout.completion_ids) for rollout in together}) > 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_rows_that_follow_others_get_the_tokens_of_one_large_batch(teacher_fp32, temperature, batch_size):
+    items = [(prompt, sample) for prompt in ragged_prompts(7) for sample in range(2)]
+    settings = sampling(temperature=temperature)
+    large = Generator(teacher_fp32, STOPS, settings, "teacher").block(items)
+    drawn: list[int] = []
+    small = Generator(teacher_fp32, STOPS, settings, "teacher", batch_size).block(items, progress=drawn.append)
+    assert [rollout.completion_ids for rollout in small] == [rollout.completion_ids for rollout in large]
+    assert max(drawn) == batch_size
+    assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in large)
+
+
+def test_completions_of_one_prompt_share_its_reading(teacher_fp32):
+    read: list[int] = []
+    hook = teacher_fp32.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompts = ragged_prompts(3)
+    items = [(prompt, sample) for prompt in prompts for sample in range(4)]
+    found = Generator(teacher_fp32, (EOS,), EXACT, "teacher").block(items)
+    hook.remove()
+    assert read[0] == sum(len(prompt.prompt_ids) for prompt in prompts)
+    alone = [Generator(teacher_fp32, (EOS,), EXACT, "teacher").block([item])[0] for item in items]
+    assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
+
+
+def test_long_prompts_are_read_in_several_passes(teacher_fp32, monkeypatch):
+    whole = generate(teacher_fp32, ragged_prompts(), EXACT)
+    monkeypatch.setattr("kdctl.rollout.generate.PROMPT_TOKENS", 40)
+    parts = generate(teacher_fp32, ragged_prompts(), EXACT)
+    assert [rollout.completion_ids for rollout in parts] == [rollout.completion_ids for rollout in whole]
+
+
 SHAPE = {"vocab_size": 264, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
 OTHER_KINDS = {
     "sliding window": MistralConfig(
         **SHAPE, hidden_size=64, intermediate_size=128, num_key_value_heads=2, sliding_window=8
     ),
-    "learned positions": GPT2Config(**SHAPE, n_embd=64),
+    "normalised heads": Qwen3Config(**SHAPE, hidden_size=64, intermediate_size=96, num_key_value_heads=4, head_dim=24),
 }
 
 
@@ -213,7 +247,7 @@ def test_other_kinds_of_model_sample_the_same_in_any_block(kind):
 def test_first_and_second_tokens_follow_the_model(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
     settings = sampling(max_new_tokens=2)
-    found = Generator(teacher_fp32, (EOS,), EOS, settings, "teacher").block([(prompt, i) for i in range(4000)])
+    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(4000)])
     first = torch.tensor([rollout.completion_ids[0] for rollout in found])
     probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
     assert p_value(counts_of(first, 264), probabilities) > 1e-3
@@ -228,7 +262,7 @@ def test_first_and_second_tokens_follow_the_model(teacher_fp32):
 def test_temperature_shapes_the_completions_and_not_the_stored_logprobs(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
     settings = sampling(temperature=0.6, max_new_tokens=1)
-    found = Generator(teacher_fp32, (EOS,), EOS, settings, "teacher").block([(prompt, i) for i in range(3000)])
+    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(3000)])
     first = torch.tensor([rollout.completion_ids[0] for rollout in found])
     assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids, 0.6)) > 1e-3
     assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids)) < 1e-6
@@ -257,7 +291,7 @@ def test_stored_logprobs_are_the_unmasked_models_at_temperature_one(teacher_fp32
 
 def test_mean_surprise_of_exact_samples_is_the_models_entropy(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
-    found = Generator(teacher_fp32, (EOS,), EOS, sampling(max_new_tokens=1), "teacher").block(
+    found = Generator(teacher_fp32, (EOS,), sampling(max_new_tokens=1), "teacher").block(
         [(prompt, i) for i in range(3000)]
     )
     surprise = -torch.tensor([rollout.logprobs for rollout in found], dtype=torch.float64).squeeze(-1)
@@ -339,7 +373,7 @@ def test_masked_first_token_follows_the_renormalised_model(teacher_fp32):
     probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
     stop = probabilities.topk(3).indices.tolist()
     settings = sampling(max_new_tokens=1, min_new_tokens=1)
-    found = Generator(teacher_fp32, stop, EOS, settings, "teacher").block([(prompt, i) for i in range(3000)])
+    found = Generator(teacher_fp32, stop, settings, "teacher").block([(prompt, i) for i in range(3000)])
     counts = counts_of(torch.tensor([rollout.completion_ids[0] for rollout in found]), 264)
     assert counts[stop].sum() == 0
     assert p_value(counts, probabilities.index_fill(0, torch.tensor(stop), 0.0)) > 1e-3
@@ -364,7 +398,7 @@ def test_other_key_other_tokens(teacher_fp32):
     ids = list(range(40, 60))
 
     def tokens(name: str = "p", index: int = 0, sample_index: int = 0, seed: int = 0, step: int = 0) -> tuple[int, ...]:
-        generator = Generator(teacher_fp32, (EOS,), EOS, sampling(seed=seed), "teacher")
+        generator = Generator(teacher_fp32, (EOS,), sampling(seed=seed), "teacher")
         (rollout,) = generator.block([(Prompt(name, index, ids), sample_index)], step)
         return tuple(rollout.completion_ids)
 
@@ -385,7 +419,7 @@ def test_global_random_state_is_neither_read_nor_moved(teacher_fp32):
 def test_rollouts_say_where_they_come_from(teacher_fp32):
     prompts = ragged_prompts(2)
     items = [(prompts[1], 0), (prompts[1], 1), (prompts[0], 5)]
-    found = Generator(teacher_fp32, (EOS,), EOS, sampling(seed=9), "student").block(items, policy_step=12)
+    found = Generator(teacher_fp32, (EOS,), sampling(seed=9), "student").block(items, policy_step=12)
     assert [(r.prompt_id, r.prompt_index, r.sample_index) for r in found] == [("p1", 1, 0), ("p1", 1, 1), ("p0", 0, 5)]
     assert [r.prompt_ids for r in found] == [prompt.prompt_ids for prompt, _ in items]
     assert {(r.seed, r.policy_step, r.source) for r in found} == {(9, 12, "student")}
@@ -393,7 +427,7 @@ def test_rollouts_say_where_they_come_from(teacher_fp32):
 
 def test_progress_counts_every_token(teacher_fp32):
     drawn: list[int] = []
-    generator = Generator(teacher_fp32, STOPS, EOS, EXACT, "teacher")
+    generator = Generator(teacher_fp32, STOPS, EXACT, "teacher")
     found = generator.block([(prompt, 0) for prompt in ragged_prompts()], progress=drawn.append)
     assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in found)
     assert drawn == sorted(drawn, reverse=True)

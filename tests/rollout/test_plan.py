@@ -29,7 +29,7 @@ PLAN = Plan("teacher", "identity-one", "writer", PromptSet(PROMPTS, 2), prompts_
 
 @pytest.fixture
 def generator(teacher) -> Generator:
-    return Generator(teacher, (258,), 258, SAMPLING, "teacher")
+    return Generator(teacher, (258,), SAMPLING, "teacher")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ class Counting(Silent):
 
 
 def dying(generator: Generator, lives: int) -> Dying:
-    made = Dying(generator.model, tuple(generator.stop), generator.pad_id, generator.sampling, generator.source)
+    made = Dying(generator.model, tuple(generator.stop), generator.sampling, generator.source)
     made.lives = lives
     return made
 

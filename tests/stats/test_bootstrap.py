@@ -5,6 +5,7 @@ import pytest
 
 from kdctl import stats
 from kdctl.records import Estimate
+from kdctl.stats import bootstrap
 
 DOCUMENTS, DATA_SETS = 60, 300
 LENGTHS = np.arange(5, 129)
@@ -52,7 +53,7 @@ def coverage(estimates: list[Estimate], truth: float) -> float:
 
 
 def test_intervals_of_ratios_cover_the_truth_about_95_times_in_100(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 400)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
     estimates = [stats.ratio(before, length) for length, before, _ in map(data, range(DATA_SETS))]
     assert 0.90 <= coverage(estimates, 0.3) <= 0.98
     below = np.mean([estimate.high < 0.3 for estimate in estimates])
@@ -61,7 +62,7 @@ def test_intervals_of_ratios_cover_the_truth_about_95_times_in_100(monkeypatch: 
 
 
 def test_intervals_of_removed_cover_the_truth_about_95_times_in_100(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 400)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
     estimates = [stats.removed(after, before) for _, before, after in map(data, range(DATA_SETS))]
     assert 0.90 <= coverage(estimates, 0.5) <= 0.98
 
@@ -101,3 +102,41 @@ def test_estimates_are_the_same_every_time_and_for_scaled_data():
 def test_exponential_maps_value_and_bounds():
     estimate = stats.exponential(Estimate(value=1.0, low=0.5, high=2.0))
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(tuple(np.exp([1.0, 0.5, 2.0])), rel=1e-15)
+
+
+def test_ratio_difference_is_the_difference_of_ratios_and_paired():
+    length, before, after = data(5)
+    found = stats.ratio_difference(before, after, length)
+    assert found.value == pytest.approx((after.sum() - before.sum()) / length.sum(), rel=1e-12)
+    assert stats.ratio_difference(before, before, length) == Estimate(value=0, low=0, high=0)
+    alone = stats.ratio(before, length)
+    shifted = stats.ratio_difference(before, before + 0.1 * length, length)
+    assert (shifted.low, shifted.high) == pytest.approx((0.1, 0.1), abs=1e-12)
+    assert alone.high - alone.low > 0.01
+    assert stats.ratio_difference(before, after, length, 2 * length).value == pytest.approx(
+        after.sum() / (2 * length.sum()) - before.sum() / length.sum(), rel=1e-12
+    )
+
+
+def test_intervals_of_differences_cover_the_truth_about_95_times_in_100(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
+    drawn = map(data, range(DATA_SETS))
+    estimates = [stats.ratio_difference(before, after, length) for length, before, after in drawn]
+    assert 0.90 <= coverage(estimates, -0.15) <= 0.98
+
+
+def test_chunks_of_resamples_are_one_stream(monkeypatch: pytest.MonkeyPatch):
+    length, before, _ = data(6)
+    whole = stats.ratio(before, length)
+    monkeypatch.setattr(bootstrap, "CHUNK", 1000)
+    assert stats.ratio(before, length) == whole
+
+
+def test_resampled_counts_are_a_bootstrap_of_the_columns():
+    table = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], (2, 300))
+    by_count = bootstrap.resampled_counts(table, "a")
+    one_by_one = bootstrap.resampled_sums(list(table))
+    assert by_count.mean(1) == pytest.approx(table.sum(1), abs=1.5)
+    assert np.cov(by_count) == pytest.approx(np.cov(one_by_one), rel=0.1, abs=10)
+    assert (bootstrap.resampled_counts(table, "a") == by_count).all()
+    assert np.corrcoef(by_count[0], bootstrap.resampled_counts(table, "b")[0])[0, 1] == pytest.approx(0, abs=0.1)

@@ -1,0 +1,150 @@
+"""Training of one variant, from the PTQ student to ``final/`` (layer 4)."""
+
+import re
+import shutil
+from statistics import median
+from typing import Any
+
+from kdctl import metrics, stats
+from kdctl.card import Training
+from kdctl.distill.feed import Feed, Live, Replay
+from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.errors import PresetError, StoreError
+from kdctl.job import Job, versions
+from kdctl.metrics import PerDocument
+from kdctl.preset import Preset
+from kdctl.quant.apply import share_frozen
+from kdctl.quant.checkpoint import Student, load_student
+from kdctl.quant.shadow import make_shadow
+from kdctl.records import DistillReport
+from kdctl.resolve import identity, variant_name
+from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import VariantDir, read_record, write_record
+from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
+from kdctl.stages.rollouts import Stores, filled, live, needed_sources
+from kdctl.students import write_student
+from kdctl.tracking import Tracker, open_wandb, read_metrics
+
+
+def check_name(name: str, option: str = "--name") -> str:
+    """Return a model's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
+    if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq"):
+        raise PresetError(
+            f"{option} {name!r} cannot name a variant; use letters, digits and ._=+-, and neither teacher nor ptq"
+        )
+    return name
+
+
+def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
+    """Train one variant and write its ``final/`` folder."""
+    base = read_record(job.run.preset, Preset).distill
+    variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
+    stores = shared_stages(job)
+    name_now = _distill_identity(job, stores)
+    if force:
+        shutil.rmtree(variant.path, ignore_errors=True)
+    if variant.report.exists():
+        found = read_record(variant.report, DistillReport)
+        if found.identity == name_now:
+            job.reporter.note(f"distill: {variant.path} is complete, skipped")
+            return found
+        raise StoreError(
+            f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
+        )
+    ptq = load_student(job.run.student, job.device)
+    share_frozen(ptq.model, job.teacher, ptq.weights)
+    before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
+    student = _train(job, variant, ptq, stores, name_now)
+    return _finish_variant(job, variant, student, before, stores, name_now)
+
+
+def shared_stages(job: Job) -> Stores:
+    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
+    ensure_student(job)
+    _ = job.heldout_store
+    return {source: filled(job, source) for source in needed_sources(job.preset)}
+
+
+def _distill_identity(job: Job, stores: Stores) -> str:
+    """Hash the distill section and what it reads; live generation reads the rollout section and prompts too."""
+    sections: dict[str, Any] = {"distill": job.preset.distill}
+    inputs = {"student": job.student_fingerprint, "teacher": job.fingerprint}
+    inputs |= {source: store.fingerprint() for source, store in stores.items()}
+    if live(job.preset.distill):
+        sections["rollout"] = job.preset.rollout
+        inputs["prompts"] = job.train_prompts().fingerprint()
+    return identity("distill", sections, inputs)
+
+
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
+    """Run the training loop and return the trained student."""
+    settings = job.preset.distill
+    shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
+    feed = _feed(job, variant, ptq, stores, name)
+    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings)
+    small = job.small_yardstick(settings.heldout_documents)
+
+    def tracker(resume_step: int) -> Tracker:
+        config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
+        return Tracker(
+            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        )
+
+    with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
+        train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
+    weights = dict(shadow.quantized())
+    shadow.detach()
+    return Student(ptq.model, weights)
+
+
+def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Feed:
+    """Put together where each row of a step comes from."""
+    settings = job.preset.distill
+    off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
+    if settings.lmbda == 0:
+        return Feed(settings, off_policy)
+    if not live(settings):
+        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed))
+    generator = job.generator(ptq.model, "student")
+    prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
+    return Feed(settings, off_policy, Live(settings, prompts, generator, store, name, job.student_fingerprint))
+
+
+def _finish_variant(
+    job: Job,
+    variant: VariantDir,
+    student: Student,
+    before: PerDocument,
+    stores: Stores,
+    name: str,
+) -> DistillReport:
+    """Measure the trained student, write ``final/`` and then ``distill.json``."""
+    after = job.measure(student.model, "distilled student")
+    described = describe_student(job, student, name, after)
+    summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
+    training = Training(variant.name, job.preset.distill, summary, removed)
+    write_student(job, variant.final, student, described, after, training)
+    settings, lines = job.preset.distill, read_metrics(variant.metrics)
+    if live(settings):
+        stores = {**stores, "student": RolloutStore(variant.rollouts)}
+    step_seconds = [line["time/step_s"] for line in lines]
+    report = DistillReport(
+        identity=name,
+        teacher=job.fingerprint,
+        variant=variant.name,
+        settings=settings.model_dump(),
+        student=job.student_fingerprint,
+        stores={source: store.fingerprint() for source, store in stores.items()},
+        before=summary,
+        after=metrics.summarize(after),
+        removed=removed,
+        final_loss=lines[-1][f"train/{objective_of(settings).name}"],
+        steps=settings.steps,
+        train_seconds_s=sum(step_seconds),
+        step_seconds_median_s=median(step_seconds),
+        completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
+        versions=versions(),
+        **grid_record(job.preset),
+    )
+    write_record(variant.report, report)
+    return report

@@ -1,0 +1,143 @@
+"""The first stage: the PTQ student, and post-training methods side by side (layer 4)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdctl import metrics, models
+from kdctl.distill.batch import Batch, micro_batches
+from kdctl.errors import StoreError
+from kdctl.job import Job, versions
+from kdctl.metrics import PerDocument
+from kdctl.preset import Preset, QuantizeSection
+from kdctl.quant.apply import build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
+from kdctl.quant.checkpoint import Student, check_sums
+from kdctl.records import MethodResult, QuantizeReport
+from kdctl.resolve import identity
+from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import read_record, write_record
+from kdctl.stages.rollouts import filled
+from kdctl.students import write_student
+
+CALIBRATION_BATCH = 16
+GRID = {"bits", "group_size", "symmetric", "method"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a PTQ student. calibration: the store that a method with calibration data reads."""
+
+    settings: QuantizeSection
+    identity: str
+    calibration: RolloutStore | None
+
+
+def quantize(job: Job, force: bool = False) -> QuantizeReport:
+    """Make ``student/`` from the teacher by post-training quantization."""
+    recipe = recipe_of(job, job.preset.quantize)
+    report = job.run.student / "quantize.json"
+    if report.exists() and not force:
+        found = read_record(report, QuantizeReport)
+        if found.identity == recipe.identity:
+            check_sums(job.run.student)
+            job.reporter.note(f"quantize: {job.run.student} is complete, skipped")
+            return found
+        raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
+    student, seconds = make_student(job, recipe)
+    per_document = job.measure(student.model, "student")
+    described = describe_student(job, student, recipe.identity, per_document, seconds)
+    write_student(job, job.run.student, student, described, per_document)
+    return read_record(report, QuantizeReport)
+
+
+def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) -> list[MethodResult]:
+    """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
+    return [_compared(job, recipe_of(job, settings), force) for settings in sections]
+
+
+def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
+    """Quantize with one method and measure, or read what was measured before."""
+    settings, path = recipe.settings, job.run.compared(recipe.settings.method)
+    if path.exists() and not force:
+        found = read_record(path, MethodResult)
+        if (found.identity, found.yardstick) == (recipe.identity, job.yardstick_identity):
+            job.reporter.note(f"compare: {path} is complete, skipped")
+            return found
+    student, seconds = make_student(job, recipe)
+    result = MethodResult(
+        identity=recipe.identity,
+        seconds_s=seconds,
+        sqnr_db=sqnr(job.teacher, student.weights),
+        yardstick=job.yardstick_identity,
+        distribution=metrics.summarize(job.measure(student.model, settings.method)),
+        text=metrics.text_perplexity(student.model, job.text),
+        versions=versions(),
+        **settings.model_dump(include=GRID),
+    )
+    write_record(path, result)
+    return result
+
+
+def recipe_of(job: Job, settings: QuantizeSection) -> Recipe:
+    """Put together what decides a PTQ student, filling the calibration store where it is missing."""
+    calibration = filled(job, settings.calibration_source) if settings.method == "gptq" else None
+    inputs = {"teacher": job.fingerprint} | ({"calibration": calibration.fingerprint()} if calibration else {})
+    name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
+    return Recipe(settings, name, calibration)
+
+
+def make_student(job: Job, recipe: Recipe) -> tuple[Student, float]:
+    """Quantize the teacher; also return how long it took, in seconds."""
+    started, settings = time.perf_counter(), recipe.settings
+    with job.reporter.task(f"quantizing {len(job.layers)} layers with {settings.method}", "layers") as advance:
+        if recipe.calibration is None:
+            weights = quantize_layers(job.teacher, job.layers, settings, advance)
+        else:
+            batches = calibration_batches(job, recipe.calibration)
+            weights = quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+    seconds = time.perf_counter() - started
+    return Student(build_student(job.teacher, weights), weights), seconds
+
+
+def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
+    """Cut the first sequences of a store into padded batches, prompts and completions together."""
+    rollouts = store.read()[: job.preset.quantize.calibration_sequences]
+    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.preset.distill.max_tokens)
+    return [batch.to(job.device) for batch in batches]
+
+
+def describe_student(
+    job: Job, student: Student, name: str, per_document: PerDocument, seconds: float = 0.0
+) -> QuantizeReport:
+    """Put together what quantize.json says of a student in memory."""
+    quantized = sum(weight.codes.numel() for weight in student.weights.values())
+    return QuantizeReport(
+        identity=name,
+        teacher=job.fingerprint,
+        skip=job.preset.quantize.skip,
+        teacher_bytes=models.weights_bytes(job.folder),
+        student_bytes=0,
+        quantized_parameters=quantized,
+        other_parameters=student.model.num_parameters() - quantized,
+        layers=layer_errors(job.teacher, student.weights),
+        yardstick=job.yardstick_identity,
+        distribution=metrics.summarize(per_document),
+        text=metrics.text_perplexity(student.model, job.text),
+        teacher_text=job.teacher_text,
+        seconds_s=seconds,
+        versions=versions(),
+        **grid_record(job.preset),
+    )
+
+
+def grid_record(preset: Preset) -> dict[str, Any]:
+    """Return the fields that every student folder's report has in common."""
+    return preset.quantize.model_dump(include=GRID)
+
+
+def ensure_student(job: Job) -> None:
+    """Make ``student/`` where it is missing."""
+    if not (job.run.student / "quantize.json").exists():
+        job.reporter.note("no student yet: quantizing first")
+        quantize(job)

@@ -1,0 +1,24 @@
+"""Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
+
+from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
+from kdctl.stats.comparisons import Paired, compare, compare_average, holm
+from kdctl.stats.gaps import Trio, recovery, recovery_average
+from kdctl.stats.proportions import accuracy
+from kdctl.stats.repeats import compare_seeds, seeds
+
+__all__ = [
+    "Paired",
+    "Trio",
+    "accuracy",
+    "compare",
+    "compare_average",
+    "compare_seeds",
+    "exponential",
+    "holm",
+    "ratio",
+    "ratio_difference",
+    "recovery",
+    "recovery_average",
+    "removed",
+    "seeds",
+]
