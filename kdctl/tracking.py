@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdctl.errors import StoreError
 from kdctl.keyed import digest
 from kdctl.preset import TrackingSection
 
@@ -74,10 +75,17 @@ def create_sweep(config: dict[str, Any], settings: TrackingSection) -> str:
     """Create a sweep on wandb's server and return what an agent is told: ``entity/project/id``.
 
     The one place where a sweep talks to the server; agents are wandb's own program. What wandb says goes to stderr.
+    Raises StoreError if wandb cannot: nobody is logged in, the server does not answer, or it refuses the sweep.
     """
     import wandb
 
     project, entity = config.get("project", settings.project), config.get("entity", settings.entity)
-    with redirect_stdout(sys.stderr):
-        sweep_id = wandb.sweep(config, project=project, entity=entity)
+    try:
+        with redirect_stdout(sys.stderr):
+            sweep_id = wandb.sweep(config, project=project, entity=entity)
+    except wandb.Error as error:
+        raise StoreError(
+            f"wandb cannot create the sweep, nothing runs: {error} Without --backend wandb, or after wandb login, the "
+            "same sweep can run"
+        ) from None
     return "/".join(part for part in (entity, project, sweep_id) if part)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from kdctl.errors import StoreError
 from kdctl.preset import TrackingSection
-from kdctl.tracking import Tracker, open_wandb, read_metrics
+from kdctl.tracking import Tracker, create_sweep, open_wandb, read_metrics
 
 OFFLINE = TrackingSection(wandb="offline", project="kdctl-test")
 
@@ -154,3 +155,25 @@ def test_runs_of_the_same_name_in_two_folders_are_two_wandb_runs(
     assert ids[0] == ids[2] != ids[1]
     assert all(options["resume"] == "allow" for options in asked)
     assert not any(set(name) & set("/\\#?%:") for name in ids)
+
+
+def test_a_sweep_without_a_login_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    with pytest.raises(StoreError, match="wandb login"):
+        create_sweep({"method": "grid", "parameters": {}}, OFFLINE)
+
+
+def test_a_sweep_is_told_with_its_project_and_owner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(config: dict[str, Any], entity: str | None, project: str | None) -> str:
+        print(f"Create sweep of {config} for {entity} in {project}")
+        return "abc"
+
+    monkeypatch.setattr("wandb.sweep", sweep)
+    assert create_sweep({"method": "grid"}, OFFLINE) == "kdctl-test/abc"
+    assert create_sweep({"method": "grid", "entity": "me", "project": "mine"}, OFFLINE) == "me/mine/abc"
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "for me in mine" in err
