@@ -62,7 +62,7 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Fix the zero point in the middle, or store one.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="minmax, hqq or gptq.")] = None,
+    method: Annotated[str | None, typer.Option(help="minmax, hqq, gptq or autoround.")] = None,
     compared: Annotated[
         str | None, typer.Option("--compare", help="Methods, with commas: measure each, make no student.")
     ] = None,

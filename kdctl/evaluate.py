@@ -1,10 +1,9 @@
 """Benchmarks: lm-eval's tasks and kdctl's bundled ones on a live model, scored item by item (layer 3).
 
-lm-eval builds the prompts, runs the model and decides what is right. kdctl adds the per-item tables that paired
+lm-eval builds the prompts and decides what is right. kdctl runs the model, adds the per-item tables that paired
 statistics need, and refuses to go on where they do not add up to lm-eval's own figures.
 """
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +28,7 @@ from kdctl.resolve import suggest
 from kdctl.rundir import atomic_path
 from kdctl.tasks.harness import Meter, hub_access, quiet
 from kdctl.tasks.items import Run, items_table
+from kdctl.tasks.likelihood import LikelihoodModel
 
 BUNDLED = Path(__file__).parent / "tasks"
 MULTIPLE_CHOICE = "multiple_choice"
@@ -186,7 +185,7 @@ def score_tasks(
     training = model.training
     try:
         with quiet():
-            lm = _wrapped(model, tokenizer, settings.batch_size)
+            lm = LikelihoodModel(model.eval(), tokenizer, settings.batch_size)
             for name, task in tasks.items():
                 runs = list(_runs(lm, task, settings.limit, progress))
                 tables[name] = items_table(name, runs)
@@ -196,21 +195,7 @@ def score_tasks(
     return scores, tables
 
 
-def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> HFLM:
-    """Wrap a live model in lm-eval's own HFLM, with a copy of the tokenizer because HFLM may add a pad token.
-
-    Log-probabilities are taken in float32: in bf16 they are so coarse that some choices tie.
-    """
-    options: dict[str, Any] = {
-        "pretrained": model,
-        "tokenizer": copy.deepcopy(tokenizer),
-        "batch_size": batch_size,
-        "softmax_dtype": "float32",
-    }
-    return HFLM(**options)
-
-
-def _runs(lm: HFLM, task: LoadedTask, limit: int | None, progress: Progress | None) -> Iterator[Run]:
+def _runs(lm: LikelihoodModel, task: LoadedTask, limit: int | None, progress: Progress | None) -> Iterator[Run]:
     """Evaluate a task's subtasks one after the other."""
     documents = [len(subtask.eval_docs) for subtask in task.subtasks.values()]
     counts = documents if limit is None else [min(count, limit) for count in documents]
@@ -227,7 +212,7 @@ def _runs(lm: HFLM, task: LoadedTask, limit: int | None, progress: Progress | No
         done += count
 
 
-def _run(lm: HFLM, name: str, task: ConfigurableTask, limit: int | None) -> Run:
+def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | None) -> Run:
     """Evaluate one lm-eval task, with the same few-shot examples for every model."""
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     results: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0)

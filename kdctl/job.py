@@ -20,6 +20,8 @@ from kdctl.preset import Preset
 from kdctl.progress import Reporter, Silent
 from kdctl.prompts import PromptReader, PromptSet, messages_of, read_rows
 from kdctl.quant.apply import select_layers
+from kdctl.quant.autoround import check_installed as check_autoround
+from kdctl.quant.autoround import installed as autoround_installed
 from kdctl.quant.checkpoint import HELDOUT
 from kdctl.records import QuantizeReport, Rollout, TextMetrics, Versions
 from kdctl.resolve import identity
@@ -37,6 +39,7 @@ def versions() -> Versions:
         transformers=version("transformers"),
         compressed_tensors=version("compressed-tensors"),
         hqq=version("hqq"),
+        auto_round=version("auto-round") if autoround_installed() else None,
     )
 
 
@@ -229,7 +232,8 @@ def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = Non
     """Open a run folder for a preset, checking everything that can be checked without weights.
 
     Raises KdctlError kinds for an unwritable folder, a folder of another teacher or quantizer, a model that cannot be
-    found, a group size that does not divide, and, for a new folder, prompts that are empty or cannot be read.
+    found, a group size that does not divide, a method whose package is not installed, and, for a new folder, prompts
+    that are empty or cannot be read.
     """
     job = Job(preset, RunDir(folder), reporter or Silent())
     job.run.prepare()
@@ -237,6 +241,8 @@ def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = Non
     if base is not None:
         check_same_model(base, preset, job.run)
     _ = job.device, job.layers
+    if preset.quantize.method == "autoround" and not (job.run.student / "quantize.json").exists():
+        check_autoround()
     if base is None:
         check_prompts(preset)
         write_record(job.run.preset, preset)

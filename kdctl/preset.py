@@ -45,14 +45,16 @@ class QuantizeSection(Section):
     """Weights along in_features that share one scale."""
     symmetric: bool = False
     """Fix the zero point in the middle of the codes and do not store it."""
-    method: Literal["minmax", "hqq", "gptq"] = "hqq"
+    method: Literal["minmax", "hqq", "gptq", "autoround"] = "hqq"
     """How codes, scales and zero points are found."""
     calibration_source: Literal["teacher", "dataset"] = "teacher"
-    """Rollout store whose sequences ``gptq`` calibrates on."""
+    """Rollout store whose sequences ``gptq`` and ``autoround`` calibrate on."""
     calibration_sequences: Count = 128
     """Sequences to calibrate on."""
     damping: Positive = 0.01
     """Share of the mean diagonal added to the Hessian by ``gptq``."""
+    autoround_iters: Count = 200
+    """Steps of ``autoround`` on each decoder layer."""
     skip: tuple[str, ...] = ()
     """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
 
@@ -103,7 +105,7 @@ class RolloutSection(Section):
     top_k: Natural = 0
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
     seed: int = 0
-    """Seed of the sampled tokens."""
+    """Seed of the sampled tokens, and of ``autoround`` on them."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -57,6 +57,8 @@ class Versions(Record):
     transformers: str
     compressed_tensors: str
     hqq: str
+    auto_round: str | None = None
+    """None where that extra is not installed."""
 
 
 class Estimate(Record):

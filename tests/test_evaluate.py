@@ -118,17 +118,24 @@ def test_winogrande_scores_one_ending_after_two_contexts(scored, random_llama, b
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_item_means_equal_lm_evals_aggregates(scored, tasks, random_llama, byte_tokenizer, name):
+def test_items_and_their_means_equal_those_of_lm_evals_own_model_class(
+    scored, tasks, random_llama, byte_tokenizer, name
+):
     scores, tables = scored
     options: dict[str, Any] = {"pretrained": random_llama, "tokenizer": copy.deepcopy(byte_tokenizer), "batch_size": 4}
     task_dict: Any = {"tasks": tasks[name].subtasks}
-    results: Any = evaluate(lm=HFLM(**options), task_dict=task_dict, limit=LIMIT, bootstrap_iters=0)
+    results: Any = evaluate(lm=HFLM(**options), task_dict=task_dict, limit=LIMIT, log_samples=True, bootstrap_iters=0)
     raw = results["results"][name]
     columns = tables[name].to_pydict()
     for metric in ("acc", "acc_norm"):
         if f"{metric},none" in raw:
             assert sum(columns[metric]) / LIMIT == raw[f"{metric},none"] == scores[name].metrics[metric]
     assert scores[name].metrics.keys() == {key.split(",")[0] for key in raw if "," in key and "stderr" not in key}
+    for row, sample in zip(tables[name].to_pylist(), results["samples"][name], strict=True):
+        assert row["loglikelihoods"] == pytest.approx([value for value, _ in sample["filtered_resps"]], rel=1e-5)
+        assert {metric: row[metric] for metric in ("acc", "acc_norm") if metric in sample} == {
+            metric: bool(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample
+        }
 
 
 @pytest.mark.parametrize(

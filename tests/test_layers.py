@@ -53,6 +53,7 @@ LAYERS = {
     "tokens": 2,
     "tracking": 2,
     "quant.apply": 2,
+    "quant.autoround": 2,
     "quant.calibrate": 2,
     "quant.checkpoint": 2,
     "quant.layout": 2,
@@ -63,6 +64,7 @@ LAYERS = {
     "distill.feed": 2,
     "tasks.harness": 2,
     "tasks.items": 2,
+    "tasks.likelihood": 2,
     "tasks.offline": 2,
     "distill.loop": 3,
     "evaluate": 3,
@@ -92,10 +94,11 @@ ALLOWED = {
     "yaml": {"sweep.space", "sweep.kubernetes", "students"},
     "wandb": {"tracking"},
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
-    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.offline"},
+    "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
     "accelerate": {"distill.loop"},
+    "auto_round": {"quant.autoround"},
 }
-HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate"}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round"}
 
 
 def module_name(path: Path) -> str:

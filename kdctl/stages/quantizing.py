@@ -11,7 +11,9 @@ from kdctl.errors import StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
 from kdctl.preset import Preset, QuantizeSection
-from kdctl.quant.apply import build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
+from kdctl.progress import Advance
+from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
+from kdctl.quant.autoround import Task, autoround, check_installed
 from kdctl.quant.checkpoint import Student, check_sums
 from kdctl.records import MethodResult, QuantizeReport
 from kdctl.resolve import identity
@@ -21,6 +23,7 @@ from kdctl.stages.rollouts import filled
 from kdctl.students import write_student
 
 CALIBRATION_BATCH = 16
+CALIBRATED = ("gptq", "autoround")
 GRID = {"bits", "group_size", "symmetric", "method"}
 
 
@@ -53,6 +56,8 @@ def quantize(job: Job, force: bool = False) -> QuantizeReport:
 
 def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) -> list[MethodResult]:
     """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
+    if any(settings.method == "autoround" for settings in sections):
+        check_installed()
     return [_compared(job, recipe_of(job, settings), force) for settings in sections]
 
 
@@ -81,7 +86,7 @@ def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
 
 def recipe_of(job: Job, settings: QuantizeSection) -> Recipe:
     """Put together what decides a PTQ student, filling the calibration store where it is missing."""
-    calibration = filled(job, settings.calibration_source) if settings.method == "gptq" else None
+    calibration = filled(job, settings.calibration_source) if settings.method in CALIBRATED else None
     inputs = {"teacher": job.fingerprint} | ({"calibration": calibration.fingerprint()} if calibration else {})
     name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
     return Recipe(settings, name, calibration)
@@ -91,17 +96,32 @@ def make_student(job: Job, recipe: Recipe) -> tuple[Student, float]:
     """Quantize the teacher; also return how long it took, in seconds."""
     started, settings = time.perf_counter(), recipe.settings
     with job.reporter.task(f"quantizing {len(job.layers)} layers with {settings.method}", "layers") as advance:
-        if recipe.calibration is None:
-            weights = quantize_layers(job.teacher, job.layers, settings, advance)
-        else:
-            batches = calibration_batches(job, recipe.calibration)
-            weights = quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+        weights = _quantized(job, recipe, advance)
     seconds = time.perf_counter() - started
     return Student(build_student(job.teacher, weights), weights), seconds
 
 
+def _quantized(job: Job, recipe: Recipe, advance: Advance) -> Weights:
+    """Run a method, on calibration sequences where it takes them."""
+    settings = recipe.settings
+    if recipe.calibration is None:
+        return quantize_layers(job.teacher, job.layers, settings, advance)
+    batches = calibration_batches(job, recipe.calibration)
+    if settings.method == "gptq":
+        return quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+    task = Task(
+        teacher=job.folder,
+        dtype=job.preset.teacher.dtype,
+        device=str(job.device),
+        settings=settings,
+        names=tuple(job.layers),
+        seed=job.preset.rollout.seed,
+    )
+    return autoround(task, batches, advance)
+
+
 def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
-    """Cut the first sequences of a store into padded batches, prompts and completions together."""
+    """Cut the first sequences of a store into batches, prompts and completions together."""
     rollouts = store.read()[: job.preset.quantize.calibration_sequences]
     batches = micro_batches(rollouts, CALIBRATION_BATCH, job.preset.distill.max_tokens)
     return [batch.to(job.device) for batch in batches]

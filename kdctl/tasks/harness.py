@@ -17,14 +17,11 @@ import datasets
 import datasets.config
 import huggingface_hub.constants
 import huggingface_hub.utils
-import lm_eval.api.model
 import lm_eval.api.task
-import lm_eval.models.huggingface
 from lm_eval.api.model import CacheHook
 from lm_eval.api.task import Task
 from tqdm import tqdm
 
-BAR_MAKERS = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
 LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "transformers", "accelerate")
 PROBE_TIMEOUT_S = 3.0
 
@@ -56,8 +53,7 @@ def quiet() -> Iterator[None]:
             if not library.are_progress_bars_disabled():
                 stack.callback(library.enable_progress_bars)
                 library.disable_progress_bars()
-        for module in BAR_MAKERS:
-            stack.enter_context(_replaced(module, "tqdm", _hidden_bar))
+        stack.enter_context(_replaced(lm_eval.api.task, "tqdm", _hidden_bar))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield

@@ -1,0 +1,114 @@
+"""Time kdctl's reading of benchmark questions beside lm-eval's own model class, on the same requests.
+
+    OMP_NUM_THREADS=1 python benchmarks/evaluation.py
+    python benchmarks/evaluation.py --model HuggingFaceTB/SmolLM2-135M --tasks mmlu_offline --documents 50 --rounds 5
+
+Each round asks both, one after the other. Printed for each task: median seconds, their ratio, and on how many documents
+both predict the same (by log-likelihood, and by log-likelihood per character). They may differ where batches and caches
+round differently in bf16: the margin is how much likelier, in nats, lm-eval's class finds its own choice. ``--clock
+cpu`` counts processor seconds of all threads, which other busy processes disturb less.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+
+from kdctl import models
+from kdctl.evaluate import build_tasks
+from kdctl.preset import EvalSection
+from kdctl.resolve import load_preset
+from kdctl.tasks.harness import quiet
+from kdctl.tasks.likelihood import LikelihoodModel
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    preset = load_preset("quickstart")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=preset.teacher.model, help="Hub id, folder, .gguf file or pkg:PACKAGE/FILE")
+    parser.add_argument("--tasks", nargs="+", default=["arc_easy_offline", "hellaswag_offline"])
+    parser.add_argument("--documents", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=preset.eval.batch_size)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    return parser.parse_args()
+
+
+def contestants(reference: str, batch_size: int) -> dict[str, LM]:
+    """Wrap one bf16 model in both classes."""
+    folder = models.model_folder(reference, torch.bfloat16)
+    model = models.load_model(folder, torch.bfloat16, models.pick_device("auto"))
+    tokenizer = models.open_tokenizer(folder)
+    options: dict[str, Any] = {
+        "pretrained": model,
+        "tokenizer": copy.deepcopy(tokenizer),
+        "batch_size": batch_size,
+        "softmax_dtype": "float32",
+    }
+    return {"lm-eval": HFLM(**options), "kdctl": LikelihoodModel(model, tokenizer, batch_size)}
+
+
+def seconds_and_values(lm: LM, task: ConfigurableTask, clock: Callable[[], float]) -> tuple[float, list[float]]:
+    """Ask one class everything, with lm-eval's progress bars out of sight."""
+    started = clock()
+    with redirect_stderr(StringIO()):
+        results = lm.loglikelihood(task.instances)
+    return clock() - started, [value for value, _ in results]
+
+
+def compare(task: ConfigurableTask, values: dict[str, list[float]]) -> tuple[int, int, list[float]]:
+    """Count predictions, and those that are equal; list lm-eval's margin, in nats, where they are not."""
+    places = defaultdict(list)
+    for place, instance in enumerate(task.instances):
+        places[instance.doc_id].append(place)
+    equal, margins = 0, []
+    for document, own in places.items():
+        lengths = [len(choice) for choice in task.doc_to_choice(task.eval_docs[document])]
+        for weights in (np.ones(len(own)), np.array(lengths)):
+            theirs, mine = (np.array(values[name])[own] / weights for name in ("lm-eval", "kdctl"))
+            if theirs.argmax() == mine.argmax():
+                equal += 1
+            else:
+                margins.append(float((theirs.max() - theirs[mine.argmax()]) * weights[mine.argmax()]))
+    return 2 * len(places), equal, margins
+
+
+def main() -> None:
+    """Print one row a task."""
+    given = arguments()
+    models.quiet()
+    with quiet():
+        tasks = build_tasks(EvalSection(tasks=tuple(given.tasks)), offline=False)
+        both = contestants(given.model, given.batch_size)
+    print(f"{'task':24} {'lm-eval s':>10} {'kdctl s':>10} {'ratio':>7} {'same predictions':>18}   margins where not")
+    for name, task in ((name, task) for loaded in tasks.values() for name, task in loaded.subtasks.items()):
+        seconds, values = defaultdict(list), {}
+        with quiet():
+            task.build_all_requests(limit=given.documents)
+            for _ in range(given.rounds):
+                for one, lm in both.items():
+                    taken, values[one] = seconds_and_values(lm, task, CLOCKS[given.clock])
+                    seconds[one].append(taken)
+        theirs, mine = (statistics.median(seconds[one]) for one in ("lm-eval", "kdctl"))
+        total, equal, margins = compare(task, values)
+        same = f"{equal} of {total}"
+        shown = ", ".join(f"{margin:.3f}" for margin in margins)
+        print(f"{name:24} {theirs:10.2f} {mine:10.2f} {theirs / mine:7.2f} {same:>18}   {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
