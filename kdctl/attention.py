@@ -7,6 +7,7 @@ Causality and sliding windows follow from the layout, so no mask of size (T, T) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,8 +57,9 @@ class RowCache:
 
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
         """Copy a row's first tokens over other rows."""
-        for tensor in [tensor for kept in self._layers.values() for tensor in kept] if targets else []:
-            tensor[list(targets), :, :tokens] = tensor[source, :, :tokens]
+        if targets:
+            for tensor in chain.from_iterable(self._layers.values()):
+                tensor[list(targets), :, :tokens] = tensor[source, :, :tokens]
 
 
 @dataclass(frozen=True)

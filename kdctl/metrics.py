@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl import stats
 from kdctl.attention import Layout, forward
-from kdctl.distill.batch import Batch, collate
+from kdctl.distill.batch import Batch, collate, split
 from kdctl.distill.divergence import Head, token_chunk
 from kdctl.models import head_of
 from kdctl.records import DistributionMetrics, Rollout, TextMetrics
@@ -70,8 +70,7 @@ def make_yardstick(
 ) -> Yardstick:
     """Run the teacher over the held-out rollouts once."""
     ordered = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-    longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-    batches = [collate(ordered[i : i + BATCH], longest) for i in range(0, len(ordered), BATCH)]
+    batches = [collate(part) for part in split(ordered, BATCH)]
     states = []
     for done, batch in enumerate(batches):
         states.append(predicting_states(teacher, batch))
@@ -185,8 +184,8 @@ def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]]) 
     """Measure perplexity on documents of tokens, each from its second token on."""
     rollouts = [_as_rollout(ids) for ids in documents]
     heads, sums, counts = Heads(head_of(model), head_of(model)), [], []
-    for i in range(0, len(rollouts), BATCH):
-        batch = collate(rollouts[i : i + BATCH], TEXT_WINDOW).to(model.device)
+    for rows in split(rollouts, BATCH):
+        batch = collate(rows).to(model.device)
         part = _per_document(states := predicting_states(model, batch), states, batch, heads)
         sums.append(part.nll)
         counts.append(part.tokens)

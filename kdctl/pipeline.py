@@ -15,7 +15,7 @@ from kdctl.rollout.store import RolloutStore
 from kdctl.stages.distilling import distill, shared_stages
 from kdctl.stages.evaluating import evaluate, open_foreign
 from kdctl.stages.quantizing import compare, ensure_student, quantize
-from kdctl.stages.rollouts import examples, fill_source, needed_sources
+from kdctl.stages.rollouts import examples, fill_source, needed_sources, teacher_states
 
 __all__ = [
     "compare",
@@ -41,6 +41,7 @@ def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
         ensure_student(job)
     if not fill_source(job, source, store):
         job.reporter.note(f"rollout: {store.path} is complete, skipped")
+    teacher_states(job, [store])
     return store.manifest()
 
 

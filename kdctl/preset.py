@@ -106,6 +106,8 @@ class RolloutSection(Section):
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
     seed: int = 0
     """Seed of the sampled tokens, and of ``autoround`` on them."""
+    keep_states: Literal["no", "exact", "int8"] = "no"
+    """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -154,6 +156,8 @@ class DistillSection(Section):
     """Which store the off-policy sequences come from."""
     refresh_every: Natural = 1
     """Generate new student rollouts every so many steps; 0 replays ``rollouts/student`` instead."""
+    replay: str | None = None
+    """Variant whose live rollouts fill the on-policy slots again, instead of new ones."""
     divergence_scale: Literal["normalized", "gkd"] = "normalized"
     """``normalized`` divides generalized JSD by β(1 − β), so that its ends are the two KLs; ``gkd`` does not."""
     temperature: Positive = 1.0
@@ -207,6 +211,11 @@ class DistillSection(Section):
         if self.train_norms and self.train != "scales":
             raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
         return self
+
+    @property
+    def live(self) -> bool:
+        """Tell whether student rollouts are generated during training."""
+        return self.lmbda > 0 and self.refresh_every > 0 and self.replay is None
 
     @property
     def rows_per_step(self) -> int:

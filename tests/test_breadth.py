@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -36,19 +37,7 @@ from kdctl.verify import find_teacher, verify
 
 CPU = torch.device("cpu")
 WINDOW = 16
-SMALL: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.15,
-    "eos_token_id": 258,
-    "pad_token_id": 258,
-    "bos_token_id": None,
-}
+SMALL = tiny.SIZES
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": WINDOW}),

@@ -42,19 +42,7 @@ from kdctl.quant.checkpoint import Student, load_student, save_student
 from kdctl.records import ExportReport, QuantizeReport
 
 CPU = torch.device("cpu")
-SIZES: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "eos_token_id": 260,
-    "bos_token_id": None,
-    "pad_token_id": 260,
-}
+SIZES: dict[str, Any] = tiny.SIZES | {"max_position_embeddings": 512, "eos_token_id": 260, "pad_token_id": 260}
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama_untied": lambda: LlamaConfig(**SIZES, attention_bias=True, rope_parameters=rope(100000.0)),

@@ -59,6 +59,7 @@ LAYERS = {
     "quant.layout": 2,
     "rollout.generate": 2,
     "rollout.plan": 2,
+    "rollout.states": 2,
     "rollout.store": 2,
     "distill.checkpoint": 2,
     "distill.feed": 2,

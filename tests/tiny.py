@@ -1,6 +1,7 @@
 """A tiny random Llama with a byte tokenizer and a chat template, built on the spot."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,23 +26,26 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+    "eos_token_id": 258,
+    "pad_token_id": 258,
+    "bos_token_id": None,
+}
+"""A network of any family that is small enough to be built in every test."""
+
+
 def tiny_config(**overrides) -> LlamaConfig:
     """Describe the tiny Llama; wide initial weights make its distributions far from uniform."""
-    values = {
-        "vocab_size": 264,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.15,
-        "tie_word_embeddings": True,
-        "eos_token_id": 258,
-        "pad_token_id": 258,
-        "bos_token_id": None,
-    }
-    return LlamaConfig(**(values | overrides))
+    values: dict[str, Any] = SIZES | {"tie_word_embeddings": True} | overrides
+    return LlamaConfig(**values)
 
 
 def build(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **overrides) -> Path:

@@ -7,6 +7,7 @@ before, so a resumed run, another split into micro-batches or another number of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,15 +45,20 @@ class Batch:
         return Batch(ids, places, predicting, self.lengths, self.counts)
 
 
-def collate(rollouts: Sequence[Rollout], max_tokens: int) -> Batch:
-    """Lay rollouts end to end, cutting completions at ``max_tokens``.
+def split(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
+    """Cut rollouts into parts of ``size``, in order."""
+    return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+
+
+def collate(rollouts: Sequence[Rollout], max_tokens: int | None = None) -> Batch:
+    """Lay rollouts end to end, cutting completions at ``max_tokens`` where it is given.
 
     What carries loss follows from lengths, never from token values: an end-of-sequence token counts like any other. The
     first token of a sequence has no predecessor and carries none.
     """
     sequences = [(r.prompt_ids + r.completion_ids)[:max_tokens] for r in rollouts]
     lengths = tuple(map(len, sequences))
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = accumulate(lengths[:-1], initial=0)
     first = [min(max(len(r.prompt_ids), 1), length) for r, length in zip(rollouts, lengths, strict=True)]
     predicting = [
         place
@@ -66,11 +72,6 @@ def collate(rollouts: Sequence[Rollout], max_tokens: int) -> Batch:
         lengths,
         tuple(length - begin for length, begin in zip(lengths, first, strict=True)),
     )
-
-
-def micro_batches(rollouts: Sequence[Rollout], size: int, max_tokens: int) -> list[Batch]:
-    """Split one step's rollouts into batches of ``size``."""
-    return [collate(rollouts[i : i + size], max_tokens) for i in range(0, len(rollouts), size)]
 
 
 def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:

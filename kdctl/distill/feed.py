@@ -23,7 +23,7 @@ class Feed:
 
     settings: DistillSection
     off_policy: Sequence[Rollout]
-    on_policy: "Replay | Live | None" = None
+    on_policy: "Replay | Recorded | Live | None" = None
 
     def rows(self, step: int) -> list[Rollout]:
         """Return the rollouts of one step, in row order."""
@@ -53,6 +53,26 @@ class Replay:
 
 
 @dataclass
+class Recorded:
+    """The rollouts that another variant generated live, each in the slot that it filled there."""
+
+    rollouts: Sequence[Rollout]
+    name: str
+
+    def __post_init__(self) -> None:
+        self._rows = {rollout.sample_index: rollout for rollout in self.rollouts}
+
+    def row(self, slot: int) -> Rollout:
+        """Return the rollout of a slot. Raises StoreError if that variant generated none for it."""
+        if slot not in self._rows:
+            raise StoreError(
+                f"variant {self.name} generated no rollout for slot {slot}; replay it with its own distill.lmbda, "
+                "seed and batch size and no more than its steps"
+            )
+        return self._rows[slot]
+
+
+@dataclass
 class Live:
     """Student rollouts generated every ``refresh_every`` steps into a store of the same kind.
 
@@ -66,6 +86,8 @@ class Live:
     store: RolloutStore
     identity: str
     writer: str
+    keep: Callable[[ShardEntry, Sequence[Rollout]], None] | None = None
+    """Told of each shard before it is trained on, to keep the teacher's states of it."""
     progress: Callable[[int], None] | None = None
     _interval: int = -1
     _rows: dict[int, Rollout] = field(default_factory=dict)
@@ -120,15 +142,21 @@ class Live:
         slots = self._slots(interval)
         items = [(self.prompts[slot_index(s, len(self.prompts), self.settings.seed, "live")], s) for s in slots]
         rollouts = self.generator.block(items, self._first(interval), self.progress) if items else []
-        self._rows = {rollout.sample_index: rollout for rollout in rollouts}
         if rollouts:
-            self._note(interval, self.store.write_shard(interval, rollouts, self.identity))
+            entry = self.store.write_shard(interval, rollouts, self.identity)
+            self._note(interval, entry)
+            self._take(entry, rollouts)
         self.store.finish(self._manifest())
 
     def _reload(self, interval: int) -> None:
         entry = self.store.kept_shard(interval, self.identity) if self._slots(interval) else None
-        rollouts = self.store.read_shard(entry) if entry else []
+        if entry is not None:
+            self._take(entry, self.store.read_shard(entry))
+
+    def _take(self, entry: ShardEntry, rollouts: Sequence[Rollout]) -> None:
         self._rows = {rollout.sample_index: rollout for rollout in rollouts}
+        if self.keep is not None:
+            self.keep(entry, rollouts)
 
     def _note(self, interval: int, entry: ShardEntry) -> None:
         first = sum(shard.rows for shard in self._shards)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import Batch, micro_batches
+from kdctl.distill.batch import Batch, collate, split
 from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
@@ -22,6 +22,7 @@ from kdctl.models import head_of
 from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
+from kdctl.rollout.states import TeacherStates
 from kdctl.rundir import require_free_space
 from kdctl.tracking import Tracker
 
@@ -68,6 +69,7 @@ class Trainer:
         shadow: Shadow,
         feed: Feed,
         settings: DistillSection,
+        states: TeacherStates | None = None,
     ):
         self.accelerator = Accelerator(cpu=student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
@@ -76,7 +78,7 @@ class Trainer:
                 "it with --num_processes 1"
             )
         self.teacher, self.student, self.shadow, self.feed = teacher, student, shadow, feed
-        self.settings = settings
+        self.settings, self.states = settings, states
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
@@ -121,20 +123,27 @@ class Trainer:
         The sum over all micro-batches is divided once by the global token count, so 8 × 1 equals 1 × 8.
         """
         settings = self.settings
-        batches = micro_batches(rollouts, settings.micro_batch_size, settings.max_tokens)
+        parts = split(rollouts, settings.micro_batch_size)
+        batches = [collate(part, settings.max_tokens) for part in parts]
         tokens = sum(batch.completion_tokens for batch in batches)
         total = 0.0
-        for batch in batches:
-            loss = self.loss(batch.to(self.student.device))
+        for part, batch in zip(parts, batches, strict=True):
+            loss = self.loss(part, batch.to(self.student.device))
             self.accelerator.backward(loss / tokens)
             total += float(loss.detach())
         return total / tokens, tokens
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
-        states = predicting_states(self.teacher, batch)
+        states = self.teacher_states(rollouts, batch)
         hidden = predicting_hidden(self.student, batch)
         return divergence(hidden, states, self.head, self.objective, self.chunk)
+
+    def teacher_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
+        """Return the teacher's final hidden states, (M, H), stored ones where they are kept."""
+        if self.states is None:
+            return predicting_states(self.teacher, batch)
+        return self.states.of(rollouts, batch.counts).to(self.student.device, self.student.dtype)
 
     def clip(self) -> float:
         """Scale the gradient down to ``max_grad_norm`` and return its norm."""

@@ -123,17 +123,20 @@ def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> 
 
 def sqnr(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> float:
     """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB."""
-    signal = noise = 0.0
-    for name, weight in weights.items():
-        original = teacher.get_parameter(f"{name}.weight").detach().double()
-        signal += float(original.square().sum())
-        noise += float((original - dense(weight).double()).square().sum())
+    norms = [_norms(teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
+    signal, noise = (sum(norm**2 for norm in column) for column in zip(*norms, strict=True))
     return 10 * math.log10(signal / max(noise, 1e-300 * signal))
 
 
-def _layer_error(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerError:
+def _norms(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
+    """Return ‖W‖ and ‖W − Q(W)‖ of one layer, in float64."""
     original = weight.detach().double()
     noise = torch.linalg.vector_norm(original - dense(quantized).double())
-    relative = float(noise / torch.linalg.vector_norm(original).clamp(min=1e-30))
-    sqnr = -20 * float(torch.tensor(max(relative, 1e-30), dtype=torch.float64).log10())
-    return LayerError(name=name, relative_error=relative, sqnr_db=sqnr)
+    return float(torch.linalg.vector_norm(original)), float(noise)
+
+
+def _layer_error(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerError:
+    signal, noise = _norms(weight, quantized)
+    relative = noise / max(signal, 1e-30)
+    decibels = -20 * float(torch.tensor(max(relative, 1e-30), dtype=torch.float64).log10())
+    return LayerError(name=name, relative_error=relative, sqnr_db=decibels)

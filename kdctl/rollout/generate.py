@@ -127,7 +127,9 @@ class Generator:
         for _, group in groupby(enumerate(admitted, len(active)), key=lambda item: id(item[1].prompt)):
             slots, prompts = zip(*((slot, row.prompt.prompt_ids) for slot, row in group), strict=True)
             ids = prompts[0]
-            tokens, rows, places = tokens + ids, rows + [slots[0]] * len(ids), places + list(range(len(ids)))
+            tokens += ids
+            rows += [slots[0]] * len(ids)
+            places += range(len(ids))
             ends += [len(tokens) - 1] * len(slots)
             shared.append((slots, len(ids)))
         place = torch.tensor(places, device=device)
@@ -146,14 +148,15 @@ class Generator:
         numbers = [uniform("token", sampling.seed, policy_step, *key) for key in keys]
         uniforms = torch.tensor(numbers, dtype=torch.float64, device=device)
         short = torch.tensor([len(row.tokens) < sampling.min_new_tokens for row in rows], device=device)
-        stop = torch.tensor(sorted(self.stop), device=device)
+        stop = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
+        stop[list(self.stop)] = True
         few = ROWS_IN_CACHE if device.type == "cpu" else len(rows)
         drawn = []
         for part in (slice(i, i + few) for i in range(0, len(rows), few)):
             values = logits[part].float()
             masked = values
             if sampling.min_new_tokens:
-                masked = values.masked_fill(short[part, None] & _members(stop, values.shape[-1]), -torch.inf)
+                masked = values.masked_fill(short[part, None] & stop, -torch.inf)
             tokens = sample(masked, uniforms[part], sampling)
             chosen = values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - values.logsumexp(-1)
             drawn += zip(tokens.tolist(), chosen.tolist(), strict=True)
@@ -189,17 +192,13 @@ class Generator:
 def _admit(waiting: list[Row], free: int) -> list[Row]:
     """Take the next rows that have a place, as many as are read in one pass without too large activations."""
     admitted: list[Row] = []
+    tokens = 0
     while waiting and len(admitted) < free:
-        tokens = sum(len(row.prompt.prompt_ids) for row in [*admitted, waiting[0]])
+        tokens += len(waiting[0].prompt.prompt_ids)
         if admitted and tokens > PROMPT_TOKENS:
             break
         admitted.append(waiting.pop(0))
     return admitted
-
-
-def _members(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Mark some tokens of the vocabulary, (V,) bool."""
-    return torch.zeros(vocabulary, dtype=torch.bool, device=tokens.device).index_fill_(0, tokens, True)
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdctl.distill.batch import split
 from kdctl.errors import StoreError
 from kdctl.progress import Reporter
 from kdctl.prompts import PromptSet
@@ -97,9 +98,8 @@ class _Counter:
 def fill_from_dataset(store: RolloutStore, plan: Plan, rollouts: Sequence[Rollout]) -> StoreManifest:
     """Write completions that a data set brought."""
     store.reopen()
-    size = plan.prompts_per_block
-    blocks = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    shards = [store.write_shard(index, block, plan.identity) for index, block in enumerate(blocks)]
+    blocks = enumerate(split(rollouts, plan.prompts_per_block))
+    shards = [store.write_shard(index, block, plan.identity) for index, block in blocks]
     manifest = plan.manifest(shards, None)
     store.finish(manifest)
     return manifest

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdctl import metrics, stats
 from kdctl.card import Training
-from kdctl.distill.feed import Feed, Live, Replay
+from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
@@ -18,10 +18,11 @@ from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport
 from kdctl.resolve import identity, variant_name
+from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
-from kdctl.stages.rollouts import Stores, filled, live, needed_sources
+from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
 from kdctl.tracking import Tracker, open_wandb, read_metrics
 
@@ -39,6 +40,8 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     """Train one variant and write its ``final/`` folder."""
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
+    if job.preset.distill.replay is not None:
+        recorded(job, job.preset.distill.replay)
     stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
     if force:
@@ -70,9 +73,13 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     sections: dict[str, Any] = {"distill": job.preset.distill}
     inputs = {"student": job.student_fingerprint, "teacher": job.fingerprint}
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
-    if live(job.preset.distill):
+    if job.preset.distill.live:
         sections["rollout"] = job.preset.rollout
         inputs["prompts"] = job.train_prompts().fingerprint()
+    if job.preset.distill.replay is not None:
+        inputs["replay"] = recorded(job, job.preset.distill.replay).fingerprint()
+    if job.preset.rollout.keep_states != "no":
+        sections["states"] = job.preset.rollout.keep_states
     return identity("distill", sections, inputs)
 
 
@@ -80,8 +87,8 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     """Run the training loop and return the trained student."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
-    feed = _feed(job, variant, ptq, stores, name)
-    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings)
+    feed, states = _feed(job, variant, ptq, stores, name)
+    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
 
     def tracker(resume_step: int) -> Tracker:
@@ -97,17 +104,35 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     return Student(ptq.model, weights)
 
 
-def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Feed:
-    """Put together where each row of a step comes from."""
+def recorded(job: Job, name: str) -> RolloutStore:
+    """Return the live rollouts of another variant. Raises StoreError if it has none."""
+    store = RolloutStore(job.run.variant(name).rollouts)
+    if not store.manifest_path.exists():
+        raise StoreError(
+            f"distill.replay={name!r}: no live rollouts in {store.path}; name a finished variant that generated its own"
+        )
+    return store
+
+
+def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> tuple[Feed, TeacherStates | None]:
+    """Put together where each row of a step comes from, and the teacher's states of it where they are kept."""
     settings = job.preset.distill
     off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
     if settings.lmbda == 0:
-        return Feed(settings, off_policy)
-    if not live(settings):
-        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed))
+        return Feed(settings, off_policy), teacher_states(job, stores.values())
+    if settings.replay is not None:
+        store = recorded(job, settings.replay)
+        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay))
+        return feed, teacher_states(job, [*stores.values(), store])
+    states = teacher_states(job, stores.values())
+    if not settings.live:
+        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed)), states
     generator = job.generator(ptq.model, "student")
     prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
-    return Feed(settings, off_policy, Live(settings, prompts, generator, store, name, job.student_fingerprint))
+    live = Live(settings, prompts, generator, store, name, job.student_fingerprint)
+    if states is not None:
+        live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, job.teacher)
+    return Feed(settings, off_policy, live), states
 
 
 def _finish_variant(
@@ -125,7 +150,7 @@ def _finish_variant(
     training = Training(variant.name, job.preset.distill, summary, removed)
     write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
-    if live(settings):
+    if settings.live:
         stores = {**stores, "student": RolloutStore(variant.rollouts)}
     step_seconds = [line["time/step_s"] for line in lines]
     report = DistillReport(
@@ -144,7 +169,7 @@ def _finish_variant(
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
         versions=versions(),
-        **grid_record(job.preset),
+        **grid_record(job.preset.quantize),
     )
     write_record(variant.report, report)
     return report

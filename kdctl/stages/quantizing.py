@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdctl import metrics, models
-from kdctl.distill.batch import Batch, micro_batches
+from kdctl.distill.batch import Batch, collate, split
 from kdctl.errors import StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
-from kdctl.preset import Preset, QuantizeSection
+from kdctl.preset import QuantizeSection
 from kdctl.progress import Advance
 from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
 from kdctl.quant.autoround import Task, autoround, check_installed
@@ -24,7 +24,6 @@ from kdctl.students import write_student
 
 CALIBRATION_BATCH = 16
 CALIBRATED = ("gptq", "autoround")
-GRID = {"bits", "group_size", "symmetric", "method"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
         distribution=metrics.summarize(job.measure(student.model, settings.method)),
         text=metrics.text_perplexity(student.model, job.text),
         versions=versions(),
-        **settings.model_dump(include=GRID),
+        **grid_record(settings),
     )
     write_record(path, result)
     return result
@@ -123,8 +122,8 @@ def _quantized(job: Job, recipe: Recipe, advance: Advance) -> Weights:
 def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
     """Cut the first sequences of a store into batches, prompts and completions together."""
     rollouts = store.read()[: job.preset.quantize.calibration_sequences]
-    batches = micro_batches(rollouts, CALIBRATION_BATCH, job.preset.distill.max_tokens)
-    return [batch.to(job.device) for batch in batches]
+    longest = job.preset.distill.max_tokens
+    return [collate(part, longest).to(job.device) for part in split(rollouts, CALIBRATION_BATCH)]
 
 
 def describe_student(
@@ -147,13 +146,13 @@ def describe_student(
         teacher_text=job.teacher_text,
         seconds_s=seconds,
         versions=versions(),
-        **grid_record(job.preset),
+        **grid_record(job.preset.quantize),
     )
 
 
-def grid_record(preset: Preset) -> dict[str, Any]:
-    """Return the fields that every student folder's report has in common."""
-    return preset.quantize.model_dump(include=GRID)
+def grid_record(settings: QuantizeSection) -> dict[str, Any]:
+    """Return the fields that every report on a student has in common."""
+    return settings.model_dump(include={"bits", "group_size", "symmetric", "method"})
 
 
 def ensure_student(job: Job) -> None:

@@ -1,13 +1,16 @@
 """Rollout stores of a run: which ones a preset needs, and how they are filled (layer 4)."""
 
+from collections.abc import Iterable
+
 from kdctl.errors import DataError
 from kdctl.job import Job
-from kdctl.preset import DistillSection, Preset, Source
+from kdctl.preset import Preset, Source
 from kdctl.prompts import PromptSet, as_rollout
 from kdctl.quant.checkpoint import load_student
 from kdctl.records import Rollout
 from kdctl.resolve import identity
 from kdctl.rollout.plan import Plan, fill, fill_from_dataset, usable
+from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 
 Stores = dict[Source, RolloutStore]
@@ -18,14 +21,9 @@ def needed_sources(preset: Preset) -> list[Source]:
     sources: list[Source] = []
     if preset.distill.lmbda < 1:
         sources.append(preset.distill.off_policy_source)
-    if preset.distill.lmbda > 0 and not live(preset.distill):
+    if preset.distill.lmbda > 0 and not preset.distill.live and preset.distill.replay is None:
         sources.append("student")
     return sources
-
-
-def live(settings: DistillSection) -> bool:
-    """Tell whether student rollouts are generated during training."""
-    return settings.lmbda > 0 and settings.refresh_every > 0
 
 
 def filled(job: Job, source: Source) -> RolloutStore:
@@ -46,7 +44,7 @@ def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
         "dataset": prompts.fingerprint,
     }[source]()
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
-    name = identity("rollout", {"rollout": settings}, inputs)
+    name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
     plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
     if usable(store, name):
         return False
@@ -56,6 +54,17 @@ def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
         model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
         fill(store, plan, job.generator(model, source), job.reporter)
     return True
+
+
+def teacher_states(job: Job, stores: Iterable[RolloutStore]) -> TeacherStates | None:
+    """Return the teacher's states of finished stores, made where they are missing; None where none are kept."""
+    kept = job.preset.rollout.keep_states
+    if kept == "no":
+        return None
+    states = TeacherStates(job.fingerprint, kept)
+    for store in stores:
+        states.fill(store, job.teacher, job.reporter)
+    return states
 
 
 def examples(job: Job, source: Source, count: int) -> list[tuple[str, str]]:

@@ -1,12 +1,11 @@
 """Which tokens carry loss, which rows a step trains on."""
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
 
-from kdctl.distill.batch import Batch, collate, micro_batches, on_policy_rows, slot_index
+from kdctl.distill.batch import Batch, collate, on_policy_rows, slot_index
 from kdctl.records import Rollout
 
 EOS = 258
@@ -93,18 +92,6 @@ def test_moving_a_batch_keeps_it():
     for name, value in vars(batch).items():
         same = torch.equal(value, vars(moved)[name]) if isinstance(value, torch.Tensor) else value == vars(moved)[name]
         assert same, name
-
-
-# --- micro-batches ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_micro_batches_partition_the_rows(size):
-    batches = micro_batches(ROLLOUTS, size, 999)
-    rows = [tuple(row) for batch in batches for row in completions_of(batch)]
-    assert Counter(rows) == Counter(tuple(item.completion_ids) for item in ROLLOUTS)
-    assert [len(batch.lengths) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-    assert sum(batch.completion_tokens for batch in batches) == collate(ROLLOUTS, 999).completion_tokens
 
 
 # --- the λ draw -------------------------------------------------------------------------------------------------------

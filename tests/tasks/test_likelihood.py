@@ -30,20 +30,7 @@ from kdctl.tasks.likelihood import PADDING, Encoder, LikelihoodModel, batches, q
 
 tiny: Any = importlib.import_module("tiny")
 WINDOW = 16
-SMALL: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.15,
-    "eos_token_id": 258,
-    "pad_token_id": 258,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,
-}
+SMALL = tiny.SIZES | {"tie_word_embeddings": False}
 MIXED = {
     "head_dim": 16,
     "query_pre_attn_scalar": 16,

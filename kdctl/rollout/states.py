@@ -1,0 +1,106 @@
+"""The teacher's final hidden states beside a rollout store, so that later training needs no pass of the teacher.
+
+H numbers a token instead of V logits: the output head is shared and frozen, so every divergence is recomputed exactly
+from them. One safetensors file a shard, read through a memory map; it names the shard and the teacher that it is of and
+is written again where either has changed. ``int8`` halves it: one scale a token, rounded to nearest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdctl.distill.batch import collate, split
+from kdctl.metrics import predicting_states
+from kdctl.progress import Reporter
+from kdctl.records import Rollout, ShardEntry
+from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import atomic_path, require_free_space
+
+Kind = Literal["exact", "int8"]
+Key = tuple[str, str, int]
+BATCH = 16
+
+
+def key_of(rollout: Rollout) -> Key:
+    """Return what tells a rollout from the others that a training run reads."""
+    return rollout.source, rollout.prompt_id, rollout.sample_index
+
+
+@dataclass
+class TeacherStates:
+    """Stored states of several stores, found by rollout.
+
+    teacher: fingerprint of the model that they are of.
+    """
+
+    teacher: str
+    kind: Kind = "exact"
+    _places: dict[Key, tuple[Path, int, int]] = field(default_factory=dict)
+    _open: dict[Path, "safe_open"] = field(default_factory=dict)
+
+    def fill(self, store: RolloutStore, model: PreTrainedModel, reporter: Reporter) -> None:
+        """Take up a finished store, running the teacher over the shards whose states are not there."""
+        shards = store.manifest().shards
+        need = sum(s.completion_tokens for s in shards) * model.config.hidden_size * model.dtype.itemsize
+        require_free_space(store.path, need, f"keeping the teacher's states of {store.path.name}")
+        with reporter.task(f"teacher reads {store.path.name} completions", "shards") as advance:
+            for done, shard in enumerate(shards):
+                self.add(store, shard, store.read_shard(shard), model)
+                advance(done + 1, len(shards))
+
+    def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:
+        """Take up one shard, running the teacher over it where its states are not there."""
+        path = (store.path / shard.file).with_suffix(".states.safetensors")
+        made_of = {"shard": shard.sha256, "teacher": self.teacher, "kind": self.kind}
+        if not _is_of(path, made_of):
+            with atomic_path(path) as temporary:
+                save_file(self._encoded(rollouts, model), temporary, made_of)
+        self._open.pop(path, None)
+        start = 0
+        for rollout in rollouts:
+            count = len(rollout.completion_ids) - (not rollout.prompt_ids)
+            self._places[key_of(rollout)] = (path, start, count)
+            start += count
+
+    def of(self, rollouts: Sequence[Rollout], counts: Sequence[int]) -> Tensor:
+        """Return the states that predict the first ``counts`` completion tokens of each rollout, (M, H).
+
+        They have the teacher's dtype, or float32 where they were kept as int8.
+        """
+        parts = [self._read(*self._places[key_of(r)][:2], n) for r, n in zip(rollouts, counts, strict=True)]
+        return torch.cat(parts)
+
+    def _read(self, path: Path, start: int, count: int) -> Tensor:
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        file = self._open[path]
+        states = file.get_slice("states")[start : start + count]
+        if self.kind == "exact":
+            return states
+        return states.float() * file.get_slice("scale")[start : start + count]
+
+    def _encoded(self, rollouts: Sequence[Rollout], model: PreTrainedModel) -> dict[str, Tensor]:
+        states = torch.cat([predicting_states(model, collate(part)).cpu() for part in split(rollouts, BATCH)])
+        return {"states": states} if self.kind == "exact" else int8(states)
+
+
+def int8(states: Tensor) -> dict[str, Tensor]:
+    """Round states, (M, H), to 8-bit integers with one scale a token."""
+    scale = (states.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return {"states": (states.float() / scale).round_().to(torch.int8), "scale": scale}
+
+
+def _is_of(path: Path, made_of: dict[str, str]) -> bool:
+    """Tell whether a file holds the states of this shard and teacher, whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() == made_of
+    except (OSError, SafetensorError):
+        return False
