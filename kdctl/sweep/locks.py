@@ -18,6 +18,8 @@ from kdctl.errors import StoreError
 from kdctl.records import Holder
 from kdctl.rundir import write_record
 
+MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a moment, to see that it is free
+
 
 def _holder(path: Path) -> str:
     """Say who holds a lock, from the note beside it."""
@@ -61,7 +63,7 @@ def only_sweep(folder: Path, name: str, shard: str = "") -> Iterator[None]:
 @contextmanager
 def _taken(path: Path, what: str) -> Iterator[None]:
     """Hold a lock that must be free."""
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=MOMENT_S)
     try:
         lock.acquire()
     except Timeout:

@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from kdctl.errors import StoreError
 from kdctl.sweep.locks import only_sweep, waiting
@@ -70,6 +72,15 @@ def test_shards_of_one_sweep_share_a_folder_and_a_shard_runs_once(locks: Path) -
             raise AssertionError("one shard twice")
         with pytest.raises(StoreError, match="sweep a runs"), only_sweep(locks, "b"):
             raise AssertionError("two sweeps at once")
+
+
+def test_an_old_lock_that_another_shard_is_just_looking_at_does_not_refuse_a_sweep(locks: Path) -> None:
+    locks.mkdir(parents=True)
+    looking = FileLock(locks / "old.lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.2, looking.release).start()
+    with only_sweep(locks, "a", "1-of-2"):
+        assert not looking.is_locked
 
 
 def test_a_shared_stage_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
