@@ -28,6 +28,7 @@ __all__ = [
     "rollout",
     "run_all",
     "shared_stages",
+    "teacher_states",
     "variant_name",
 ]
 

@@ -313,7 +313,7 @@ class TrialRecord(Record):
     """Its place in the sweep, from 0."""
     values: dict[str, object]
     """The swept fields; empty where they are not chosen yet."""
-    status: Literal["waiting", "running", "complete", "failed"]
+    status: Literal["waiting", "running", "complete", "stopped", "failed"]
     variant: str | None = None
     metric: float | None = None
     step: int = 0

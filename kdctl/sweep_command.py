@@ -129,7 +129,7 @@ def sweep(
         else:
             board = planned(request, found, folder)
             run_here(request, board, jobs, shard)
-            show(board.report(board.study()), as_json, views.show_sweep)
+            show(board.report(board.journal()), as_json, views.show_sweep)
 
 
 def check_backend(backend: Backend, given: Mapping[str, object]) -> None:
@@ -197,8 +197,8 @@ def run_jobs(request: Request, board: "Board", jobs: int) -> None:
 def watched(board: "Board", reporter: console.ConsoleReporter) -> Iterator[None]:
     """Show a live table of the sweep while a block runs."""
     board.run.prepare()
-    study = board.study()
-    with reporter.live(lambda: views.draw_sweep(board.report(study))):
+    journal = board.journal()
+    with reporter.live(lambda: views.draw_sweep(board.report(journal))):
         yield
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,22 @@ from kdctl.preset import TrackingSection
 if TYPE_CHECKING:
     import wandb
 
+Watch = Callable[[int, dict[str, float]], None]
+
 
 class Tracker:
     """Writes one JSON line a call, and the same numbers to wandb when there is a run.
 
     On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again.
+    watch: told of each step after it is recorded; what it raises ends the training.
     """
 
-    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None):
+    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._run = run
+        self._run, self._watch = run, watch
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record namespaced numbers of one step."""
@@ -33,6 +37,8 @@ class Tracker:
         self._file.flush()
         if self._run is not None:
             self._run.log(values, step=step)
+        if self._watch is not None:
+            self._watch(step, values)
 
     def close(self) -> None:
         """Close the file and finish the wandb run."""

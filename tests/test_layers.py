@@ -36,7 +36,7 @@ LAYERS = {
     "sweep.locks": 1,
     "sweep.plan": 1,
     "sweep.space": 1,
-    "sweep.study": 1,
+    "sweep.journal": 1,
     "sweep.wandb_config": 1,
     "sweep.workers": 1,
     "distill.batch": 1,
@@ -90,7 +90,7 @@ LAYERS = {
 ALLOWED = {
     "rich": {"console"},
     "typer": {"cli", "command", "sweep_command"},
-    "optuna": {"sweep.study", "sweep.board"},
+    "optuna": {"sweep.journal", "sweep.board"},
     "filelock": {"sweep.locks"},
     "yaml": {"sweep.space", "sweep.kubernetes", "students"},
     "wandb": {"tracking"},

@@ -24,7 +24,7 @@ from kdctl.rundir import VariantDir, read_record, write_record
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
-from kdctl.tracking import Tracker, open_wandb, read_metrics
+from kdctl.tracking import Tracker, Watch, open_wandb, read_metrics
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -36,8 +36,8 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
-    """Train one variant and write its ``final/`` folder."""
+def distill(job: Job, name: str | None = None, force: bool = False, watch: Watch | None = None) -> DistillReport:
+    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising."""
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
@@ -57,7 +57,7 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
     before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
-    student = _train(job, variant, ptq, stores, name_now)
+    student = _train(job, variant, ptq, stores, name_now, watch)
     return _finish_variant(job, variant, student, before, stores, name_now)
 
 
@@ -83,7 +83,7 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Student:
     """Run the training loop and return the trained student."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
@@ -93,9 +93,8 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
 
     def tracker(resume_step: int) -> Tracker:
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
-        return Tracker(
-            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
-        )
+        run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        return Tracker(variant.metrics, resume_step, run, watch)
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
         train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))

@@ -9,14 +9,15 @@ from optuna.trial import FrozenTrial, TrialState
 from kdctl.preset import Preset
 from kdctl.records import SweepReport, TrialRecord
 from kdctl.rundir import RunDir, read_record
+from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
-from kdctl.sweep.study import Study
 from kdctl.tracking import read_metrics
 
-Status = Literal["waiting", "running", "complete", "failed"]
+Status = Literal["waiting", "running", "complete", "stopped", "failed"]
 STATUS: dict[TrialState, Status] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "stopped",
     TrialState.FAIL: "failed",
 }
 
@@ -37,22 +38,21 @@ class Board:
         """Return the folder of the locks."""
         return self.run.sweeps / "locks"
 
-    def study(self) -> Study:
+    def journal(self) -> Journal:
         """Open the sweep's state, made where it is missing."""
-        return Study(self.folder / "journal.log", self.plan.identity, self.plan.sweep)
+        return Journal(self.folder / "journal.log", self.plan.identity, self.plan.sweep)
 
     def base(self) -> Preset:
         """Return the preset that the folder belongs to."""
         return read_record(self.run.preset, Preset) if self.run.preset.exists() else self.plan.preset
 
-    def report(self, study: Study) -> SweepReport:
+    def report(self, journal: Journal) -> SweepReport:
         """Describe every trial and find the best."""
-        trials, base = study.trials(), self.base()
-        rows = tuple(self._row(study, slot, trials.get(slot), base) for slot in range(self.plan.total))
+        trials, base = journal.trials(), self.base()
+        rows = tuple(self._row(journal, slot, trials.get(slot), base) for slot in range(self.plan.total))
         metric = self.plan.sweep.metric
-        sign = 1 if metric.goal == "minimize" else -1
         scored = [row for row in rows if row.metric is not None]
-        best = min(scored, key=lambda row: sign * (row.metric or 0.0), default=None)
+        best = min(scored, key=lambda row: metric.sign * (row.metric or 0.0), default=None)
         return SweepReport(
             sweep=self.plan.sweep.name,
             folder=str(self.run.path),
@@ -62,9 +62,9 @@ class Board:
             best=best.variant if best else None,
         )
 
-    def _row(self, study: Study, slot: int, trial: FrozenTrial | None, base: Preset) -> TrialRecord:
+    def _row(self, journal: Journal, slot: int, trial: FrozenTrial | None, base: Preset) -> TrialRecord:
         """Describe one trial."""
-        values = study.values(trial) if trial else self.plan.values(slot)
+        values = journal.values(trial) if trial else self.plan.values(slot)
         if values is None:
             return TrialRecord(number=slot, values={}, status="waiting")
         variant, steps = self.plan.variant(values, base), self.plan.trial_preset(values).distill.steps

@@ -9,8 +9,8 @@ from typing import Any
 from kdctl.errors import PresetError
 from kdctl.preset import Preset
 from kdctl.resolve import build_preset, identity, load_preset, parse_value, variant_name
+from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Sweep, field_of
-from kdctl.sweep.study import Values, grid, random_values
 
 MAX_TRIALS = 64
 CORNERS = 4096
@@ -71,13 +71,13 @@ class SweepPlan:
         return re.sub(r"[^\w.=+-]+", "-", name)
 
     def values(self, slot: int) -> Values | None:
-        """Return a slot's values, None where a study chooses them."""
+        """Return a slot's values, None where Optuna chooses them later."""
         return self.trials[slot] if self.trials else None
 
     @property
     def identity(self) -> str:
         """Hash what decides the trials and their results; the number of trials does not."""
-        space = self.sweep.file.model_dump(mode="json", include={"method", "parameters", "metric"})
+        space = self.sweep.file.model_dump(mode="json", include={"method", "parameters", "metric", "early_terminate"})
         preset = self.preset.model_dump(mode="json", exclude={"description", "tracking", "runtime"})
         return identity("sweep", {"preset": preset, "sweep": space}, {})
 
@@ -95,8 +95,8 @@ def plan_sweep(sweep: Sweep, preset: str, overrides: Values, max_trials: int | N
     for parameter in sweep.parameters:
         if isinstance(parameter, Foreign):
             raise PresetError(f"{parameter.reason}; with --backend wandb, wandb chooses the trials")
-    _refuse_early_stopping(sweep)
     base = base_plan(sweep, preset, overrides, evaluate)
+    _check_stopping(base)
     if sweep.method == "grid":
         trials = grid_trials(sweep, max_trials)
         total = len(trials)
@@ -154,13 +154,32 @@ def base_plan(sweep: Sweep, preset: str, overrides: Values, evaluate: bool) -> S
     return plan
 
 
-def _refuse_early_stopping(sweep: Sweep) -> None:
-    """Refuse what stops trials early: comparing unfinished variants needs wandb's controller."""
-    asked = "early_terminate" if sweep.file.early_terminate else "metric.target"
-    if asked == "early_terminate" or sweep.metric.target is not None:
+def _check_stopping(plan: SweepPlan) -> None:
+    """Refuse rules for stopping trials that only wandb knows."""
+    early = plan.sweep.file.early_terminate
+    if early is None:
+        return
+    if early.min_iter is None or early.max_iter is not None or early.s is not None or early.strict:
         raise PresetError(
-            f"{sweep.origin} has {asked}; kdctl trains every variant to its end, because a variant cut short has no "
-            "final/ and no row in the report. Take it out, or let wandb stop runs with --backend wandb"
+            f"{plan.sweep.origin}: early_terminate is known here with min_iter and eta only, not with max_iter, s or "
+            "strict; the brackets are min_iter times powers of eta. Or let wandb stop runs with --backend wandb"
+        )
+    check_logged(plan, "early_terminate")
+
+
+def check_logged(plan: SweepPlan, who: str) -> None:
+    """Refuse a metric that ``who`` would wait for in vain, because it compares what training logs."""
+    name, settings = plan.sweep.metric.name, plan.preset.distill
+    offered = [f"eval/{metric}" for metric in DISTRIBUTION_METRICS]
+    if name not in offered:
+        raise PresetError(
+            f"{who} compares what training logs, and {name} is measured after it; the metric can be "
+            f"{', '.join(offered)}"
+        )
+    if not 0 < settings.heldout_every <= settings.steps:
+        raise PresetError(
+            f"distill.heldout_every={settings.heldout_every} with distill.steps={settings.steps} never logs {name}, "
+            f"which {who} compares; set distill.heldout_every to at most the steps"
         )
 
 
@@ -190,12 +209,13 @@ def _check_trials(plan: SweepPlan, trials: Iterable[Values]) -> None:
     """Refuse values that no preset may have, and rollout settings that would need a store for each trial."""
     for values in trials:
         preset = plan.trial_preset(values)
-        live_only = preset.distill.lmbda == 1 and preset.distill.refresh_every > 0
+        live_only = preset.distill.lmbda == 1 and preset.distill.live
         if preset.rollout != plan.preset.rollout and not live_only:
             raise PresetError(
                 f"trial {describe(values)} has rollout settings of its own and lmbda={preset.distill.lmbda:g}, "
-                f"refresh_every={preset.distill.refresh_every}; the trials of a folder share its rollout stores, so "
-                "sweep rollout fields with lmbda=1 and live generation only, or use another --run for each value"
+                f"refresh_every={preset.distill.refresh_every}, replay={preset.distill.replay}; the trials of a folder "
+                "share its rollout stores, so sweep rollout fields with lmbda=1 and live generation only, or use "
+                "another --run for each value"
             )
 
 

@@ -7,10 +7,10 @@ with one value is a setting of the whole sweep, the others are swept; ``preset``
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdctl.errors import PresetError
 from kdctl.resolve import known_keys, presets_dir, suggest
@@ -33,6 +33,11 @@ class Metric(_Closed):
     goal: Literal["minimize", "maximize"] = "minimize"
     target: float | None = None
 
+    @property
+    def sign(self) -> int:
+        """Return what a value is multiplied with to make smaller better."""
+        return 1 if self.goal == "minimize" else -1
+
 
 class ParameterEntry(_Closed):
     """One entry of ``parameters``, as wandb writes it."""
@@ -49,6 +54,17 @@ class ParameterEntry(_Closed):
     parameters: "dict[str, ParameterEntry] | None" = None
 
 
+class EarlyTerminate(_Closed):
+    """When trials that fall behind are stopped."""
+
+    type: Literal["hyperband"]
+    min_iter: Annotated[int, Field(ge=1)] | None = None
+    max_iter: Annotated[int, Field(ge=1)] | None = None
+    s: Annotated[int, Field(ge=1)] | None = None
+    eta: Annotated[int, Field(ge=2)] = 3
+    strict: bool = False
+
+
 class SweepFile(_Closed):
     """A sweep file's keys. Those from ``program`` on matter to wandb only."""
 
@@ -56,7 +72,7 @@ class SweepFile(_Closed):
     parameters: dict[str, ParameterEntry]
     metric: Metric | None = None
     run_cap: int | None = None
-    early_terminate: dict[str, Any] | None = None
+    early_terminate: EarlyTerminate | None = None
     name: str | None = None
     description: str | None = None
     program: str | None = None

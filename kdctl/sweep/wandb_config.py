@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kdctl.errors import PresetError
-from kdctl.sweep.plan import DISTRIBUTION_METRICS, MAX_TRIALS, SweepPlan
+from kdctl.sweep.plan import MAX_TRIALS, SweepPlan, check_logged
 from kdctl.sweep.space import Sweep, field_of, flat
 
 PROGRAM = "kdctl"
@@ -17,7 +16,7 @@ def wandb_config(plan: SweepPlan, words: Sequence[str], max_trials: int | None) 
     if training never logs the metric.
     """
     sweep = plan.sweep
-    _check_logged(plan)
+    check_logged(plan, "wandb")
     config = sweep.file.model_dump(mode="json", exclude_unset=True)
     config["parameters"] = _parameters(sweep)
     config["metric"] = sweep.metric.model_dump(exclude_none=True)
@@ -34,19 +33,3 @@ def _parameters(sweep: Sweep) -> dict[str, Any]:
         field_of(name, sweep.origin): entry.model_dump(mode="json", exclude_unset=True)
         for name, entry in flat(sweep.file.parameters)
     }
-
-
-def _check_logged(plan: SweepPlan) -> None:
-    """Refuse a metric that wandb would wait for in vain: its runs hold what training logs."""
-    name, settings = plan.sweep.metric.name, plan.preset.distill
-    offered = [f"eval/{metric}" for metric in DISTRIBUTION_METRICS]
-    if name not in offered:
-        raise PresetError(
-            f"wandb sees what training logs, and {name} is measured after it; with --backend wandb the metric can be "
-            f"{', '.join(offered)}"
-        )
-    if not 0 < settings.heldout_every <= settings.steps:
-        raise PresetError(
-            f"distill.heldout_every={settings.heldout_every} with distill.steps={settings.steps} never logs {name}, "
-            "which wandb compares trials by; set distill.heldout_every to at most the steps"
-        )

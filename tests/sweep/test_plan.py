@@ -92,11 +92,15 @@ def test_rollout_fields_and_lists_are_part_of_a_variants_name(tmp_path: Path) ->
         ({"beta": {"values": [1, 1.0]}}, {}, ("both variant lambda0_beta1_",)),
         ({"beta": {"values": [0, 1]}}, {"metric": {"name": "val_loss"}}, ("'val_loss'", "eval/forward_kl")),
         ({"beta": {"values": [0, 1]}}, {"metric": {"name": "eval/mmlu/acc"}}, ("eval/arc_easy_offline/acc",)),
-        ({"beta": {"values": [0, 1]}}, {"early_terminate": {"type": "hyperband"}}, ("early_terminate", "wandb")),
         (
             {"beta": {"values": [0, 1]}},
-            {"metric": {"name": "eval/forward_kl", "target": 0.1}},
-            ("metric.target", "wandb"),
+            {"early_terminate": {"type": "hyperband", "max_iter": 9, "s": 2}},
+            ("early_terminate", "max_iter", "--backend wandb"),
+        ),
+        (
+            {"beta": {"values": [0, 1]}, "heldout_every": {"value": 0}},
+            {"early_terminate": {"type": "hyperband", "min_iter": 1}},
+            ("early_terminate", "distill.heldout_every=0"),
         ),
         ({"beta": {"distribution": "normal", "mu": 0, "sigma": 1}}, {}, ("'normal'", "--backend wandb")),
     ],

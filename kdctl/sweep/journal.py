@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -87,7 +88,7 @@ def _hush() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class Study:
+class Journal:
     """The state of one sweep in one run folder; any number of processes may hold it open at once.
 
     A slot is a place in the sweep, 0 to total − 1. What a slot's trial got is decided once and then read from the file.
@@ -101,13 +102,13 @@ class Study:
         _mend(path, self._lock)
         self._storage = JournalStorage(JournalFileBackend(str(path), self._lock))
         self._name = name
-        self._study = optuna.create_study(
+        self._optuna = optuna.create_study(
             study_name=name, storage=self._storage, direction=sweep.metric.goal, load_if_exists=True
         )
 
     def trials(self) -> dict[int, FrozenTrial]:
         """Return the last trial of each slot."""
-        return {trial.user_attrs[SLOT]: trial for trial in self._study.get_trials(deepcopy=False) if _has_slot(trial)}
+        return {trial.user_attrs[SLOT]: trial for trial in self._optuna.get_trials(deepcopy=False) if _has_slot(trial)}
 
     def begin(self, slot: int, values: Values | None) -> FrozenTrial:
         """Return a slot's trial: the one that is there unless it failed, else a new one, with ``values`` or TPE's."""
@@ -127,7 +128,7 @@ class Study:
         """Enter a trial whose values are known."""
         spaces = distributions(self.sweep)
         new = create_trial(params=params, distributions=spaces, user_attrs={SLOT: slot}, state=TrialState.RUNNING)
-        self._study.add_trial(new)
+        self._optuna.add_trial(new)
 
     def _encoded(self, values: Values) -> Values:
         choices = {parameter.key for parameter in self.sweep.parameters if isinstance(parameter, Choice)}
@@ -137,13 +138,42 @@ class Study:
         """Return what a trial was given."""
         return decoded(self.sweep, trial.params)
 
+    def reached(self) -> bool:
+        """Tell whether a finished trial is as good as the metric's target; without one, none is."""
+        metric = self.sweep.metric
+        if metric.target is None:
+            return False
+        done = [trial.value for trial in self.trials().values() if trial.state == TrialState.COMPLETE]
+        return any(metric.sign * value <= metric.sign * metric.target for value in done if value is not None)
+
+    def falls_behind(self, trial: FrozenTrial, iteration: int, value: float) -> bool:
+        """Enter a value from the middle of a trial and tell whether ``early_terminate`` stops it there.
+
+        iteration: how many values the trial has given, this one included. Successive halving without waiting, which
+        is what wandb calls hyperband (Li et al. 2018, arXiv:1810.05934): at min_iter · eta^k the best 1/eta go on.
+        """
+        early = self.sweep.file.early_terminate
+        if early is None or early.min_iter is None:
+            return False
+        self._storage.set_trial_intermediate_value(trial._trial_id, iteration, value)
+        pruner = SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=early.eta)
+        return pruner.prune(self._optuna, self._storage.get_trial(trial._trial_id))
+
+    def stopped(self, trial: FrozenTrial) -> bool:
+        """Tell whether a trial fell behind and was stopped."""
+        return trial.state == TrialState.PRUNED
+
+    def stop(self, trial: FrozenTrial) -> None:
+        """Enter that a trial fell behind; repeating the sweep does not take it up again."""
+        self._optuna.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+
     def finish(self, trial: FrozenTrial, value: float) -> None:
         """Enter a trial's result, unless it is there already."""
-        self._study.tell(trial.number, value, skip_if_finished=True)
+        self._optuna.tell(trial.number, value, skip_if_finished=True)
 
     def fail(self, trial: FrozenTrial) -> None:
         """Enter that a trial ended without a result; repeating the sweep tries it again."""
-        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        self._optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _has_slot(trial: FrozenTrial) -> bool:
