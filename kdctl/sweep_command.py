@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -252,36 +252,27 @@ def logging_on(preset: Preset) -> list[str]:
 
 
 def run_pods(request: Request, found: "Sweep", folder: Path, options: PodOptions) -> None:
-    """Print the manifests of a Job, or hand them to kubectl."""
-    from kdctl.sweep import kubernetes
+    """Print the manifests of a Job, or hand them to kubectl. Its pods are shards, or agents of a wandb sweep."""
+    from kdctl.sweep import kubernetes as k8s
 
     if options.pods < 1:
         raise PresetError("--agents 0 is for --backend wandb; a Job needs at least one pod")
+    pod, pods = k8s.parse_pod(options.settings), options.pods
     if options.sweep_id:
-        text = render_agents(found, options.sweep_id, options.pods, options.settings)
+        command = k8s.agent_command(options.sweep_id)
     else:
-        text = render_pods(request, found, folder, options.pods, options.settings)
-    console.show_text(kubernetes.apply(text) if options.apply else text)
+        place = k8s.pod_folder(PurePosixPath(folder))
+        pods = min(pods, planned(request, found, folder).plan.total)
+        command = k8s.shard_command(request.command(place), pods)
+    text = k8s.render(k8s.Fleet(found.name, command, pods, own_files(request, found)), pod)
+    console.show_text(k8s.apply(text) if options.apply else text)
 
 
-def render_pods(request: Request, found: "Sweep", folder: Path, pods: int, settings: Sequence[str]) -> str:
-    """Return the manifests of a Job whose pods are the sweep's shards. All of it is checked here first."""
-    from kdctl.sweep import kubernetes as k8s
-    from kdctl.sweep.space import find_sweep, sweep_names
+def own_files(request: Request, found: "Sweep") -> dict[str, str]:
+    """Return the files that a sweep's command reads and no installation has: sweep file and preset."""
+    from kdctl.sweep.space import sweep_names
 
-    pod, place = k8s.parse_pod(settings), k8s.pod_folder(PurePosixPath(folder))
-    pods = min(pods, planned(request, found, folder).plan.total)
-    files: dict[str, str] = {}
-    file = request.file if request.file in sweep_names() else k8s.shipped(find_sweep(request.file), files)
     preset = request.preset or found.preset
-    if preset is not None and preset not in resolve.preset_names():
-        preset = k8s.shipped(Path(preset), files)
-    words = replace(request, file=file, preset=preset).command(place)
-    return k8s.render(k8s.Fleet(found.name, k8s.shard_command(words, pods), pods, files), pod)
-
-
-def render_agents(found: "Sweep", sweep_id: str, pods: int, settings: Sequence[str]) -> str:
-    """Return the manifests of a Job whose pods are agents of a wandb sweep."""
-    from kdctl.sweep import kubernetes as k8s
-
-    return k8s.render(k8s.Fleet(found.name, k8s.agent_command(sweep_id), pods, {}), k8s.parse_pod(settings))
+    names = [] if request.file in sweep_names() else [request.file]
+    names += [preset] if preset is not None and preset not in resolve.preset_names() else []
+    return {name: Path(name).read_text(encoding="utf-8") for name in names}

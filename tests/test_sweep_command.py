@@ -155,7 +155,7 @@ def test_pods_are_shards_of_a_shipped_sweep(invoke: Invoke) -> None:
     (job,), words = pods(invoke, "lr_onpolicy", "--agents", 4, "--set", "distill.seed=3", "--no-eval")
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 4
     assert words == shlex.split(
-        "exec kdctl sweep lr_onpolicy --run runs/lr_onpolicy --preset onpolicy --set distill.seed=3 --no-eval "
+        "exec kdctl sweep lr_onpolicy --run runs/lr_onpolicy --set distill.seed=3 --no-eval "
         "--shard $JOB_COMPLETION_INDEX/4"
     )
 
@@ -164,9 +164,10 @@ def test_a_sweep_file_and_a_preset_file_travel_with_the_pods(invoke: Invoke, gri
     mine = tmp_path / "mine.toml"
     mine.write_text("[teacher]\nmodel = 'pkg:kdctl/data/tiny'\n[quantize]\ngroup_size = 32\n")
     (config, job), words = pods(invoke, grid, "--agents", 100, "--preset", mine)
-    assert config["data"] == {"grid.yaml": grid.read_text(), "mine.toml": mine.read_text()}
-    assert words[3:7] == ["/etc/kdctl/grid.yaml", "--run", "runs/grid", "--preset"]
-    assert words[7] == "/etc/kdctl/mine.toml"
+    assert config["data"] == {"0-grid.yaml": grid.read_text(), "1-mine.toml": mine.read_text()}
+    assert words[3:8] == [str(grid), "--run", "runs/grid", "--preset", str(mine)]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"][2:]] == [str(grid), str(mine)]
     assert job["spec"]["completions"] == 6
 
 
@@ -266,7 +267,7 @@ def test_pods_cover_the_grid_exactly_once_also_when_one_is_killed_and_restarted(
     more = ("--set", "distill.steps=12")
     found, _ = pods(invoke, grid, *more, "--agents", 3)
     command = found[-1]["spec"]["template"]["spec"]["containers"][0]["command"]
-    shells = PodShells([word.replace("/etc/kdctl", str(tmp_path)) for word in command], tmp_path)
+    shells = PodShells(command, tmp_path)
     first, victim, third = (shells.start(index) for index in range(3))
     run = RunDir(tmp_path / "runs" / "grid")
     killed = run.variant("lambda0_beta1_lr0.001_seed0")

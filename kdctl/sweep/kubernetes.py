@@ -1,12 +1,13 @@
 """A sweep as a Kubernetes Job: one pod a shard, one shared volume for run folder and caches (layer 1)."""
 
+import posixpath
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import yaml
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdctl import __version__
 from kdctl.errors import PresetError
 
-WORK, FILES, CACHE = "/work", "/etc/kdctl", "/cache"
+WORK, CACHE = "/work", "/cache"
 RUNS = f"{WORK}/runs"
 RETRIES = 6  # for about ten minutes: a volume's server may keep the locks of a pod that died for one or two
 Manifest = dict[str, Any]
@@ -42,7 +43,10 @@ class PodSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Fleet:
-    """One Job: its name, the shell command of a pod, how many pods, and text files that they find in /etc/kdctl."""
+    """One Job: its name, the shell command of a pod, how many pods, and text files, by name, that the command reads.
+
+    Pods find a file where its name says, seen from their working folder, so that the command is the same as here.
+    """
 
     name: str
     command: str
@@ -62,11 +66,9 @@ def parse_pod(assignments: Iterable[str]) -> PodSettings:
         raise PresetError(f"{found}; there are {', '.join(PodSettings.model_fields)}") from None
 
 
-def shipped(path: Path, files: dict[str, str]) -> str:
-    """Add a text file to those that pods find in /etc/kdctl and return its name there."""
-    key = re.sub(r"[^-.\w]", "-", path.name, flags=re.ASCII)
-    files[key] = path.read_text(encoding="utf-8")
-    return f"{FILES}/{key}"
+def _key(index: int, name: str) -> str:
+    """Name a file in a ConfigMap."""
+    return f"{index}-" + re.sub(r"[^-.\w]", "-", PurePosixPath(name).name, flags=re.ASCII)
 
 
 def pod_folder(folder: PurePosixPath) -> str:
@@ -111,7 +113,8 @@ def manifests(fleet: Fleet, pod: PodSettings) -> list[Manifest]:
     if not fleet.files:
         return [job]
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": dict(labels)}}
-    return [{**config, "data": dict(fleet.files)}, job]
+    data = {_key(index, name): text for index, (name, text) in enumerate(fleet.files.items())}
+    return [{**config, "data": data}, job]
 
 
 def object_name(name: str) -> str:
@@ -142,8 +145,9 @@ def _container(fleet: Fleet, pod: PodSettings) -> Manifest:
         {"name": "data", "mountPath": RUNS, "subPath": "runs"},
         {"name": "data", "mountPath": CACHE, "subPath": "cache"},
     ]
-    if fleet.files:
-        mounts.append({"name": "files", "mountPath": FILES, "readOnly": True})
+    for index, name in enumerate(fleet.files):
+        place = posixpath.normpath(posixpath.join(WORK, name))
+        mounts.append({"name": "files", "mountPath": place, "subPath": _key(index, name), "readOnly": True})
     places = {"HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface", "KDCTL_CACHE": f"{CACHE}/kdctl", "WANDB_DIR": CACHE}
     return {
         "name": "kdctl",

@@ -23,12 +23,11 @@ from kdctl.sweep.kubernetes import (
     pod_folder,
     render,
     shard_command,
-    shipped,
 )
 
 NEWEST = list(dict.fromkeys(utils.major_minor(version) for version in utils.all_versions()))[-2:]
 FLEET = Fleet(
-    "My sweep_1", shard_command(["sweep", "/etc/kdctl/mine.yaml", "--set", "a b"], 4), 4, {"mine.yaml": "x: 1\n"}
+    "My sweep_1", shard_command(["sweep", "sweeps/my β.yaml", "--set", "a b"], 4), 4, {"sweeps/my β.yaml": "x: 1\n"}
 )
 
 
@@ -61,7 +60,7 @@ def test_every_mount_has_its_volume_and_every_file_its_key() -> None:
     assert {mount["name"] for mount in container(FLEET, PodSettings())["volumeMounts"]} == set(volumes)
     assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "disk"
     assert volumes["files"]["configMap"]["name"] == config["metadata"]["name"] == "kdctl-my-sweep-1"
-    assert config["data"] == {"mine.yaml": "x: 1\n"}
+    assert config["data"] == {"0-my--.yaml": "x: 1\n"}
 
 
 def test_settings_reach_the_pod() -> None:
@@ -79,7 +78,7 @@ def test_a_pods_shell_runs_its_own_shard(tmp_path: Path) -> None:
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "3"}
     done = subprocess.run(container(FLEET, PodSettings())["command"], env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["sweep", "/etc/kdctl/mine.yaml", "--set", "a b", "--shard", "3/4"]
+    assert done.stdout.splitlines() == ["sweep", "sweeps/my β.yaml", "--set", "a b", "--shard", "3/4"]
 
 
 @pytest.mark.parametrize(
@@ -102,11 +101,15 @@ def test_a_folder_on_the_volume_keeps_its_name() -> None:
     assert pod_folder(PurePosixPath("runs/a")) == pod_folder(PurePosixPath("/work/runs/a")) == "runs/a"
 
 
-def test_files_travel_under_names_that_a_config_map_allows(tmp_path: Path) -> None:
-    files: dict[str, str] = {}
-    (tmp_path / "my sweep.yaml").write_text("β")
-    assert shipped(tmp_path / "my sweep.yaml", files) == "/etc/kdctl/my-sweep.yaml"
-    assert files == {"my-sweep.yaml": "β"}
+@pytest.mark.parametrize(
+    ("name", "place"), [("a/x.yaml", "/work/a/x.yaml"), ("/home/me/x.yaml",) * 2, ("../x.yaml", "/x.yaml")]
+)
+def test_a_file_lies_where_the_command_reads_it(name: str, place: str) -> None:
+    mounts = container(Fleet("a", "true", 1, {"y.toml": "", name: ""}), PodSettings())["volumeMounts"]
+    assert mounts[-1] == {"name": "files", "mountPath": place, "subPath": "1-x.yaml", "readOnly": True}
+
+
+def test_an_object_has_a_name_that_kubernetes_allows() -> None:
     assert object_name("Ä_lr!") == "kdctl-lr"
 
 
