@@ -33,6 +33,22 @@ def test_each_call_is_one_json_line_with_every_bit(tmp_path: Path) -> None:
     assert read_metrics(path) == lines
 
 
+def test_who_watches_hears_of_a_step_once_it_is_on_disk_and_may_end_the_training(tmp_path: Path) -> None:
+    path, heard = tmp_path / "metrics.jsonl", []
+
+    def watch(step: int, values: dict[str, float]) -> None:
+        heard.append((step, values, len(read_metrics(path))))
+        if step == 2:
+            raise InterruptedError
+
+    tracker = Tracker(path, 0, watch=watch)
+    tracker.log(1, {"a": 1.0})
+    with pytest.raises(InterruptedError):
+        tracker.log(2, {"a": 0.5})
+    tracker.close()
+    assert heard == [(1, {"a": 1.0}, 1), (2, {"a": 0.5}, 2)]
+
+
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "metrics.jsonl", 0)
     tracker.log(1, {"a": 1.0})

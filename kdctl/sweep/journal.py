@@ -153,7 +153,7 @@ class Journal:
         is what wandb calls hyperband (Li et al. 2018, arXiv:1810.05934): at min_iter · eta^k the best 1/eta go on.
         """
         early = self.sweep.file.early_terminate
-        if early is None or early.min_iter is None:
+        if early is None or early.min_iter is None or trial.state.is_finished():
             return False
         self._storage.set_trial_intermediate_value(trial._trial_id, iteration, value)
         pruner = SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=early.eta)

@@ -138,3 +138,5 @@ def test_at_every_bracket_the_better_half_goes_on(tmp_path: Path, goal: str, sig
     again = scored(tmp_path, {"name": "eval/forward_kl", "goal": goal}, early_terminate=early)
     assert [again.stopped(again.begin(slot, None)) for slot in range(4)] == [False, True, False, False]
     assert not again.reached()
+    again.finish(again.begin(0, None), sign * 1.0)
+    assert not again.falls_behind(again.begin(0, None), 4, sign * 9.0)  # trained again, because its folder was removed
