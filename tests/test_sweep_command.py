@@ -177,6 +177,11 @@ def test_pods_may_be_wandb_agents(invoke: Invoke) -> None:
     assert job["spec"]["completions"] == 9
 
 
+def test_agents_in_pods_have_the_sweep_file_that_wandbs_command_names(invoke: Invoke, grid: Path) -> None:
+    (config, _), _ = pods(invoke, grid, "--sweep-id", "me/kdctl/abc")
+    assert config["data"] == {"0-grid.yaml": grid.read_text()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

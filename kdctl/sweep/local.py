@@ -48,10 +48,12 @@ class LocalSweep:
         if self.journal.stopped(trial):
             self.reporter.note(f"trial {describe(values)} was stopped by early_terminate, skipped")
             return
-        metric, every = self.plan.sweep.metric.name, self.plan.trial_preset(values).distill.heldout_every
+        metric, settings = self.plan.sweep.metric.name, self.plan.trial_preset(values).distill
 
         def watch(step: int, logged: dict[str, float]) -> None:
-            if metric in logged and self.journal.falls_behind(trial, step // every, logged[metric]):
+            if metric not in logged or step == settings.steps:  # the last step saves nothing any more
+                return
+            if self.journal.falls_behind(trial, step // settings.heldout_every, logged[metric]):
                 raise FellBehind(f"stopped by early_terminate at step {step}")
 
         try:

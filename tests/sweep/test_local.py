@@ -145,6 +145,14 @@ def test_a_trial_that_falls_behind_is_stopped_for_good(tmp_path: Path, tiny_dir:
 
 
 @pytest.mark.slow
+def test_a_trial_that_is_trained_to_its_end_is_not_stopped_there(tmp_path: Path, tiny_dir: Path) -> None:
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    board = board_of(tmp_path, tiny_dir, {"distill.lr": {"values": [1e-12, 1e-3]}}, False, early_terminate=early)
+    run_shard(board, Shard(), Silent())
+    assert statuses(board) == ["complete", "complete"]
+
+
+@pytest.mark.slow
 def test_bayes_runs_as_many_trials_as_asked(tmp_path: Path, tiny_dir: Path) -> None:
     board = board_of(tmp_path, tiny_dir, {"beta": {"min": 0.0, "max": 1.0}}, False, method="bayes", run_cap=3)
     run_shard(board, Shard(1, 2), Silent())
