@@ -312,11 +312,8 @@ def export(
         if exact and to != "gguf":
             raise PresetError(f"--exact chooses a GGUF type, and --to {to} is exact in any case; leave it out")
         prepare_libraries(True, verbose)
-        from kdctl import models
         from kdctl.export import export as export_student
 
-        if not verbose:
-            models.quiet()
         show(export_student(folder, to, out, exact), as_json, console_views().show_exported)
 
 
@@ -342,8 +339,6 @@ def verify(
         from kdctl.verify import find_teacher
         from kdctl.verify import verify as verify_student
 
-        if not verbose:
-            models.quiet()
         report = verify_student(folder, find_teacher(folder, teacher), models.pick_device("auto"))
         show(report, as_json, console_views().show_verified)
         if not report.passed:

@@ -73,7 +73,7 @@ def run_folder(name: str | None, folder: Path | None) -> Path:
 
 
 def prepare_libraries(offline: bool, verbose: bool) -> None:
-    """Set what libraries read when they are imported: offline mode and, unless verbose, silence."""
+    """Import the heavy libraries after setting what they read: offline mode and, unless verbose, silence."""
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -82,6 +82,9 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
+        from kdctl import models
+
+        models.quiet()
 
 
 class Stage:
@@ -106,11 +109,8 @@ class Stage:
     def open(self) -> "Job":
         """Import the heavy parts and open the run folder."""
         prepare_libraries(self.preset.runtime.offline, self.verbose)
-        from kdctl import models
         from kdctl.job import open_job
 
-        if not self.verbose:
-            models.quiet()
         return open_job(self.preset, self.folder, console.ConsoleReporter())
 
 

@@ -172,11 +172,8 @@ def run_here(request: Request, board: "Board", jobs: int, shard: str | None) -> 
         return
     prepare_libraries(board.plan.preset.runtime.offline, request.verbose)
     reporter = console.ConsoleReporter()
-    from kdctl import models
     from kdctl.sweep.local import run_shard
 
-    if not request.verbose:
-        models.quiet()
     with watched(board, reporter):
         run_shard(board, part, reporter)
 
@@ -212,11 +209,8 @@ def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequenc
     values = parse_trial(found, assignments)
     plan.trial_preset(values)
     prepare_libraries(plan.preset.runtime.offline, request.verbose)
-    from kdctl import models
     from kdctl.sweep.local import LocalSweep
 
-    if not request.verbose:
-        models.quiet()
     board = Board(plan, folder)
     board.run.prepare()
     one = LocalSweep(board, console.ConsoleReporter())
@@ -269,10 +263,12 @@ def run_pods(request: Request, found: "Sweep", folder: Path, options: PodOptions
 
 
 def own_files(request: Request, found: "Sweep") -> dict[str, str]:
-    """Return the files that a sweep's command reads and no installation has: sweep file and preset."""
+    """Return what a sweep's command reads and no installation has: sweep file and preset. Raises PresetError."""
     from kdctl.sweep.space import sweep_names
 
-    preset = request.preset or found.preset
     names = [] if request.file in sweep_names() else [request.file]
-    names += [preset] if preset is not None and preset not in resolve.preset_names() else []
+    preset = request.preset or found.preset
+    if preset is not None and preset not in resolve.preset_names():
+        resolve.read_tree(preset)
+        names.append(preset)
     return {name: Path(name).read_text(encoding="utf-8") for name in names}

@@ -189,6 +189,7 @@ def test_agents_in_pods_have_the_sweep_file_that_wandbs_command_names(invoke: In
         ("{grid} --backend kubernetes --run /elsewhere", ("/elsewhere", "runs/NAME")),
         ("{grid} --backend kubernetes --pod gpu=1", ("gpu=1", "gpus")),
         ("{grid} --backend kubernetes --agents 0", ("--agents 0",)),
+        ("{grid} --backend kubernetes --sweep-id a/b/c --preset smok", ("did you mean 'smoke'?",)),
         ("{grid} --backend kubernetes --jobs 2", ("--jobs", "kubernetes")),
         ("{grid} --apply", ("--apply", "--backend local")),
         ("{grid} --agents 2", ("--agents", "--backend local")),
