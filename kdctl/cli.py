@@ -1,6 +1,7 @@
 """The command line: resolve the preset, import the pipeline, run a stage, show the result."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from kdctl.command import (
     console_views,
     guarded,
     prepare_libraries,
+    process_rank,
     run_folder,
     show,
     show_json,
@@ -42,7 +44,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; kdctl's own errors end in one message and exit code 2."""
+    """Run the command line; kdctl's own errors end in one message and exit code 2. Only the main process speaks."""
+    if process_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     app()
 
 
@@ -85,7 +89,7 @@ def quantize(
         "quantize.method": method,
         "quantize.skip": skip,
     }
-    with guarded():
+    with guarded(divided=True):
         if compared is not None and method is not None:
             raise PresetError("--compare names the methods itself; leave --method out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
@@ -137,7 +141,7 @@ def rollout(
         "rollout.temperature": temperature,
         "rollout.seed": seed,
     }
-    with guarded():
+    with guarded(divided=True):
         if as_json and example_count:
             raise PresetError("--show prints text and --json must not be mixed with it; leave one of them out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
@@ -197,7 +201,7 @@ def distill(
         "distill.refresh_every": refresh_every,
         "tracking.wandb": wandb,
     }
-    with guarded():
+    with guarded(divided=True):
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
         job = stage.open()
         from kdctl import pipeline
@@ -230,7 +234,7 @@ def evaluate(
     Example: kdctl eval --task arc_easy_offline --limit 100
     """
     flags = {"eval.tasks": task, "eval.limit": limit, "eval.batch_size": batch_size}
-    with guarded():
+    with guarded(divided=True):
         if (also is None) != (also_name is None):
             raise PresetError("--also names a model and --as the name of its row; give both or neither")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
@@ -244,7 +248,7 @@ def evaluate(
         else:
             from kdctl.report import write_report
 
-            console.show_text(write_report(job.run))
+            console.show_text(job.on_main(lambda: write_report(job.run)))
 
 
 @app.command()
@@ -277,7 +281,7 @@ def run_preset(
 
     Example: kdctl run quickstart
     """
-    with guarded():
+    with guarded(divided=True):
         job = Stage(preset, run, settings, verbose, dry_run).open()
         from kdctl import pipeline
 

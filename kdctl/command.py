@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from kdctl import console, resolve
 from kdctl.errors import KdctlError
 from kdctl.preset import Preset
+from kdctl.progress import Silent
 
 if TYPE_CHECKING:
     from kdctl.job import Job
@@ -38,22 +39,48 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
 
 
+def process_rank() -> int:
+    """Return which of the processes of a launcher this is; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turn errors that are the input's fault into one message, and Ctrl-C into another."""
+def guarded(divided: bool = False) -> Iterator[None]:
+    """Turn errors that are the input's fault into one message, and Ctrl-C into another.
+
+    divided: several processes do this command together; any other is left to the main one.
+    """
+    if process_rank() and not divided:
+        raise typer.Exit
     try:
         yield
+        if process_count() > 1:
+            from kdctl.processes import leave
+
+            leave()
     except KdctlError as error:
         _stop(str(error), 2)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         _stop(f"cannot write {error.filename or 'to disk'}: {error.strerror}; what was finished is on disk", 2)
-    except KeyboardInterrupt:
-        _stop("stopped; what was finished is on disk, and the same command goes on from there", 130)
+    except KeyboardInterrupt as stop:
+        why = str(stop) or "stopped"
+        _stop(f"{why}; what was finished is on disk, and the same command goes on from there", 130)
 
 
 def _stop(message: str, code: int) -> NoReturn:
+    """End with a message, which only the first of several processes to fail prints."""
+    if process_count() > 1:
+        from kdctl.processes import first_to_report
+
+        if not first_to_report():
+            raise typer.Exit(code) from None
     console.fail(message)
     raise typer.Exit(code) from None
 
@@ -110,8 +137,11 @@ class Stage:
         """Import the heavy parts and open the run folder."""
         prepare_libraries(self.preset.runtime.offline, self.verbose)
         from kdctl.job import open_job
+        from kdctl.processes import connect
 
-        return open_job(self.preset, self.folder, console.ConsoleReporter())
+        processes = connect(self.preset.runtime.device)
+        reporter = console.ConsoleReporter() if processes.is_main else Silent()
+        return open_job(self.preset, self.folder, reporter, processes)
 
 
 def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:

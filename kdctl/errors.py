@@ -25,5 +25,9 @@ class StoreError(KdctlError, RuntimeError):
     """Something on disk is missing, damaged or was made with other settings."""
 
 
+class ProcessError(KdctlError, RuntimeError):
+    """Another process of the same run is gone."""
+
+
 class TrainingError(KdctlError, ArithmeticError):
     """Training cannot go on: the loss is no longer a finite number."""

@@ -3,10 +3,12 @@
 The yardstick (held-out prompts and the teacher's completions of them) lives here because every stage measures on it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.parquet as pq
 import torch
@@ -17,6 +19,7 @@ from kdctl import __version__, metrics, models
 from kdctl.errors import DataError, StoreError
 from kdctl.metrics import PerDocument, Yardstick
 from kdctl.preset import Preset
+from kdctl.processes import ALONE, Processes
 from kdctl.progress import Reporter, Silent
 from kdctl.prompts import PromptReader, PromptSet, messages_of, read_rows
 from kdctl.quant.apply import select_layers
@@ -29,6 +32,8 @@ from kdctl.rollout.generate import Generator, Sampling
 from kdctl.rollout.plan import Plan, fill, usable
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import RunDir, read_record, write_record
+
+T = TypeVar("T")
 
 
 def versions() -> Versions:
@@ -58,6 +63,19 @@ class Job:
     preset: Preset
     run: RunDir
     reporter: Reporter = field(default_factory=Silent)
+    processes: Processes = ALONE
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do in the main process what is not divided, the others waiting for it; return its result in all.
+
+        Nothing in it waits for another process. What it first reads of this job and is itself divided, such as the
+        yardstick, is read before.
+        """
+        everyone, self.processes = self.processes, ALONE
+        try:
+            return everyone.on_main(work)
+        finally:
+            self.processes = everyone
 
     @property
     def offline(self) -> bool:
@@ -165,10 +183,10 @@ class Job:
         plan = Plan(
             "heldout", identity("heldout", sections, inputs), self.fingerprint, prompts, settings.prompts_per_block
         )
-        if not usable(store, plan.identity):
+        if not self.processes.on_main(lambda: usable(store, plan.identity)):
             sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
             generator = self._generator(self.teacher, sampling, "teacher", settings.prompts_per_block)
-            fill(store, plan, generator, self.reporter)
+            fill(store, plan, generator, self.reporter, self.processes)
         tokens = store.manifest().completion_tokens
         if tokens < settings.min_completion_tokens:
             raise DataError(
@@ -228,16 +246,18 @@ class Job:
             return metrics.compare(model, yardstick, advance)
 
 
-def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = None) -> Job:
+def open_job(
+    preset: Preset, folder: Path | str, reporter: Reporter | None = None, processes: Processes = ALONE
+) -> Job:
     """Open a run folder for a preset, checking everything that can be checked without weights.
 
     Raises KdctlError kinds for an unwritable folder, a folder of another teacher or quantizer, a model that cannot be
     found, a group size that does not divide, a method whose package is not installed, and, for a new folder, prompts
     that are empty or cannot be read.
     """
-    job = Job(preset, RunDir(folder), reporter or Silent())
+    job = Job(preset, RunDir(folder), reporter or Silent(), processes)
     job.run.prepare()
-    base = read_record(job.run.preset, Preset) if job.run.preset.exists() else None
+    base = processes.on_main(lambda: read_record(job.run.preset, Preset) if job.run.preset.exists() else None)
     if base is not None:
         check_same_model(base, preset, job.run)
     _ = job.device, job.layers
@@ -245,7 +265,9 @@ def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = Non
         check_autoround()
     if base is None:
         check_prompts(preset)
-        write_record(job.run.preset, preset)
+        processes.on_main(lambda: write_record(job.run.preset, preset))
+    if processes.count > 1:
+        processes.main_first(lambda: job.folder)  # downloads and converts once
     return job
 
 

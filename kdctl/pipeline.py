@@ -37,7 +37,7 @@ def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
     """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
     store = RolloutStore(job.run.rollouts(source))
     if force:
-        shutil.rmtree(store.path, ignore_errors=True)
+        job.on_main(lambda: shutil.rmtree(store.path, ignore_errors=True))
     if source == "student":
         ensure_student(job)
     if not fill_source(job, source, store):
@@ -48,13 +48,14 @@ def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
 
 def run_all(job: Job) -> str:
     """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
-    if not job.run.eval_root.exists():
+    job.processes.check_rows(job.preset.distill.rows_per_step)
+    if not job.processes.on_main(job.run.eval_root.exists):
         from kdctl.evaluate import build_tasks
 
-        build_tasks(job.preset.eval, job.offline)
+        job.processes.main_first(lambda: build_tasks(job.preset.eval, job.offline))
     quantize(job)
     for source in needed_sources(job.preset):
         rollout(job, source)
     distill(job)
     evaluate(job)
-    return write_report(job.run)
+    return job.on_main(lambda: write_report(job.run))

@@ -18,6 +18,7 @@ from kdctl.command import (
     VerboseOption,
     guarded,
     prepare_libraries,
+    process_count,
     show,
 )
 from kdctl.errors import PresetError
@@ -101,8 +102,14 @@ def sweep(
 
     Example: kdctl sweep lr_onpolicy --dry-run
     """
-    with guarded():
+    with guarded(divided=True):
         from kdctl.sweep.space import read_sweep
+
+        if process_count() > 1:
+            raise PresetError(
+                f"{process_count()} processes were launched, and a sweep divides trials, not one trial; start it as "
+                "one process, with --jobs for several trials at once"
+            )
 
         check_backend(
             backend,

@@ -19,6 +19,7 @@ LAYERS = {
     "resolve": 0,
     "rundir": 0,
     "card": 1,
+    "processes": 1,
     "stats.averages": 1,
     "stats.bootstrap": 1,
     "stats.comparisons": 1,
@@ -98,7 +99,7 @@ ALLOWED = {
     "wandb": {"tracking"},
     "datasets": {"prompts", "evaluate", "tasks.harness", "tasks.offline"},
     "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
-    "accelerate": {"distill.loop"},
+    "accelerate": {"processes"},
     "auto_round": {"quant.autoround"},
 }
 HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round"}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kdctl.distill.batch import on_policy_rows, slot_index
 from kdctl.errors import StoreError
 from kdctl.preset import DistillSection
+from kdctl.processes import ALONE, Processes
 from kdctl.records import Prompt, Rollout, ShardEntry, StoreManifest
 from kdctl.rollout.generate import Generator
 from kdctl.rollout.store import RolloutStore
@@ -24,12 +25,13 @@ class Feed:
     settings: DistillSection
     off_policy: Sequence[Rollout]
     on_policy: "Replay | Recorded | Live | None" = None
+    processes: Processes = ALONE
 
     def rows(self, step: int) -> list[Rollout]:
-        """Return the rollouts of one step, in row order."""
+        """Return the rollouts of one step, in row order, the same in every process."""
         count, settings = self.settings.rows_per_step, self.settings
         if isinstance(self.on_policy, Live):
-            self.on_policy.refresh(step)
+            self.on_policy.refresh(step, self.processes)
         draws = on_policy_rows(settings.seed, step, count, settings.lmbda)
         return [self._row(step * count + row, drawn) for row, drawn in enumerate(draws)]
 
@@ -77,7 +79,7 @@ class Live:
     """Student rollouts generated every ``refresh_every`` steps into a store of the same kind.
 
     One refresh writes the rows that the next steps will draw, as one shard, before the first of them is used. The
-    sample index of a rollout is the slot that it fills.
+    sample index of a rollout is the slot that it fills. Several processes divide the generation.
     """
 
     settings: DistillSection
@@ -98,15 +100,15 @@ class Live:
         """Return the rollout of a slot of the current interval."""
         return self._rows[slot]
 
-    def refresh(self, step: int) -> None:
+    def refresh(self, step: int, processes: Processes = ALONE) -> None:
         """Make sure that the rollouts of a step's interval are there."""
         interval = step // self.settings.refresh_every
         if interval == self._interval:
             return
         if step != self._first(interval):
-            self._reload(interval)
+            processes.main_first(lambda: self._reload(interval))
         else:
-            self._write(interval)
+            self._write(interval, processes)
         self._interval = interval
 
     def resume(self, step: int) -> None:
@@ -138,15 +140,16 @@ class Live:
             if drawn
         ]
 
-    def _write(self, interval: int) -> None:
+    def _write(self, interval: int, processes: Processes) -> None:
         slots = self._slots(interval)
         items = [(self.prompts[slot_index(s, len(self.prompts), self.settings.seed, "live")], s) for s in slots]
-        rollouts = self.generator.block(items, self._first(interval), self.progress) if items else []
+        mine = processes.share(items)
+        rollouts = processes.merge(self.generator.block(mine, self._first(interval), self.progress) if mine else [])
         if rollouts:
-            entry = self.store.write_shard(interval, rollouts, self.identity)
+            entry = processes.on_main(lambda: self.store.write_shard(interval, rollouts, self.identity))
             self._note(interval, entry)
-            self._take(entry, rollouts)
-        self.store.finish(self._manifest())
+            processes.main_first(lambda: self._take(entry, rollouts))
+        processes.on_main(lambda: self.store.finish(self._manifest()))
 
     def _reload(self, interval: int) -> None:
         entry = self.store.kept_shard(interval, self.identity) if self._slots(interval) else None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,14 +59,8 @@ class Trainer:
         settings: DistillSection,
         states: TeacherStates | None = None,
     ):
-        self.accelerator = Accelerator(cpu=student.device.type == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise TrainingError(
-                f"{self.accelerator.num_processes} processes were launched; kdctl trains in one process for now, start "
-                "it with --num_processes 1"
-            )
         self.teacher, self.student, self.shadow, self.feed = teacher, student, shadow, feed
-        self.settings, self.states = settings, states
+        self.settings, self.states, self.processes = settings, states, feed.processes
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
@@ -101,18 +94,20 @@ class Trainer:
     def accumulate(self, rollouts: list[Rollout]) -> tuple[float, int]:
         """Add up the gradients of one step's rollouts; return the mean loss per completion token and the tokens.
 
-        The sum over all micro-batches is divided once by the global token count, so 8 × 1 equals 1 × 8.
+        Processes divide the rows and add their gradients after the last micro-batch. The sum over all micro-batches is
+        divided once by the global token count, so 8 × 1 equals 1 × 8, in one process or several.
         """
         settings = self.settings
-        parts = split(rollouts, settings.micro_batch_size)
+        parts = split(self.processes.share(rollouts), settings.micro_batch_size)
         batches = [collate(part, settings.max_tokens) for part in parts]
-        tokens = sum(batch.completion_tokens for batch in batches)
+        tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
         total = 0.0
         for part, batch in zip(parts, batches, strict=True):
             loss = self.loss(part, batch.to(self.student.device))
-            self.accelerator.backward(loss / tokens)
+            (loss / tokens).backward()
             total += float(loss.detach())
-        return total / tokens, tokens
+        self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
+        return self.processes.total(total) / tokens, tokens
 
     def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
@@ -148,7 +143,7 @@ class Outputs:
 
 def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> None:
     """Train to the last step, from the newest checkpoint if there is one. Metrics go to the tracker."""
-    settings = trainer.settings
+    settings, processes = trainer.settings, trainer.processes
     require_free_space(
         outputs.checkpoints,
         (settings.keep_last + 1) * checkpoint_bytes(trainer.shadow),
@@ -161,12 +156,13 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> None:
             metrics = _guarded_step(trainer, step, outputs.checkpoints)
             done = step + 1
             if settings.heldout_every and done % settings.heldout_every == 0:
-                metrics |= heldout_metrics(trainer.student, yardstick)
+                metrics |= processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
             tracker.log(done, metrics)
             outputs.progress(done, settings.steps)
             if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
-                save_checkpoint(outputs.checkpoints, trainer.shadow, trainer.optimizer, meta, settings.keep_last)
+                if processes.is_main:
+                    save_checkpoint(outputs.checkpoints, trainer.shadow, trainer.optimizer, meta, settings.keep_last)
     finally:
         tracker.close()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kdctl.distill.batch import split
 from kdctl.errors import StoreError
+from kdctl.processes import ALONE, Processes
 from kdctl.progress import Reporter
 from kdctl.prompts import PromptSet
 from kdctl.records import Prompt, Rollout, ShardEntry, StoreManifest
@@ -64,14 +65,19 @@ def usable(store: RolloutStore, identity: str) -> bool:
     )
 
 
-def fill(store: RolloutStore, plan: Plan, generator: Generator, reporter: Reporter) -> StoreManifest:
-    """Generate a store block by block, keeping whole blocks of an earlier attempt; the manifest comes last."""
-    store.reopen()
+def fill(
+    store: RolloutStore, plan: Plan, generator: Generator, reporter: Reporter, processes: Processes = ALONE
+) -> StoreManifest:
+    """Generate a store block by block, keeping whole blocks of an earlier attempt; the manifest comes last.
+
+    Blocks are divided among processes. Each is generated as it would be by one, so the store is the same.
+    """
+    processes.on_main(store.reopen)
     longest = generator.sampling.max_new_tokens
-    blocks, shards = plan.blocks(), []
-    total, done = sum(map(len, blocks)) * longest, 0
+    blocks, shards = processes.share(list(enumerate(plan.blocks()))), []
+    total, done = sum(len(block) for _, block in blocks) * longest, 0
     with reporter.task(f"generating {store.path.name} completions", "tokens") as advance:
-        for index, block in enumerate(blocks):
+        for index, block in blocks:
             entry = store.kept_shard(index, plan.identity)
             if entry is None:
                 drawn = _Counter(done, total, advance)
@@ -79,8 +85,8 @@ def fill(store: RolloutStore, plan: Plan, generator: Generator, reporter: Report
             shards.append(entry)
             done += len(block) * longest
             advance(done, total)
-    manifest = plan.manifest(shards, generator.sampling)
-    store.finish(manifest)
+    manifest = plan.manifest(processes.merge(shards), generator.sampling)
+    processes.on_main(lambda: store.finish(manifest))
     return manifest
 
 

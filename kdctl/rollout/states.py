@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kdctl.distill.batch import collate, split
 from kdctl.metrics import predicting_states
+from kdctl.processes import ALONE, Processes
 from kdctl.progress import Reporter
 from kdctl.records import Rollout, ShardEntry
 from kdctl.rollout.store import RolloutStore
@@ -45,15 +46,21 @@ class TeacherStates:
     _places: dict[Key, tuple[Path, int, int]] = field(default_factory=dict)
     _open: dict[Path, "safe_open"] = field(default_factory=dict)
 
-    def fill(self, store: RolloutStore, model: PreTrainedModel, reporter: Reporter) -> None:
+    def fill(
+        self, store: RolloutStore, model: PreTrainedModel, reporter: Reporter, processes: Processes = ALONE
+    ) -> None:
         """Take up a finished store, running the teacher over the shards whose states are not there."""
         shards = store.manifest().shards
+        mine = processes.share(shards)
         need = sum(s.completion_tokens for s in shards) * model.config.hidden_size * model.dtype.itemsize
         require_free_space(store.path, need, f"keeping the teacher's states of {store.path.name}")
         with reporter.task(f"teacher reads {store.path.name} completions", "shards") as advance:
-            for done, shard in enumerate(shards):
+            for done, shard in enumerate(mine):
                 self.add(store, shard, store.read_shard(shard), model)
-                advance(done + 1, len(shards))
+                advance(done + 1, len(mine))
+        processes.wait()
+        for shard in [shard for shard in shards if shard not in mine]:
+            self.add(store, shard, store.read_shard(shard), model)
 
     def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:
         """Take up one shard, running the teacher over it where its states are not there."""

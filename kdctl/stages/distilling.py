@@ -1,7 +1,9 @@
 """Training of one variant, from the PTQ student to ``final/`` (layer 4)."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,27 +41,36 @@ def check_name(name: str, option: str = "--name") -> str:
 
 def distill(job: Job, name: str | None = None, force: bool = False, watch: Watch | None = None) -> DistillReport:
     """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising."""
+    job.processes.check_rows(job.preset.distill.rows_per_step)
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
         recorded(job, job.preset.distill.replay)
     stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
-    if force:
-        shutil.rmtree(variant.path, ignore_errors=True)
-    if variant.report.exists():
-        found = read_record(variant.report, DistillReport)
-        if found.identity == name_now:
-            job.reporter.note(f"distill: {variant.path} is complete, skipped")
-            return found
-        raise StoreError(
-            f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
-        )
+    found = job.on_main(lambda: _finished(job, variant, name_now, force))
+    if found is not None:
+        return found
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
     before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
     student = _train(job, variant, ptq, stores, name_now, watch)
-    return _finish_variant(job, variant, student, before, stores, name_now)
+    return job.on_main(lambda: _finish_variant(job, variant, student, before, stores, name_now))
+
+
+def _finished(job: Job, variant: VariantDir, name: str, force: bool) -> DistillReport | None:
+    """Return what is said of a variant that is complete. Raises StoreError if it was trained otherwise."""
+    if force:
+        shutil.rmtree(variant.path, ignore_errors=True)
+    if not variant.report.exists():
+        return None
+    found = read_record(variant.report, DistillReport)
+    if found.identity == name:
+        job.reporter.note(f"distill: {variant.path} is complete, skipped")
+        return found
+    raise StoreError(
+        f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
+    )
 
 
 def shared_stages(job: Job) -> Stores:
@@ -95,6 +106,8 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     small = job.small_yardstick(settings.heldout_documents)
 
     def tracker(resume_step: int) -> Tracker:
+        if not job.processes.is_main:
+            return Tracker(Path(os.devnull), 0)
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
         run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
         return Tracker(variant.metrics, resume_step, run, watch)
@@ -121,20 +134,20 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
     settings = job.preset.distill
     off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
     if settings.lmbda == 0:
-        return Feed(settings, off_policy), teacher_states(job, stores.values())
+        return Feed(settings, off_policy, None, job.processes), teacher_states(job, stores.values())
     if settings.replay is not None:
         store = recorded(job, settings.replay)
-        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay))
+        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay), job.processes)
         return feed, teacher_states(job, [*stores.values(), store])
     states = teacher_states(job, stores.values())
     if not settings.live:
-        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed)), states
+        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed), job.processes), states
     generator = job.generator(ptq.model, "student")
     prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
     live = Live(settings, prompts, generator, store, name, job.student_fingerprint)
     if states is not None:
         live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, job.teacher)
-    return Feed(settings, off_policy, live), states
+    return Feed(settings, off_policy, live, job.processes), states
 
 
 def _finish_variant(

@@ -35,7 +35,7 @@ def evaluate(
 ) -> dict[str, EvalResult]:
     """Evaluate teacher, PTQ student and every variant, or only those named, and ``also`` a model made elsewhere.
 
-    Tasks are loaded before any model.
+    Tasks are loaded before any model. Processes divide the models.
     """
     known = _candidates(job, also)
     for name in names:
@@ -49,10 +49,12 @@ def evaluate(
     if pending:
         from kdctl.evaluate import build_tasks  # lm-eval takes seconds to import; only this stage needs it
 
-        tasks = build_tasks(job.preset.eval, job.offline)
+        tasks = job.processes.main_first(lambda: build_tasks(job.preset.eval, job.offline))
         ensure_student(job)
-        for one in pending:
+        _ = job.heldout_store
+        for one in job.processes.share(pending):
             _evaluate_one(job, one, tasks)
+    job.processes.wait()
     return {one.name: read_record(job.run.eval(one.name) / "results.json", EvalResult) for one in chosen}
 
 

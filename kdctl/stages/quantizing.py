@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdctl import metrics, models
@@ -37,8 +38,15 @@ class Recipe:
 
 def quantize(job: Job, force: bool = False) -> QuantizeReport:
     """Make ``student/`` from the teacher by post-training quantization."""
-    recipe = recipe_of(job, job.preset.quantize)
     report = job.run.student / "quantize.json"
+    recipe = recipe_of(job, job.preset.quantize)
+    if force or not job.processes.on_main(report.exists):
+        _ = job.heldout_store
+    return job.on_main(lambda: _quantize(job, recipe, report, force))
+
+
+def _quantize(job: Job, recipe: Recipe, report: Path, force: bool) -> QuantizeReport:
+    """Make and measure the student, or read what is said of the one that is there."""
     if report.exists() and not force:
         found = read_record(report, QuantizeReport)
         if found.identity == recipe.identity:
@@ -57,7 +65,7 @@ def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) 
     """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
     if any(settings.method == "autoround" for settings in sections):
         check_installed()
-    return [_compared(job, recipe_of(job, settings), force) for settings in sections]
+    return job.on_main(lambda: [_compared(job, recipe_of(job, settings), force) for settings in sections])
 
 
 def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
@@ -157,6 +165,6 @@ def grid_record(settings: QuantizeSection) -> dict[str, Any]:
 
 def ensure_student(job: Job) -> None:
     """Make ``student/`` where it is missing."""
-    if not (job.run.student / "quantize.json").exists():
+    if not job.processes.on_main((job.run.student / "quantize.json").exists):
         job.reporter.note("no student yet: quantizing first")
         quantize(job)

@@ -46,13 +46,13 @@ def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
     name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
     plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
-    if usable(store, name):
+    if job.processes.on_main(lambda: usable(store, name)):
         return False
     if source == "dataset":
-        fill_from_dataset(store, plan, dataset_rollouts(job, prompts))
+        job.on_main(lambda: fill_from_dataset(store, plan, dataset_rollouts(job, prompts)))
     else:
         model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
-        fill(store, plan, job.generator(model, source), job.reporter)
+        fill(store, plan, job.generator(model, source), job.reporter, job.processes)
     return True
 
 
@@ -63,7 +63,7 @@ def teacher_states(job: Job, stores: Iterable[RolloutStore]) -> TeacherStates | 
         return None
     states = TeacherStates(job.fingerprint, kept)
     for store in stores:
-        states.fill(store, job.teacher, job.reporter)
+        states.fill(store, job.teacher, job.reporter, job.processes)
     return states
 
 
