@@ -137,10 +137,12 @@ class Stage:
         """Import the heavy parts and open the run folder."""
         prepare_libraries(self.preset.runtime.offline, self.verbose)
         from kdctl.job import open_job
-        from kdctl.processes import connect
+        from kdctl.processes import connect, started_too_few
 
         processes = connect(self.preset.runtime.device)
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
+        if started_too_few():
+            reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
         return open_job(self.preset, self.folder, reporter, processes)
 
 

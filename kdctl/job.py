@@ -246,9 +246,7 @@ class Job:
             return metrics.compare(model, yardstick, advance)
 
 
-def open_job(
-    preset: Preset, folder: Path | str, reporter: Reporter | None = None, processes: Processes = ALONE
-) -> Job:
+def open_job(preset: Preset, folder: Path | str, reporter: Reporter | None = None, processes: Processes = ALONE) -> Job:
     """Open a run folder for a preset, checking everything that can be checked without weights.
 
     Raises KdctlError kinds for an unwritable folder, a folder of another teacher or quantizer, a model that cannot be

@@ -135,6 +135,14 @@ def connect(device: str) -> Processes:
     return Processes(state.process_index, state.num_processes)
 
 
+def started_too_few() -> bool:
+    """Tell whether ``accelerate launch`` was asked for several processes and started this one only.
+
+    It does so without ``--multi_gpu`` where it sees no second GPU; it then sets an address and no number of processes.
+    """
+    return {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+
+
 def leave() -> None:
     """Part from the other processes, after everything is done."""
     if dist.is_initialized():

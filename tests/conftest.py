@@ -1,8 +1,9 @@
 """Shared fixtures: a tiny random Llama with a byte tokenizer, built once a session; no network, an own cache."""
 
 import importlib.util
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ assert _spec.loader is not None
 tiny = importlib.util.module_from_spec(_spec)
 sys.modules["tiny"] = tiny
 _spec.loader.exec_module(tiny)
+TOGETHER = Path(__file__).parent / "together.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +35,19 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         torch.set_num_threads(1)
         models.quiet()
         yield
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Callable[[str, str], None]:
+    """Run a function of a test file in two gloo processes, with ``tmp_path``; what fails there fails here."""
+
+    def run(file: str, function: str) -> None:
+        command = [sys.executable, str(TOGETHER), file, function, str(tmp_path)]
+        running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        errors = [process.communicate(timeout=120)[1] for process in running]
+        assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+
+    return run
 
 
 @pytest.fixture(scope="session")

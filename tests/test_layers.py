@@ -32,6 +32,7 @@ LAYERS = {
     "quant.blocks": 1,
     "quant.gptq": 1,
     "quant.methods": 1,
+    "quant.rows": 1,
     "quant.shadow": 1,
     "sweep.journal": 1,
     "sweep.kubernetes": 1,

@@ -35,6 +35,7 @@ from kdctl.quant.affine import (
     round_scale,
     unclamped,
 )
+from kdctl.quant.rows import local
 
 Weights = Mapping[str, QuantizedWeight]
 
@@ -63,7 +64,7 @@ class Shadow(ABC):
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
                 with torch.no_grad():
-                    receive(name, gradient)
+                    receive(name, local(gradient))
 
         parameter.requires_grad_(True)
         return parameter.register_post_accumulate_grad_hook(move)
@@ -85,7 +86,7 @@ class Shadow(ABC):
     def write_back(self) -> None:
         """Write Q(W) into the student."""
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.value(name))
+            local(parameter).copy_(self.value(name))
 
     @torch.no_grad()
     def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -123,12 +124,15 @@ class Shadow(ABC):
 
 
 class ShadowWeights(Shadow):
-    """Full-precision masters, one a weight; each starts in the rounding cell of its stored code."""
+    """Full-precision masters, one a weight; each starts in the rounding cell of its stored code.
+
+    Student and teacher may be sharded by FSDP2, ``weights`` then being cut by ``local_rows``: masters are row shards.
+    """
 
     def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, learn_scales: bool = False):
         super().__init__(student, weights)
         for name, weight in weights.items():
-            start = into_cell(teacher.get_parameter(f"{name}.weight").detach(), weight)
+            start = into_cell(local(teacher.get_parameter(f"{name}.weight")).detach(), weight)
             self.trained[f"{name}.master"] = nn.Parameter(start)
             if learn_scales:
                 self._learn_scale(name)

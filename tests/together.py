@@ -1,0 +1,34 @@
+"""Run a function of a test file as one of two gloo processes: together.py FILE FUNCTION FOLDER RANK.
+
+The function gets its ``Processes`` and the folder, which both processes see.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from kdctl.processes import Processes
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """Import a file under a name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    file, function, folder, rank = sys.argv[1:]
+    load("tiny", Path(__file__).parent / "tiny.py")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{function}.rendezvous", rank=int(rank), world_size=2)
+    vars(load("test_file", Path(file)))[function](Processes(int(rank), 2), Path(folder))
+    dist.destroy_process_group()
