@@ -67,7 +67,7 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
         )
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
+    before = job.measured(job.run.student) or job.measure(ptq.model, "PTQ student")
     student = _train(job, variant, ptq, stores, name_now)
     return _finish_variant(job, variant, student, before, stores, name_now)
 
