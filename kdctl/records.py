@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 ExportFormat = Literal["gguf", "dense", "hqq"]
+StopReason = Literal["steps", "patience"]
 
 
 class Record(BaseModel):
@@ -240,6 +241,11 @@ class DistillReport(StudentFolder):
     """1 − KL(distilled)/KL(PTQ student) on the yardstick."""
     final_loss: float
     steps: int
+    """Optimizer steps done."""
+    kept_step: int | None = None
+    """The step whose student is ``final/``."""
+    stopped: StopReason = "steps"
+    """All of ``distill.steps`` were done, or held-out KL found no new low in ``distill.patience`` evaluations."""
     train_seconds_s: float
     step_seconds_median_s: float
     completion_tokens_trained: int

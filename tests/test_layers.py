@@ -55,6 +55,7 @@ LAYERS = {
     "rollout.store": 2,
     "distill.checkpoint": 2,
     "distill.feed": 2,
+    "distill.watch": 2,
     "tasks.harness": 2,
     "tasks.items": 2,
     "tasks.likelihood": 2,

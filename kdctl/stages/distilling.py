@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -9,6 +10,7 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.watch import Outcome
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
@@ -26,6 +28,14 @@ from kdctl.stages.quantizing import describe_student, ensure_student, grid_recor
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
 from kdctl.tracking import Tracker, open_wandb, read_metrics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student after training, and how that ended."""
+
+    student: Student
+    outcome: Outcome
 
 
 def variant_name(settings: DistillSection, base: DistillSection) -> str:
@@ -67,8 +77,8 @@ def distill(job: Job, name: str | None = None, force: bool = False, min_gap: flo
         shutil.rmtree(variant.path, ignore_errors=True)
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    student = _train(job, variant, ptq, stores, name_now)
-    return _finish_variant(job, variant, student, before, stores, name_now)
+    trained = _train(job, variant, ptq, stores, name_now)
+    return _finish_variant(job, variant, trained, before, stores, name_now)
 
 
 def measured_ptq(job: Job) -> PerDocument:
@@ -108,8 +118,8 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
-    """Run the training loop and return the trained student."""
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Trained:
+    """Run the training loop and return the student that it keeps."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
     feed, states = _feed(job, variant, ptq, stores, name)
@@ -123,10 +133,11 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
         )
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
-        train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
+        outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
+        outcome = train(trainer, small, outputs)
     weights = dict(shadow.quantized())
     shadow.detach()
-    return Student(ptq.model, weights)
+    return Trained(Student(ptq.model, weights), outcome)
 
 
 def recorded(job: Job, name: str) -> RolloutStore:
@@ -163,16 +174,17 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
 def _finish_variant(
     job: Job,
     variant: VariantDir,
-    student: Student,
+    trained: Trained,
     before: PerDocument,
     stores: Stores,
     name: str,
 ) -> DistillReport:
     """Measure the trained student, write ``final/`` and then ``distill.json``."""
+    student, outcome = trained.student, trained.outcome
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
     summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
-    training = Training(variant.name, job.preset.distill, summary, removed)
+    training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if settings.live:
@@ -189,7 +201,9 @@ def _finish_variant(
         after=metrics.summarize(after),
         removed=removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
-        steps=settings.steps,
+        steps=outcome.steps,
+        kept_step=outcome.kept_step,
+        stopped=outcome.stopped,
         train_seconds_s=sum(step_seconds),
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
