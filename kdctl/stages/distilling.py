@@ -10,6 +10,7 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.recompute import set_checkpointing
 from kdctl.distill.watch import Outcome
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
@@ -122,7 +123,9 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     """Run the training loop and return the student that it keeps."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
+    ptq.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     feed, states = _feed(job, variant, ptq, stores, name)
+    set_checkpointing(ptq.model, job.preset.runtime.activation_checkpointing)
     trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
 
