@@ -81,7 +81,7 @@ class Watch:
 
     def outcome(self, steps: int) -> Outcome:
         """Say how training ended after so many steps."""
-        return Outcome(steps, self.best or steps, "patience" if self.exhausted else "steps")
+        return Outcome(steps, self.best or steps, "steps" if steps == self.settings.steps else "patience")
 
     def see(self, line: Line) -> Iterator[str]:
         """Take up one step's line and yield warnings, each kind once (of held-out KL, once after each new low)."""

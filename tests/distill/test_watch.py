@@ -46,6 +46,7 @@ def test_early_stop_keeps_the_lowest_however_training_ends() -> None:
     warnings(watch, held_out([0.7], 4))
     assert watch.exhausted
     assert (watch.outcome(4).steps, watch.outcome(4).kept_step, watch.outcome(4).stopped) == (4, 2, "patience")
+    assert watch.outcome(9).stopped == "steps"
 
 
 def test_growing_completions_and_vanishing_ends_warn_once_each() -> None:
