@@ -187,6 +187,11 @@ def _finish_variant(
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
     summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
+    if removed.high < 0:
+        job.reporter.note(
+            f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
+            f"→ {metrics.summarize(after).forward_kl.value:.4f}; lower distill.lr"
+        )
     training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)

@@ -9,6 +9,7 @@ from kdctl import pipeline
 from kdctl.errors import StoreError
 from kdctl.job import open_job
 from kdctl.preset import Preset
+from kdctl.progress import Silent
 from kdctl.quant.checkpoint import load_student
 from kdctl.resolve import build_preset
 
@@ -47,3 +48,16 @@ def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, 
     assert straight.after == report.after
     kept, other = (load_student(job.run.variant(name).final, job.device).weights for name in ("early", "straight"))
     assert all(torch.equal(weight.codes, other[name].codes) for name, weight in kept.items())
+
+
+@pytest.mark.parametrize(("lr", "harmful"), [(1.0, True), (1e-3, False)])
+def test_training_that_only_does_harm_is_said(smoke: Preset, tmp_path: Path, lr: float, harmful: bool) -> None:
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    preset = build_preset(smoke.model_dump(), {"distill.lr": lr, "distill.steps": 3}, "test")
+    report = pipeline.distill(open_job(preset, tmp_path, Notes()))
+    assert (report.removed.value < 0) == harmful
+    assert any(text.startswith("warning: the student is farther") for text in said) == harmful
