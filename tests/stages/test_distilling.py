@@ -35,7 +35,12 @@ def test_replay_with_more_steps_than_were_recorded_names_the_slot(smoke: Preset,
 
 def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, tmp_path: Path) -> None:
     constant = {"distill.lr": 0.01, "distill.schedule": "constant", "distill.warmup_ratio": 0.0, "distill.steps": 30}
-    early = {"distill.stop_early": True, "distill.patience": 1, "distill.heldout_every": 1}
+    early = {
+        "distill.stop_early": True,
+        "distill.patience": 1,
+        "distill.heldout_every": 1,
+        "distill.heldout_documents": 4,
+    }
     preset = build_preset(smoke.model_dump(), constant | early, "test")
     job = open_job(preset, tmp_path)
     report = pipeline.distill(job, name="early")
