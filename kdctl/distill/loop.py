@@ -20,9 +20,9 @@ from kdctl.distill.checkpoint import (
 )
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
+from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.recompute import recomputed
-from kdctl.distill.watch import Outcome, Watch, rollout_metrics
 from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
 from kdctl.models import head_of
@@ -161,22 +161,22 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     done = resume(trainer, outputs)
     tracker = outputs.tracker(done)
     try:
-        watch = Watch.after(settings, tracker.kept, done)
-        while done < settings.steps and not watch.exhausted:
+        monitor = Monitor.after(settings, tracker.kept, done)
+        while done < settings.steps and not monitor.exhausted:
             metrics = _guarded_step(trainer, done, root)
             done += 1
             if _measures(settings, done):
                 metrics |= heldout_metrics(trainer.student, yardstick)
             tracker.log(done, metrics)
-            for warning in watch.see({"step": done, **metrics}):
+            for warning in monitor.see({"step": done, **metrics}):
                 outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
-            if _saves(settings, done, watch):
+            if _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
-                save_checkpoint(root, trainer.shadow, trainer.optimizer, meta, settings.keep_last, watch.best)
+                save_checkpoint(root, trainer.shadow, trainer.optimizer, meta, settings.keep_last, monitor.best)
     finally:
         tracker.close()
-    outcome = watch.outcome(done)
+    outcome = monitor.outcome(done)
     if outcome.kept_step != done:
         load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer)
     return outcome
@@ -188,9 +188,9 @@ def _measures(settings: DistillSection, done: int) -> bool:
     return every > 0 and (done % every == 0 or (settings.stop_early and done == settings.steps))
 
 
-def _saves(settings: DistillSection, done: int, watch: Watch) -> bool:
+def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
     """Tell whether a checkpoint is written after a step."""
-    ended = done == settings.steps or watch.exhausted or watch.best == done
+    ended = done == settings.steps or monitor.exhausted or monitor.best == done
     return ended or (settings.checkpoint_every > 0 and done % settings.checkpoint_every == 0)
 
 

@@ -10,17 +10,17 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.monitor import Outcome
 from kdctl.distill.recompute import set_checkpointing
-from kdctl.distill.watch import Outcome
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
-from kdctl.preset import DistillSection, Preset
+from kdctl.preset import Preset
 from kdctl.quant.apply import share_frozen
 from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport
-from kdctl.resolve import identity
+from kdctl.resolve import identity, variant_name
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
@@ -28,7 +28,7 @@ from kdctl.stages.gates import check_gap
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
-from kdctl.tracking import Tracker, open_wandb, read_metrics
+from kdctl.tracking import Tracker, Watch, open_wandb, read_metrics
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,6 @@ class Trained:
 
     student: Student
     outcome: Outcome
-
-
-def variant_name(settings: DistillSection, base: DistillSection) -> str:
-    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
-    always = {"lmbda", "beta", "lr", "seed"}
-    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
-    for key, value in settings.model_dump().items():
-        if key not in always and value != base.model_dump()[key]:
-            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
-    return name
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -58,8 +48,10 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0) -> DistillReport:
-    """Train one variant and write its ``final/`` folder.
+def distill(
+    job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0, watch: Watch | None = None
+) -> DistillReport:
+    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising.
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
@@ -72,13 +64,13 @@ def distill(job: Job, name: str | None = None, force: bool = False, min_gap: flo
         return _finished(job, variant)
     before = measured_ptq(job)
     check_gap(job, before, min_gap)
-    stores = _stores(job)
+    stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
     if force:
         shutil.rmtree(variant.path, ignore_errors=True)
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    trained = _train(job, variant, ptq, stores, name_now)
+    trained = _train(job, variant, ptq, stores, name_now, watch)
     return _finish_variant(job, variant, trained, before, stores, name_now)
 
 
@@ -88,20 +80,22 @@ def measured_ptq(job: Job) -> PerDocument:
     return stated or job.measure(load_student(job.run.student, job.device).model, "PTQ student")
 
 
-def _stores(job: Job) -> Stores:
-    """Return the finished stores that the preset reads, filled where they are missing."""
-    return {source: filled(job, source) for source in needed_sources(job.preset)}
-
-
 def _finished(job: Job, variant: VariantDir) -> DistillReport:
     """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
     found = read_record(variant.report, DistillReport)
-    if found.identity != _distill_identity(job, _stores(job)):
+    if found.identity != _distill_identity(job, shared_stages(job)):
         raise StoreError(
             f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
         )
     job.reporter.note(f"distill: {variant.path} is complete, skipped")
     return found
+
+
+def shared_stages(job: Job) -> Stores:
+    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
+    ensure_student(job)
+    _ = job.heldout_store
+    return {source: filled(job, source) for source in needed_sources(job.preset)}
 
 
 def _distill_identity(job: Job, stores: Stores) -> str:
@@ -119,7 +113,7 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Trained:
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Trained:
     """Run the training loop and return the student that it keeps."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
@@ -131,9 +125,8 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
 
     def tracker(resume_step: int) -> Tracker:
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
-        return Tracker(
-            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
-        )
+        run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        return Tracker(variant.metrics, resume_step, run, watch)
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
         outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)

@@ -25,7 +25,7 @@ from kdctl.distill.checkpoint import checkpoint_bytes, require_room
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed, Replay
 from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
-from kdctl.distill.watch import WINDOW
+from kdctl.distill.monitor import WINDOW
 from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import compare, make_yardstick, predicting_hidden, predicting_states, summarize
 from kdctl.models import head_of

@@ -45,7 +45,7 @@ def _mean_tokens(rollouts: Sequence[Rollout]) -> float:
 
 
 @dataclass
-class Watch:
+class Monitor:
     """Follows the lines of metrics.jsonl. best_step: the step of the lowest held-out KL, 0 before the first one."""
 
     settings: DistillSection
@@ -57,17 +57,17 @@ class Watch:
     _warned: set[str] = field(default_factory=set)
 
     @classmethod
-    def after(cls, settings: DistillSection, lines: Sequence[Line], step: int) -> "Watch":
+    def after(cls, settings: DistillSection, lines: Sequence[Line], step: int) -> "Monitor":
         """Take up the lines of the steps behind a checkpoint. Raises StoreError if some are missing."""
         if [line["step"] for line in lines] != list(range(1, step + 1)):
             raise StoreError(
                 f"metrics.jsonl has {len(lines)} of the {step} steps behind the checkpoint, and what is watched during "
                 "training follows from all of them; --force starts the variant again"
             )
-        watch = cls(settings)
+        monitor = cls(settings)
         for line in lines:
-            list(watch.see(line))
-        return watch
+            list(monitor.see(line))
+        return monitor
 
     @property
     def exhausted(self) -> bool:

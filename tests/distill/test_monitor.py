@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdctl.distill.watch import WINDOW, Watch, rollout_metrics
+from kdctl.distill.monitor import WINDOW, Monitor, rollout_metrics
 from kdctl.errors import StoreError
 from kdctl.preset import DistillSection
 from kdctl.records import Rollout
@@ -20,39 +20,39 @@ def live(tokens: float, stops: float, steps: range) -> list[dict[str, float]]:
     return [{"step": step, **figures} for step in steps]
 
 
-def warnings(watch: Watch, lines: list[dict[str, float]]) -> list[tuple[float, str]]:
-    return [(line["step"], text) for line in lines for text in watch.see(line)]
+def warnings(monitor: Monitor, lines: list[dict[str, float]]) -> list[tuple[float, str]]:
+    return [(line["step"], text) for line in lines for text in monitor.see(line)]
 
 
 def test_held_out_kl_without_a_new_low_warns_once_after_each_low() -> None:
-    watch = Watch(DistillSection(patience=2))
-    found = warnings(watch, held_out([0.5, 0.4, 0.41, 0.4, 0.45, 0.3, 0.31, 0.32, 0.33]))
+    monitor = Monitor(DistillSection(patience=2))
+    found = warnings(monitor, held_out([0.5, 0.4, 0.41, 0.4, 0.45, 0.3, 0.31, 0.32, 0.33]))
     assert [step for step, _ in found] == [4, 8]
     assert "0.4000 after step 2, 0.4000 now" in found[0][1]
-    assert (watch.best_step, watch.best_kl) == (6, 0.3)
-    assert not watch.exhausted
-    assert watch.best is None
+    assert (monitor.best_step, monitor.best_kl) == (6, 0.3)
+    assert not monitor.exhausted
+    assert monitor.best is None
 
 
 def test_no_patience_never_warns() -> None:
-    assert warnings(Watch(DistillSection(patience=0)), held_out([0.1, 0.2, 0.3, 0.4])) == []
+    assert warnings(Monitor(DistillSection(patience=0)), held_out([0.1, 0.2, 0.3, 0.4])) == []
 
 
 def test_early_stop_keeps_the_lowest_however_training_ends() -> None:
-    watch = Watch(DistillSection(patience=2, stop_early=True, steps=9))
-    warnings(watch, held_out([0.5, 0.4, 0.6]))
-    assert (watch.exhausted, watch.best) == (False, 2)
-    assert (watch.outcome(9).kept_step, watch.outcome(9).stopped) == (2, "steps")
-    warnings(watch, held_out([0.7], 4))
-    assert watch.exhausted
-    assert (watch.outcome(4).steps, watch.outcome(4).kept_step, watch.outcome(4).stopped) == (4, 2, "patience")
-    assert watch.outcome(9).stopped == "steps"
+    monitor = Monitor(DistillSection(patience=2, stop_early=True, steps=9))
+    warnings(monitor, held_out([0.5, 0.4, 0.6]))
+    assert (monitor.exhausted, monitor.best) == (False, 2)
+    assert (monitor.outcome(9).kept_step, monitor.outcome(9).stopped) == (2, "steps")
+    warnings(monitor, held_out([0.7], 4))
+    assert monitor.exhausted
+    assert (monitor.outcome(4).steps, monitor.outcome(4).kept_step, monitor.outcome(4).stopped) == (4, 2, "patience")
+    assert monitor.outcome(9).stopped == "steps"
 
 
 def test_growing_completions_and_vanishing_ends_warn_once_each() -> None:
-    watch = Watch(LIVE)
-    assert warnings(watch, live(20.0, 0.8, range(1, 1 + 2 * STEPS))) == []
-    found = warnings(watch, live(40.0, 0.1, range(1 + 2 * STEPS, 1 + 5 * STEPS)))
+    monitor = Monitor(LIVE)
+    assert warnings(monitor, live(20.0, 0.8, range(1, 1 + 2 * STEPS))) == []
+    found = warnings(monitor, live(40.0, 0.1, range(1 + 2 * STEPS, 1 + 5 * STEPS)))
     assert len(found) == 2
     assert sum("20.0 tokens each at first" in text for _, text in found) == 1
     assert sum("80 % ended by themselves at first" in text for _, text in found) == 1
@@ -61,25 +61,25 @@ def test_growing_completions_and_vanishing_ends_warn_once_each() -> None:
 @pytest.mark.parametrize(("tokens", "stops"), [(29.0, 0.8), (20.0, 0.41), (5.0, 1.0)])
 def test_ordinary_changes_do_not_warn(tokens: float, stops: float) -> None:
     lines = live(20.0, 0.8, range(1, 1 + STEPS)) + live(tokens, stops, range(1 + STEPS, 1 + 3 * STEPS))
-    assert warnings(Watch(LIVE), lines) == []
+    assert warnings(Monitor(LIVE), lines) == []
 
 
 def test_completions_that_never_ended_have_no_end_to_lose() -> None:
-    assert warnings(Watch(LIVE), live(16.0, 0.0, range(1, 1 + 4 * STEPS))) == []
+    assert warnings(Monitor(LIVE), live(16.0, 0.0, range(1, 1 + 4 * STEPS))) == []
 
 
 def test_only_live_completions_are_watched() -> None:
     lines = live(20.0, 0.8, range(1, 1 + STEPS)) + live(90.0, 0.0, range(1 + STEPS, 1 + 3 * STEPS))
     for settings in (DistillSection(), LIVE.model_copy(update={"refresh_every": 0})):
-        assert warnings(Watch(settings), lines) == []
+        assert warnings(Monitor(settings), lines) == []
 
 
 @pytest.mark.parametrize("cut", range(9))
-def test_a_watch_that_took_up_earlier_lines_equals_one_that_saw_them(cut: int) -> None:
+def test_a_monitor_that_took_up_earlier_lines_equals_one_that_saw_them(cut: int) -> None:
     settings = LIVE.model_copy(update={"patience": 2, "stop_early": True})
     kls = [0.5, 0.4, 0.45, 0.3, 0.31, 0.29, 0.4, 0.5]
     lines = [{**a, **b} for a, b in zip(held_out(kls), live(9.0, 0.5, range(1, 9)), strict=True)]
-    whole, resumed = Watch(settings), Watch.after(settings, lines[:cut], cut)
+    whole, resumed = Monitor(settings), Monitor.after(settings, lines[:cut], cut)
     everything = warnings(whole, lines)
     assert warnings(resumed, lines[cut:]) == [entry for entry in everything if entry[0] > cut]
     assert resumed == whole
@@ -88,7 +88,7 @@ def test_a_watch_that_took_up_earlier_lines_equals_one_that_saw_them(cut: int) -
 @pytest.mark.parametrize("lines", [[], held_out([0.5]), held_out([0.5, 0.4, 0.3])[1:], held_out([0.5] * 4)])
 def test_missing_lines_are_refused(lines: list[dict[str, float]]) -> None:
     with pytest.raises(StoreError, match=rf"has {len(lines)} of the 3 steps.*--force"):
-        Watch.after(DistillSection(), lines, 3)
+        Monitor.after(DistillSection(), lines, 3)
 
 
 def test_a_step_counts_its_student_written_completions() -> None:
