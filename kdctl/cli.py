@@ -180,6 +180,10 @@ def distill(
         int | None, typer.Option(help="Steps between live generations; 0 replays rollouts/student.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the variant. (default: made of its settings)")] = None,
+    min_gap: Annotated[
+        float,
+        typer.Option(help="Stop unless the PTQ student's KL to the teacher is surely this, nats a token.", min=0),
+    ] = 0.0,
     wandb: Annotated[str | None, typer.Option(help="off, online or offline.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -203,10 +207,10 @@ def distill(
     }
     with guarded(divided=True):
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
-        job = stage.open()
+        job = stage.open(trains=True)
         from kdctl import pipeline
 
-        show(pipeline.distill(job, name, force), as_json, console_views().show_distilled)
+        show(pipeline.distill(job, name, force, min_gap), as_json, console_views().show_distilled)
 
 
 @app.command(name="eval")
@@ -282,7 +286,7 @@ def run_preset(
     Example: kdctl run quickstart
     """
     with guarded(divided=True):
-        job = Stage(preset, run, settings, verbose, dry_run).open()
+        job = Stage(preset, run, settings, verbose, dry_run).open(trains=True)
         from kdctl import pipeline
 
         console.show_text(pipeline.run_all(job))

@@ -133,13 +133,15 @@ class Stage:
             console.show_text(self.preset.model_dump_json(indent=2))
             raise typer.Exit
 
-    def open(self) -> "Job":
-        """Import the heavy parts and open the run folder."""
+    def open(self, trains: bool = False) -> "Job":
+        """Import the heavy parts and open the run folder; for training, several processes must divide a step's rows."""
         prepare_libraries(self.preset.runtime.offline, self.verbose)
         from kdctl.job import open_job
         from kdctl.processes import connect, started_too_few
 
         processes = connect(self.preset.runtime.device)
+        if trains:
+            processes.check_rows(self.preset.distill.rows_per_step)
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")

@@ -30,4 +30,4 @@ class ProcessError(KdctlError, RuntimeError):
 
 
 class TrainingError(KdctlError, ArithmeticError):
-    """Training cannot go on: the loss is no longer a finite number."""
+    """Training cannot go on, because the loss is no longer a finite number, or has less to win than was asked for."""

@@ -196,10 +196,14 @@ class DistillSection(Section):
     """Measure KL on the yardstick every so many steps; 0 only at the end."""
     heldout_documents: Count = 16
     """Documents of the yardstick measured during training; before and after it is all of them."""
+    patience: Natural = 3
+    """Warn when held-out KL finds no new low in so many measurements in a row; 0 never."""
+    stop_early: bool = False
+    """Stop where ``patience`` warns. ``final/`` is the student of the lowest held-out KL, however training ends."""
     checkpoint_every: Natural = 50
     """Write the training state every so many steps; 0 only at the end."""
     keep_last: Count = 1
-    """Checkpoints kept."""
+    """Newest checkpoints kept; with ``stop_early`` the one of the lowest held-out KL is kept too."""
 
     @property
     def effective_lora_alpha(self) -> float:
@@ -212,6 +216,11 @@ class DistillSection(Section):
             raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
         if self.train_norms and self.train != "scales":
             raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
+        if self.stop_early and not (self.patience and self.heldout_every):
+            raise ValueError(
+                f"stop_early goes by held-out KL and needs patience, and heldout_every={self.heldout_every}, "
+                f"patience={self.patience}; set both to 1 or more"
+            )
         return self
 
     @property
@@ -236,6 +245,8 @@ class EvalSection(Section):
     """Examples in the prompt; the task's own number without it."""
     batch_size: Count = 16
     """Sequences in one forward pass."""
+    student_written: bool = True
+    """Let each model write held-out completions itself, and measure KL to the teacher on those too."""
 
 
 class TrackingSection(Section):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 ExportFormat = Literal["gguf", "dense", "hqq"]
+StopReason = Literal["steps", "patience"]
 
 
 class Record(BaseModel):
@@ -126,7 +127,7 @@ class LayerError(Record):
 
 
 class DistributionMetrics(Record):
-    """Student against teacher, per completion token of the yardstick, with intervals over documents."""
+    """Student against teacher, per completion token (of the yardstick unless said), with intervals over documents."""
 
     forward_kl: Estimate
     reverse_kl: Estimate
@@ -240,6 +241,11 @@ class DistillReport(StudentFolder):
     """1 − KL(distilled)/KL(PTQ student) on the yardstick."""
     final_loss: float
     steps: int
+    """Optimizer steps done."""
+    kept_step: int | None = None
+    """The step whose student is ``final/``."""
+    stopped: StopReason = "steps"
+    """All of ``distill.steps`` were done, or held-out KL found no new low in ``distill.patience`` evaluations."""
     train_seconds_s: float
     step_seconds_median_s: float
     completion_tokens_trained: int
@@ -270,7 +276,11 @@ class EvalResult(Record):
     limit: int | None
     tasks: dict[str, TaskScore]
     distribution: DistributionMetrics
+    student_written: DistributionMetrics | None = None
+    """The same on the model's own completions of the same prompts; None where ``eval.student_written`` is off."""
     text: TextMetrics
+    text_distribution: DistributionMetrics | None = None
+    """Student against teacher on that text, per token of it."""
     size_bytes: int
     seconds_s: float
     versions: Versions

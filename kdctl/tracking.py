@@ -1,6 +1,7 @@
 """Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdctl.errors import StoreError
 from kdctl.keyed import digest
 from kdctl.preset import TrackingSection
+from kdctl.rundir import write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -20,21 +22,22 @@ Watch = Callable[[int, dict[str, float]], None]
 class Tracker:
     """Writes one JSON line a call, and the same numbers to wandb when there is a run.
 
-    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again.
+    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again. ``kept`` are the
+    others.
     watch: told of each step after it is recorded; what it raises ends the training.
     """
 
     def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._run, self._watch = run, watch
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record namespaced numbers of one step."""
+        """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         if self._run is not None:
             self._run.log(values, step=step)
         if self._watch is not None:
@@ -45,6 +48,19 @@ class Tracker:
         self._file.close()
         if self._run is not None:
             self._run.finish()
+
+
+class Untracked(Tracker):
+    """Writes nothing, in the processes beside the main one."""
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Drop the numbers of a step."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -109,6 +109,7 @@ def show_distilled(report: DistillReport) -> None:
             f"{report.steps} steps, {report.completion_tokens_trained} completion tokens, "
             f"{report.step_seconds_median_s:.2f} s a step (median)",
         ),
+        *_early_stop(report),
         ("KL before", interval(report.before.forward_kl)),
         *distribution_pairs(report.after),
         (
@@ -117,6 +118,14 @@ def show_distilled(report: DistillReport) -> None:
         ),
     ]
     console.show_pairs(report.variant, pairs)
+
+
+def _early_stop(report: DistillReport) -> list[tuple[str, str]]:
+    """Say which step was kept where it is not the last of all."""
+    why = {"steps": "all steps were done", "patience": "no new low of held-out KL came after it"}[report.stopped]
+    if report.stopped == "steps" and report.kept_step in (None, report.steps):
+        return []
+    return [("kept", f"the student after step {report.kept_step}; training stopped because {why}")]
 
 
 def show_exported(report: ExportReport) -> None:

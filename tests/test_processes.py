@@ -12,12 +12,14 @@ from kdctl.distill.loop import Trainer
 from kdctl.errors import PresetError, ProcessError
 from kdctl.preset import DistillSection, PromptsSection, QuantizeSection
 from kdctl.processes import ALONE, PIECE, Processes, _pieces, connect
+from kdctl.progress import Silent
 from kdctl.prompts import PromptReader
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.quant.shadow import ShadowWeights
 from kdctl.records import Rollout
 from kdctl.rollout.generate import Generator, Sampling
 from kdctl.rollout.plan import Plan, fill
+from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 
 Together = Callable[[str, str], None]
@@ -177,8 +179,6 @@ def test_stores_of_two_processes_are_those_of_one(together: Together, tiny_dir_f
 
 
 def write_stores(processes: Processes, folder: Path) -> None:
-    from kdctl.progress import Silent
-
     model = models.load_model(folder / "model", torch.float32, torch.device("cpu"))
     tokenizer = models.load_tokenizer(folder / "model")
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0)
@@ -186,6 +186,11 @@ def write_stores(processes: Processes, folder: Path) -> None:
     plan = Plan("student", "identity", "writer", prompts, prompts_per_block=2, num_generations=2)
     divided, alone = RolloutStore(folder / "divided"), RolloutStore(folder / f"alone{processes.rank}")
     assert fill(divided, plan, generator, Silent(), processes) == fill(alone, plan, generator, Silent())
+    rows, counts = alone.read(), [len(rollout.completion_ids) for rollout in alone.read()]
+    states, own = TeacherStates("teacher"), TeacherStates("teacher")
+    states.fill(divided, model, Silent(), processes)
+    own.fill(alone, model, Silent())
+    assert torch.equal(states.of(rows, counts), own.of(rows, counts))
     settings = SETTINGS.model_copy(update={"lmbda": 0.5, "refresh_every": 2, "gradient_accumulation": 2})
     stores = [RolloutStore(folder / "live"), RolloutStore(folder / f"live{processes.rank}")]
     feeds = [

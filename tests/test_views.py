@@ -140,6 +140,9 @@ def test_a_distilled_student_shows_what_was_removed(capsys: pytest.CaptureFixtur
     for part in ("lambda1_beta1", "64 steps", "4321 completion tokens", "0.25 s a step", "0.0808", "0.0404"):
         assert part in out
     assert "50.0 % [40.2, 61.0]" in out
+    assert "kept" not in out
+    views.show_distilled(report.model_copy(update={"kept_step": 40, "stopped": "patience"}))
+    assert "the student after step 40; training stopped because no new low" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("digits", "text"), [(4, "0.1235 [0.1135, 0.1335]"), (1, "0.1 [0.1, 0.1]")])

@@ -10,9 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdctl.distill.batch import Batch, collate, split
-from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from kdctl.distill.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    require_room,
+    save_checkpoint,
+)
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
+from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.recompute import recomputed
 from kdctl.errors import StoreError, TrainingError
@@ -22,7 +29,6 @@ from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
 from kdctl.rollout.states import TeacherStates
-from kdctl.rundir import require_free_space
 from kdctl.tracking import Tracker
 
 Progress = Callable[[int, int], None]
@@ -83,8 +89,7 @@ class Trainer:
         return {
             f"train/{self.objective.name}": loss,
             "train/completion_tokens": tokens,
-            "rollout/mean_tokens": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
-            "rollout/student_share": sum(r.source == "student" for r in rollouts) / len(rollouts),
+            **rollout_metrics(rollouts),
             "optim/lr": rate,
             "optim/grad_norm": norm,
             "time/generate_s": generated,
@@ -141,30 +146,48 @@ class Outputs:
     note: Callable[[str], None]
 
 
-def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> None:
-    """Train to the last step, from the newest checkpoint if there is one. Metrics go to the tracker."""
-    settings, processes = trainer.settings, trainer.processes
-    require_free_space(
-        outputs.checkpoints,
-        (settings.keep_last + 1) * checkpoint_bytes(trainer.shadow),
-        f"training ({settings.keep_last} checkpoint(s) and the one being written)",
-    )
-    start = resume(trainer, outputs)
-    tracker = outputs.tracker(start)
+def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
+    """Train to the last step or an early stop, from the newest checkpoint if there is one.
+
+    Metrics go to the tracker. The student is left as it was after the outcome's ``kept_step``.
+    """
+    settings, processes, root = trainer.settings, trainer.processes, outputs.checkpoints
+    room = settings.keep_last + settings.stop_early
+    outputs.note(processes.on_main(lambda: require_room(root, trainer.shadow, room)))
+    done = resume(trainer, outputs)
+    tracker = outputs.tracker(done)
     try:
-        for step in range(start, settings.steps):
-            metrics = _guarded_step(trainer, step, outputs.checkpoints)
-            done = step + 1
-            if settings.heldout_every and done % settings.heldout_every == 0:
+        monitor = Monitor.after(settings, processes.on_main(lambda: tracker.kept), done)
+        while done < settings.steps and not monitor.exhausted:
+            metrics = _guarded_step(trainer, done, root)
+            done += 1
+            if _measures(settings, done):
                 metrics |= processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
             tracker.log(done, metrics)
+            for warning in monitor.see({"step": done, **metrics}):
+                outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
-            if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
+            if processes.is_main and _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
-                if processes.is_main:
-                    save_checkpoint(outputs.checkpoints, trainer.shadow, trainer.optimizer, meta, settings.keep_last)
+                save_checkpoint(root, trainer.shadow, trainer.optimizer, meta, settings.keep_last, monitor.best)
     finally:
         tracker.close()
+    outcome = monitor.outcome(done)
+    if outcome.kept_step != done:
+        load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer)
+    return outcome
+
+
+def _measures(settings: DistillSection, done: int) -> bool:
+    """Tell whether held-out KL is measured after a step; the last one too where the lowest is to be kept."""
+    every = settings.heldout_every
+    return every > 0 and (done % every == 0 or (settings.stop_early and done == settings.steps))
+
+
+def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
+    """Tell whether a checkpoint is written after a step."""
+    ended = done == settings.steps or monitor.exhausted or monitor.best == done
+    return ended or (settings.checkpoint_every > 0 and done % settings.checkpoint_every == 0)
 
 
 def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Training of one variant, from the PTQ student to ``final/`` (layer 4)."""
 
-import os
 import re
 import shutil
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -11,6 +10,7 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.monitor import Outcome
 from kdctl.distill.recompute import set_checkpointing
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
@@ -24,10 +24,19 @@ from kdctl.resolve import identity, variant_name
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
+from kdctl.stages.gates import check_gap
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
-from kdctl.tracking import Tracker, Watch, open_wandb, read_metrics
+from kdctl.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student after training, and how that ended."""
+
+    student: Student
+    outcome: Outcome
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -39,38 +48,48 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False, watch: Watch | None = None) -> DistillReport:
-    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising."""
+def distill(
+    job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0, watch: Watch | None = None
+) -> DistillReport:
+    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising.
+
+    Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
+    """
     job.processes.check_rows(job.preset.distill.rows_per_step)
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
         recorded(job, job.preset.distill.replay)
+    ensure_student(job)
+    if not force and job.processes.on_main(variant.report.exists):
+        return _finished(job, variant)
+    before = measured_ptq(job)
+    check_gap(job, before, min_gap)
     stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
-    found = job.on_main(lambda: _finished(job, variant, name_now, force))
-    if found is not None:
-        return found
+    if force:
+        job.on_main(lambda: shutil.rmtree(variant.path, ignore_errors=True))
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
-    student = _train(job, variant, ptq, stores, name_now, watch)
-    return job.on_main(lambda: _finish_variant(job, variant, student, before, stores, name_now))
+    trained = _train(job, variant, ptq, stores, name_now, watch)
+    return job.on_main(lambda: _finish_variant(job, variant, trained, before, stores, name_now))
 
 
-def _finished(job: Job, variant: VariantDir, name: str, force: bool) -> DistillReport | None:
-    """Return what is said of a variant that is complete. Raises StoreError if it was trained otherwise."""
-    if force:
-        shutil.rmtree(variant.path, ignore_errors=True)
-    if not variant.report.exists():
-        return None
+def measured_ptq(job: Job) -> PerDocument:
+    """Return the PTQ student's distance from the teacher on the yardstick, which its folder states."""
+    stated = job.measured(job.run.student)
+    return stated or job.measure(load_student(job.run.student, job.device).model, "PTQ student")
+
+
+def _finished(job: Job, variant: VariantDir) -> DistillReport:
+    """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
     found = read_record(variant.report, DistillReport)
-    if found.identity == name:
-        job.reporter.note(f"distill: {variant.path} is complete, skipped")
-        return found
-    raise StoreError(
-        f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
-    )
+    if found.identity != _distill_identity(job, shared_stages(job)):
+        raise StoreError(
+            f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
+        )
+    job.reporter.note(f"distill: {variant.path} is complete, skipped")
+    return found
 
 
 def shared_stages(job: Job) -> Stores:
@@ -95,8 +114,8 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Student:
-    """Run the training loop and return the trained student."""
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Trained:
+    """Run the training loop and return the student that it keeps."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
     ptq.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
@@ -107,16 +126,17 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
 
     def tracker(resume_step: int) -> Tracker:
         if not job.processes.is_main:
-            return Tracker(Path(os.devnull), 0)
+            return Untracked()
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
         run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
         return Tracker(variant.metrics, resume_step, run, watch)
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
-        train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
+        outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
+        outcome = train(trainer, small, outputs)
     weights = dict(shadow.quantized())
     shadow.detach()
-    return Student(ptq.model, weights)
+    return Trained(Student(ptq.model, weights), outcome)
 
 
 def recorded(job: Job, name: str) -> RolloutStore:
@@ -153,16 +173,22 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
 def _finish_variant(
     job: Job,
     variant: VariantDir,
-    student: Student,
+    trained: Trained,
     before: PerDocument,
     stores: Stores,
     name: str,
 ) -> DistillReport:
     """Measure the trained student, write ``final/`` and then ``distill.json``."""
+    student, outcome = trained.student, trained.outcome
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
     summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
-    training = Training(variant.name, job.preset.distill, summary, removed)
+    if removed.high < 0:
+        job.reporter.note(
+            f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
+            f"→ {metrics.summarize(after).forward_kl.value:.4f}; lower distill.lr"
+        )
+    training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if settings.live:
@@ -179,7 +205,9 @@ def _finish_variant(
         after=metrics.summarize(after),
         removed=removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
-        steps=settings.steps,
+        steps=outcome.steps,
+        kept_step=outcome.kept_step,
+        stopped=outcome.stopped,
         train_seconds_s=sum(step_seconds),
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),

@@ -1,12 +1,13 @@
 """Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
 
-from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
+from kdctl.stats.bootstrap import LEVEL, exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
 from kdctl.stats.repeats import compare_seeds, seeds
 
 __all__ = [
+    "LEVEL",
     "Paired",
     "Trio",
     "accuracy",
