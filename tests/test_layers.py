@@ -13,6 +13,7 @@ LAYERS = {
     "errors": 0,
     "findings": 0,
     "keyed": 0,
+    "memory": 0,
     "preset": 0,
     "progress": 0,
     "records": 0,
