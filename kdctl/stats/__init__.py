@@ -4,15 +4,18 @@ from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
-from kdctl.stats.repeats import compare_seeds, seeds
+from kdctl.stats.repeats import Repeated, average_seeds, compare_seeds, compare_seeds_average, seeds
 
 __all__ = [
     "Paired",
+    "Repeated",
     "Trio",
     "accuracy",
+    "average_seeds",
     "compare",
     "compare_average",
     "compare_seeds",
+    "compare_seeds_average",
     "exponential",
     "holm",
     "ratio",
