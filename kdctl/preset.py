@@ -180,8 +180,10 @@ class DistillSection(Section):
     """Learning rate after warm-up."""
     warmup_ratio: Share = 0.1
     """Share of the steps in which the learning rate rises linearly."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """``adafactor`` keeps a row and a column for AdamW's two moments; its steps are relative to a weight's size."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -252,6 +254,8 @@ class RuntimeSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where there is one."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What training computes again instead of keeping it for backward: nothing, all but products, or whole layers."""
     offline: bool = False
     """Never ask the Hugging Face Hub; only local files and caches."""
 

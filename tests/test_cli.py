@@ -31,7 +31,7 @@ from kdctl.resolve import load_preset
 from kdctl.rundir import RunDir
 from kdctl.stages import distilling, evaluating, rollouts
 
-COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify")
+COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
 STAGES = ("quantize", "rollout", "distill", "eval", "run")
 HEAVY = ("torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate")
 TELL = (

@@ -1,4 +1,4 @@
-"""Training state on disk: what is trained and AdamW's moments as safetensors, the rest as JSON; nothing is pickled.
+"""Training state on disk: what is trained and the optimizer's tensors as safetensors, the rest as JSON, no pickles.
 
 The data order, the λ draw and the learning rate are functions of the step, so the step is all else there is to keep.
 """
@@ -16,7 +16,7 @@ from kdctl.rundir import atomic_folder, read_record, sha256, write_record
 
 TENSORS = "state.safetensors"
 META = "meta.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -25,7 +25,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def checkpoint_bytes(shadow: Shadow) -> int:
-    """Return the size of one checkpoint: what is trained and two moments of it, in float32."""
+    """Return the most that one checkpoint takes: what is trained and AdamW's two moments of it, in float32."""
     return sum(3 * 4 * tensor.numel() for tensor in shadow.parameters())
 
 
@@ -36,8 +36,7 @@ def save_checkpoint(
     tensors = {}
     for name, trained in shadow.trained.items():
         tensors[f"trained.{name}"] = trained.detach()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[trained][moment]
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[trained].items() if key != STEP}
     path = checkpoint_path(root, meta.step)
     with atomic_folder(path) as temporary:
         save_file(tensors, temporary / TENSORS)
@@ -54,16 +53,20 @@ def latest_checkpoint(root: Path) -> tuple[Path, CheckpointMeta] | None:
 
 
 def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: Shadow, optimizer: torch.optim.Optimizer) -> None:
-    """Put what is trained and its moments back and write Q(W) into the student.
+    """Put what is trained and the optimizer's tensors back and write Q(W) into the student.
 
     Raises StoreError if the file is not the one that was written.
     """
     if sha256(path / TENSORS) != meta.sha256:
         raise StoreError(f"{path / TENSORS} is damaged; remove {path} to go on from an earlier checkpoint or the start")
     tensors = load_file(path / TENSORS)
+    kinds = {name.partition(".")[0] for name in tensors} - {"trained"}
     with torch.no_grad():
         for name, trained in shadow.trained.items():
             trained.copy_(tensors[f"trained.{name}"])
-            state = {moment: tensors[f"{moment}.{name}"].to(trained.device) for moment in MOMENTS}
-            optimizer.state[trained] = {"step": torch.tensor(float(meta.step), device=trained.device), **state}
+            state = optimizer.state[trained]
+            state[STEP] = torch.tensor(float(meta.step), device=trained.device)
+            for kind in kinds:
+                if (saved := tensors.get(f"{kind}.{name}")) is not None:
+                    state[kind] = state[kind].copy_(saved) if kind in state else saved.to(trained.device)
     shadow.write_back()

@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +14,8 @@ from kdctl.distill.batch import Batch, collate, split
 from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
+from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
+from kdctl.distill.recompute import recomputed
 from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
 from kdctl.models import head_of
@@ -48,17 +48,6 @@ def objective_of(settings: DistillSection) -> Objective:
     return Objective(settings.beta, settings.temperature, settings.divergence_scale)
 
 
-def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str, Any]]:
-    """Split what is trained by learning rate: scales learn in relative steps and are never decayed."""
-    scales = [tensor for name, tensor in shadow.trained.items() if name.endswith(".log_scale")]
-    others = [tensor for name, tensor in shadow.trained.items() if not name.endswith(".log_scale")]
-    groups = [
-        {"params": others, "ratio": 1.0},
-        {"params": scales, "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 class Trainer:
     """Everything one variant's training holds on to."""
 
@@ -82,14 +71,7 @@ class Trainer:
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(shadow, settings),
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(shadow, settings)
 
     def step(self, step: int) -> dict[str, float]:
         """Do one optimizer step and return its metrics. Raises TrainingError if loss or gradient is not finite."""
@@ -97,14 +79,13 @@ class Trainer:
         rollouts = self.feed.rows(step)
         generated = time.perf_counter() - started
         loss, tokens = self.accumulate(rollouts)
-        norm = self.clip()
+        norm, factor = self.clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
         rate = learning_rate(step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, self.shadow.parameters(), factor)
         self.shadow.write_back()
         return {
             f"train/{self.objective.name}": loss,
@@ -136,7 +117,8 @@ class Trainer:
     def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
         states = self.teacher_states(rollouts, batch)
-        hidden = predicting_hidden(self.student, batch)
+        with recomputed(self.student):
+            hidden = predicting_hidden(self.student, batch)
         return divergence(hidden, states, self.head, self.objective, self.chunk)
 
     def teacher_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
@@ -145,10 +127,11 @@ class Trainer:
             return predicting_states(self.teacher, batch)
         return self.states.of(rollouts, batch.counts).to(self.student.device, self.student.dtype)
 
-    def clip(self) -> float:
-        """Scale the gradient down to ``max_grad_norm`` and return its norm."""
+    def clip(self) -> tuple[float, float]:
+        """Return the gradient's norm and the factor that scales it down to ``max_grad_norm``."""
+        norm = gradient_norm(self.shadow.parameters())
         limit = self.settings.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.shadow.parameters(), limit))
+        return norm, min(1.0, limit / (norm + 1e-6))
 
 
 @dataclass

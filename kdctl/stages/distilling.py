@@ -9,32 +9,23 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.recompute import set_checkpointing
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
 from kdctl.metrics import PerDocument
-from kdctl.preset import DistillSection, Preset
+from kdctl.preset import Preset
 from kdctl.quant.apply import share_frozen
 from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport
-from kdctl.resolve import identity
+from kdctl.resolve import identity, variant_name
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
-from kdctl.tracking import Tracker, open_wandb, read_metrics
-
-
-def variant_name(settings: DistillSection, base: DistillSection) -> str:
-    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
-    always = {"lmbda", "beta", "lr", "seed"}
-    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
-    for key, value in settings.model_dump().items():
-        if key not in always and value != base.model_dump()[key]:
-            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
-    return name
+from kdctl.tracking import Tracker, Watch, open_wandb, read_metrics
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -46,14 +37,13 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
-    """Train one variant and write its ``final/`` folder."""
+def distill(job: Job, name: str | None = None, force: bool = False, watch: Watch | None = None) -> DistillReport:
+    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising."""
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
         recorded(job, job.preset.distill.replay)
-    ensure_student(job)
-    stores: Stores = {source: filled(job, source) for source in needed_sources(job.preset)}
+    stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
     if force:
         shutil.rmtree(variant.path, ignore_errors=True)
@@ -68,8 +58,15 @@ def distill(job: Job, name: str | None = None, force: bool = False) -> DistillRe
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
     before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
-    student = _train(job, variant, ptq, stores, name_now)
+    student = _train(job, variant, ptq, stores, name_now, watch)
     return _finish_variant(job, variant, student, before, stores, name_now)
+
+
+def shared_stages(job: Job) -> Stores:
+    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
+    ensure_student(job)
+    _ = job.heldout_store
+    return {source: filled(job, source) for source in needed_sources(job.preset)}
 
 
 def _distill_identity(job: Job, stores: Stores) -> str:
@@ -87,19 +84,20 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Student:
     """Run the training loop and return the trained student."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
+    ptq.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     feed, states = _feed(job, variant, ptq, stores, name)
+    set_checkpointing(ptq.model, job.preset.runtime.activation_checkpointing)
     trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
 
     def tracker(resume_step: int) -> Tracker:
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
-        return Tracker(
-            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
-        )
+        run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        return Tracker(variant.metrics, resume_step, run, watch)
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
         train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
