@@ -553,5 +553,5 @@ def test_another_variant_is_another_row(whole, tmp_path: Path) -> None:
     *head, added = table_of(write_report([RunDir(tmp_path / "run")])).splitlines()
     assert [line.split("|")[1] for line in head] == [line.split("|")[1] for line in table_of(first.stdout).splitlines()]
     cells = [cell.strip() for cell in added.strip("|").split("|")]
-    assert cells[:6] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT, ABSENT]
+    assert cells[:5] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT]
     assert (tmp_path / "run" / "distill" / cells[0] / "rollouts" / "manifest.json").is_file()
