@@ -74,12 +74,13 @@ def main(study: Study, contrasts: Contrasts) -> Table:
     names = list(dict.fromkeys(["lmbda", "beta", "lr", *_varying(results.rows)]))
     own = [_name, *(partial(setting_cell, name=name) for name in names)]
     made = block(results, "", results.rows, own)
-    last = [(_text_perplexity(row), _size(row), *_verdicts(results, row)) for row in results.rows]
+    last = [(_own_kl(row), _text_perplexity(row), _size(row), *_verdicts(results, row)) for row in results.rows]
     rows = tuple((*cells, *more) for cells, more in zip(made.rows, last, strict=True))
     columns = (
         NAME,
         *map(setting_column, names),
         *(scale.column for scale in results.scales),
+        Column("student_written_kl", "KL on its own text [95 %]", "kl"),
         Column("text_perplexity", "text perplexity", "perplexity"),
         Column("size_bytes", "MiB", "mib"),
         Column("verdict_ptq", "average against PTQ"),
@@ -96,6 +97,17 @@ def _varying(rows: Sequence[Row]) -> list[str]:
 
 def _name(row: Row) -> Cell:
     return Cell(row.name)
+
+
+def _own_kl(row: Row) -> Cell:
+    """Write KL to the teacher on completions that the student wrote itself; of several seeds, the mean."""
+    written = [model.result.student_written for model in row.models if model.result]
+    found = [one.forward_kl for one in written if one is not None]
+    if row.kind == "teacher" or len(found) < len(row.models):
+        return Cell()
+    if len(found) > 1:
+        return Cell(float(np.mean([estimate.value for estimate in found])))
+    return Cell(found[0].value, low=found[0].low, high=found[0].high)
 
 
 def _text_perplexity(row: Row) -> Cell:

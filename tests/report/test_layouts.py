@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import evaluated, make_run, wrote_rollouts
+from made_up import distribution, evaluated, make_run, wrote_rollouts
 
 from kdctl.errors import PresetError
-from kdctl.records import MethodResult
+from kdctl.records import EvalResult, MethodResult
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.layouts import LAYOUTS, NO_ITEMS, lay_out
 from kdctl.report.tables import Table, markdown, records
-from kdctl.rundir import write_record
+from kdctl.rundir import read_record, write_record
 from kdctl.study import Model, Score, Settings, Study
 from kdctl.study_reader import read_study
 
@@ -111,6 +111,21 @@ def test_seeds_are_one_row_of_a_sweep(tmp_path: Path) -> None:
     table = table_of("lr", read_study([make_run(tmp_path / "run", variants)]))
     assert blocks(table) == {"λ = 0": [1.0, 2.0]}
     assert any("several seeds" in note for note in table.notes)
+
+
+def test_kl_on_what_a_student_wrote_itself_has_a_column_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"a": {}})
+    assert "student_written_kl" not in [column.key for column in table_of("main", read_study([run])).columns]
+    for name, kl in (("teacher", 0.0), ("ptq", 0.7), ("a", 0.3)):
+        path = run.eval(name) / "results.json"
+        found = read_record(path, EvalResult)
+        write_record(path, found.model_copy(update={"student_written": distribution(kl)}))
+    table = table_of("main", read_study([run]))
+    place = [column.key for column in table.columns].index("student_written_kl")
+    cells = [row[place] for block in table.blocks for row in block.rows]
+    assert [cell.value for cell in cells] == [None, 0.7, 0.3]
+    assert cells[2].low == pytest.approx(0.27)
+    assert "0.3000 [0.2700, 0.3300]" in markdown(table)
 
 
 def test_the_legend_states_margin_and_correction(tmp_path: Path) -> None:
