@@ -273,6 +273,10 @@ def distill(
         int | None, typer.Option(help="Steps between live generations; 0 replays rollouts/student.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the variant. (default: made of its settings)")] = None,
+    min_gap: Annotated[
+        float,
+        typer.Option(help="Stop unless the PTQ student's KL to the teacher is surely this, nats a token.", min=0),
+    ] = 0.0,
     wandb: Annotated[str | None, typer.Option(help="off, online or offline.")] = None,
     settings: SetOption = None,
     force: ForceOption = False,
@@ -299,7 +303,7 @@ def distill(
         job = stage.open()
         from kdctl import pipeline
 
-        show(pipeline.distill(job, name, force), as_json, console_views().show_distilled)
+        show(pipeline.distill(job, name, force, min_gap), as_json, console_views().show_distilled)
 
 
 @app.command(name="eval")

@@ -26,4 +26,4 @@ class StoreError(KdctlError, RuntimeError):
 
 
 class TrainingError(KdctlError, ArithmeticError):
-    """Training cannot go on: the loss is no longer a finite number."""
+    """Training cannot go on, because the loss is no longer a finite number, or has less to win than was asked for."""

@@ -43,14 +43,6 @@ def versions() -> Versions:
     )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A model on the yardstick and on plain text."""
-
-    per_document: PerDocument
-    text: TextMetrics
-
-
 @dataclass
 class Job:
     """One run folder, one preset, and what several stages need of them, loaded once and only when asked for."""
@@ -159,16 +151,10 @@ class Job:
     @cached_property
     def heldout_store(self) -> RolloutStore:
         """The yardstick's store, written first where it is missing."""
-        store, settings, prompts = RolloutStore(self.run.heldout), self.preset.heldout, self.heldout_prompts
-        sections = {"heldout": settings.model_dump(exclude={"text_tokens", "min_completion_tokens"})}
-        inputs = {"teacher": self.fingerprint, "prompts": prompts.fingerprint()}
-        plan = Plan(
-            "heldout", identity("heldout", sections, inputs), self.fingerprint, prompts, settings.prompts_per_block
-        )
+        store, plan = RolloutStore(self.run.heldout), self._heldout_plan("teacher", self.fingerprint)
         if not usable(store, plan.identity):
-            sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
-            generator = self._generator(self.teacher, sampling, "teacher", settings.prompts_per_block)
-            fill(store, plan, generator, self.reporter)
+            self._write_heldout(store, plan, self.teacher)
+        settings = self.preset.heldout
         tokens = store.manifest().completion_tokens
         if tokens < settings.min_completion_tokens:
             raise DataError(
@@ -178,16 +164,40 @@ class Job:
             )
         return store
 
+    def student_written(self, model: PreTrainedModel, fingerprint: str, folder: Path) -> RolloutStore:
+        """Return held-out completions by a model itself, sampled like the yardstick with the same random numbers.
+
+        They are written where ``folder`` does not hold this model's.
+        """
+        store, plan = RolloutStore(folder), self._heldout_plan("student", fingerprint)
+        if not store.complete(plan.identity):
+            self._write_heldout(store, plan, model)
+        return store
+
+    def _heldout_plan(self, role: str, writer: str) -> Plan:
+        settings, prompts = self.preset.heldout, self.heldout_prompts
+        sections = {"heldout": settings.model_dump(exclude={"text_tokens", "min_completion_tokens"})}
+        name = identity("heldout", sections, {role: writer, "prompts": prompts.fingerprint()})
+        source = "heldout" if role == "teacher" else role
+        return Plan(source, name, writer, prompts, settings.prompts_per_block)
+
+    def _write_heldout(self, store: RolloutStore, plan: Plan, model: PreTrainedModel) -> None:
+        settings = self.preset.heldout
+        sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
+        source = "teacher" if plan.source == "heldout" else plan.source
+        fill(store, plan, self._generator(model, sampling, source, settings.prompts_per_block), self.reporter)
+
     @cached_property
     def yardstick(self) -> Yardstick:
         """All held-out rollouts with the teacher's states."""
-        return self._yardstick(self.heldout_store.read())
+        return self.yardstick_of(self.heldout_store.read())
 
     def small_yardstick(self, documents: int) -> Yardstick:
         """Return the first documents of the yardstick, for measuring during training."""
-        return self._yardstick(self.heldout_store.read()[:documents])
+        return self.yardstick_of(self.heldout_store.read()[:documents])
 
-    def _yardstick(self, rollouts: list[Rollout]) -> Yardstick:
+    def yardstick_of(self, rollouts: list[Rollout]) -> Yardstick:
+        """Have the teacher read completions of held-out prompts."""
         with self.reporter.task("teacher reads held-out completions", "batches") as advance:
             return metrics.make_yardstick(self.teacher, rollouts, advance)
 
@@ -195,6 +205,11 @@ class Job:
     def text(self) -> list[list[int]]:
         """Plain text for perplexity."""
         return metrics.text_documents(self.tokenizer, self.preset.heldout.text_tokens)
+
+    @cached_property
+    def text_yardstick(self) -> Yardstick:
+        """The plain text with the teacher's states."""
+        return metrics.text_yardstick(self.teacher, self.text)
 
     @cached_property
     def yardstick_identity(self) -> str:
@@ -207,23 +222,15 @@ class Job:
         """The teacher's perplexity on plain text."""
         return metrics.text_perplexity(self.teacher, self.text)
 
-    def measured(self, folder: Path) -> Measured | None:
+    def measured(self, folder: Path) -> PerDocument | None:
         """Read what a student folder says of itself, if it was measured on this job's yardstick."""
-        report = read_record(folder / "quantize.json", QuantizeReport)
-        if report.yardstick != self.yardstick_identity:
+        if read_record(folder / "quantize.json", QuantizeReport).yardstick != self.yardstick_identity:
             return None
-        return Measured(metrics.from_table(pq.read_table(folder / HELDOUT)), report.text)
+        return metrics.from_table(pq.read_table(folder / HELDOUT))
 
-    def measure_student(self, folder: Path, model: PreTrainedModel, label: str) -> Measured:
-        """Return a student's measurements, from its folder where they stand there."""
-        found = self.measured(folder)
-        if found is not None:
-            return found
-        return Measured(self.measure(model, label), metrics.text_perplexity(model, self.text))
-
-    def measure(self, model: PreTrainedModel, label: str) -> PerDocument:
-        """Compare a model with the teacher on the yardstick."""
-        yardstick = self.yardstick
+    def measure(self, model: PreTrainedModel, label: str, yardstick: Yardstick | None = None) -> PerDocument:
+        """Compare a model with the teacher on the yardstick, or on other completions that the teacher has read."""
+        yardstick = yardstick or self.yardstick
         with self.reporter.task(f"{label} reads held-out completions", "batches") as advance:
             return metrics.compare(model, yardstick, advance)
 

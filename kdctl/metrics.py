@@ -68,9 +68,18 @@ def yardstick_identity(text_tokens: int, heldout: str, teacher: str) -> str:
 def make_yardstick(
     teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progress | None = None
 ) -> Yardstick:
-    """Run the teacher over the held-out rollouts once."""
-    ordered = sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-    batches = [collate(part) for part in split(ordered, BATCH)]
+    """Run the teacher over rollouts once, in the order of ``by_length``."""
+    return _read(teacher, by_length(rollouts), progress)
+
+
+def by_length(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Order rollouts as a yardstick has them, so that a batch holds sequences of like lengths."""
+    return sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
+
+
+def _read(teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progress | None = None) -> Yardstick:
+    """Run the teacher over rollouts in the order given."""
+    batches = [collate(part) for part in split(rollouts, BATCH)]
     states = []
     for done, batch in enumerate(batches):
         states.append(predicting_states(teacher, batch))
@@ -162,9 +171,9 @@ def from_table(table: pa.Table) -> PerDocument:
     return PerDocument(*(table[f.name].to_numpy() for f in fields(PerDocument)))
 
 
-def as_table(per_document: PerDocument) -> pa.Table:
-    """Lay out per-document sums as a table, one row a document."""
-    return pa.table(vars(per_document))
+def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Table:
+    """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
+    return pa.table({**({"prompt_id": prompt_ids} if prompt_ids else {}), **vars(per_document)})
 
 
 def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
@@ -179,18 +188,20 @@ def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list
     return documents
 
 
-@torch.inference_mode()
+def text_yardstick(teacher: PreTrainedModel, documents: Sequence[Sequence[int]]) -> Yardstick:
+    """Run the teacher over plain text once, in the batches of ``text_perplexity``."""
+    return _read(teacher, [_as_rollout(ids) for ids in documents])
+
+
 def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> TextMetrics:
     """Measure perplexity on documents of tokens, each from its second token on."""
-    rollouts = [_as_rollout(ids) for ids in documents]
-    heads, sums, counts = Heads(head_of(model), head_of(model)), [], []
-    for rows in split(rollouts, BATCH):
-        batch = collate(rows).to(model.device)
-        part = _per_document(states := predicting_states(model, batch), states, batch, heads)
-        sums.append(part.nll)
-        counts.append(part.tokens)
-    nll, tokens = np.concatenate(sums), np.concatenate(counts)
-    perplexity = stats.exponential(stats.ratio(nll, tokens))
+    return text_metrics(compare_teacher(text_yardstick(model, documents)))
+
+
+def text_metrics(per_document: PerDocument) -> TextMetrics:
+    """Sum up what was measured on plain text."""
+    tokens = per_document.tokens
+    perplexity = stats.exponential(stats.ratio(per_document.nll, tokens))
     return TextMetrics(perplexity=perplexity, tokens=int(tokens.sum()), documents=len(tokens))
 
 

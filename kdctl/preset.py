@@ -234,6 +234,8 @@ class EvalSection(Section):
     """Examples in the prompt; the task's own number without it."""
     batch_size: Count = 16
     """Sequences in one forward pass."""
+    student_written: bool = True
+    """Let each model write held-out completions itself, and measure KL to the teacher on those too."""
 
 
 class TrackingSection(Section):

@@ -126,7 +126,7 @@ class LayerError(Record):
 
 
 class DistributionMetrics(Record):
-    """Student against teacher, per completion token of the yardstick, with intervals over documents."""
+    """Student against teacher, per completion token (of the yardstick unless said), with intervals over documents."""
 
     forward_kl: Estimate
     reverse_kl: Estimate
@@ -270,7 +270,11 @@ class EvalResult(Record):
     limit: int | None
     tasks: dict[str, TaskScore]
     distribution: DistributionMetrics
+    student_written: DistributionMetrics | None = None
+    """The same on the model's own completions of the same prompts; None where ``eval.student_written`` is off."""
     text: TextMetrics
+    text_distribution: DistributionMetrics | None = None
+    """Student against teacher on that text, per token of it."""
     size_bytes: int
     seconds_s: float
     versions: Versions

@@ -1,11 +1,13 @@
 """Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdctl.keyed import digest
 from kdctl.preset import TrackingSection
+from kdctl.rundir import write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -14,20 +16,21 @@ if TYPE_CHECKING:
 class Tracker:
     """Writes one JSON line a call, and the same numbers to wandb when there is a run.
 
-    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again.
+    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again. ``kept`` are the
+    others.
     """
 
     def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._run = run
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record namespaced numbers of one step."""
+        """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         if self._run is not None:
             self._run.log(values, step=step)
 

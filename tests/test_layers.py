@@ -68,6 +68,7 @@ LAYERS = {
     "report": 3,
     "verify": 3,
     "job": 4,
+    "stages.gates": 4,
     "stages.rollouts": 4,
     "stages.quantizing": 4,
     "stages.distilling": 4,

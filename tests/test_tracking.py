@@ -56,6 +56,24 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path, torn: str) -
     assert path.read_bytes() == undisturbed.read_bytes()
 
 
+def test_a_resumption_that_is_killed_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    track(path, range(1, 6))
+    before = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Tracker(path, 3)
+    assert path.read_bytes() == before
+    tracker = Tracker(path, 3)
+    tracker.close()
+    assert [line["step"] for line in tracker.kept] == [1, 2, 3]
+
+
 def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
     track(tmp_path / "metrics.jsonl", range(5, 7), resume_step=4)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5, 6]

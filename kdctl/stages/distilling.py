@@ -21,6 +21,7 @@ from kdctl.resolve import identity
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
+from kdctl.stages.gates import check_gap
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
@@ -46,30 +47,50 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False) -> DistillReport:
-    """Train one variant and write its ``final/`` folder."""
+def distill(job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0) -> DistillReport:
+    """Train one variant and write its ``final/`` folder.
+
+    Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
+    """
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
         recorded(job, job.preset.distill.replay)
     ensure_student(job)
-    stores: Stores = {source: filled(job, source) for source in needed_sources(job.preset)}
+    if variant.report.exists() and not force:
+        return _finished(job, variant)
+    before = measured_ptq(job)
+    check_gap(job, before, min_gap)
+    stores = _stores(job)
     name_now = _distill_identity(job, stores)
     if force:
         shutil.rmtree(variant.path, ignore_errors=True)
-    if variant.report.exists():
-        found = read_record(variant.report, DistillReport)
-        if found.identity == name_now:
-            job.reporter.note(f"distill: {variant.path} is complete, skipped")
-            return found
+    ptq = load_student(job.run.student, job.device)
+    share_frozen(ptq.model, job.teacher, ptq.weights)
+    student = _train(job, variant, ptq, stores, name_now)
+    return _finish_variant(job, variant, student, before, stores, name_now)
+
+
+def measured_ptq(job: Job) -> PerDocument:
+    """Return the PTQ student's distance from the teacher on the yardstick, which its folder states."""
+    stated = job.measured(job.run.student)
+    return stated or job.measure(load_student(job.run.student, job.device).model, "PTQ student")
+
+
+def _stores(job: Job) -> Stores:
+    """Return the finished stores that the preset reads, filled where they are missing."""
+    return {source: filled(job, source) for source in needed_sources(job.preset)}
+
+
+def _finished(job: Job, variant: VariantDir) -> DistillReport:
+    """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
+    found = read_record(variant.report, DistillReport)
+    if found.identity != _distill_identity(job, _stores(job)):
         raise StoreError(
             f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
         )
-    ptq = load_student(job.run.student, job.device)
-    share_frozen(ptq.model, job.teacher, ptq.weights)
-    before = job.measure_student(job.run.student, ptq.model, "PTQ student").per_document
-    student = _train(job, variant, ptq, stores, name_now)
-    return _finish_variant(job, variant, student, before, stores, name_now)
+    job.reporter.note(f"distill: {variant.path} is complete, skipped")
+    return found
 
 
 def _distill_identity(job: Job, stores: Stores) -> str:

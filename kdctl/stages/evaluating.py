@@ -12,13 +12,17 @@ from transformers import PreTrainedModel
 from kdctl import metrics, models
 from kdctl.errors import DataError, PresetError
 from kdctl.foreign import Foreign, check_comparable, find_foreign, load_foreign
-from kdctl.job import Job, Measured, versions
+from kdctl.job import Job, versions
+from kdctl.metrics import PerDocument
 from kdctl.quant.checkpoint import load_student
-from kdctl.records import DistillReport, EvalResult
+from kdctl.records import DistillReport, EvalResult, Rollout
 from kdctl.resolve import identity
 from kdctl.rundir import read_record, write_record
 from kdctl.stages.distilling import check_name
 from kdctl.stages.quantizing import ensure_student
+
+Sums = tuple[PerDocument, Sequence[str]]
+"""What was measured on each document, and the documents' prompts."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ def _evaluate_one(job: Job, one: Candidate, tasks: dict[str, Any]) -> None:
         scores, items = score_tasks(
             model, job.tokenizer, tasks, job.preset.eval, lambda _, done, total: advance(done, total)
         )
-    measured = _measure(job, one, model)
-    write_items(folder, items | {"heldout": metrics.as_table(measured.per_document)})
+    found = _distances(job, one, model)
+    write_items(folder, items | {name: metrics.as_table(sums, prompts) for name, (sums, prompts) in found.items()})
+    summary = {name: metrics.summarize(sums) for name, (sums, _) in found.items()}
     report = job.run.variant(one.name).report
     result = EvalResult(
         model=one.name,
@@ -108,8 +113,10 @@ def _evaluate_one(job: Job, one: Candidate, tasks: dict[str, Any]) -> None:
         weights=models.fingerprint(one.folder),
         limit=job.preset.eval.limit,
         tasks=scores,
-        distribution=metrics.summarize(measured.per_document),
-        text=measured.text,
+        distribution=summary["heldout"],
+        student_written=summary.get("student_written"),
+        text=metrics.text_metrics(found["text"][0]),
+        text_distribution=summary["text"],
         size_bytes=models.weights_bytes(one.folder),
         seconds_s=time.perf_counter() - started,
         versions=versions(),
@@ -127,10 +134,27 @@ def _load(job: Job, one: Candidate) -> PreTrainedModel:
     return load_student(one.folder, job.device).model
 
 
-def _measure(job: Job, one: Candidate, model: PreTrainedModel) -> Measured:
-    """Measure a model on the yardstick and on plain text, or read what was measured when it was made."""
+def _distances(job: Job, one: Candidate, model: PreTrainedModel) -> dict[str, Sums]:
+    """Compare a model with the teacher on teacher-written completions, on its own, and on plain text."""
+    held, settings = job.heldout_store.read(), job.preset.eval
+    found: dict[str, Sums] = {"heldout": (_on_yardstick(job, one, model), _prompt_ids(held))}
+    if settings.student_written and one.name == "teacher":
+        found["student_written"] = found["heldout"]
+    elif settings.student_written:
+        store = job.student_written(model, models.fingerprint(one.folder), job.run.eval(one.name) / "rollouts")
+        own = store.read()
+        found["student_written"] = (job.measure(model, one.name, job.yardstick_of(own)), _prompt_ids(own))
+    return found | {"text": (metrics.compare(model, job.text_yardstick), ())}
+
+
+def _on_yardstick(job: Job, one: Candidate, model: PreTrainedModel) -> PerDocument:
+    """Measure a model on the yardstick, or read what was measured when it was made."""
     if one.name == "teacher":
-        return Measured(metrics.compare_teacher(job.yardstick), job.teacher_text)
-    if one.foreign:
-        return Measured(job.measure(model, one.name), metrics.text_perplexity(model, job.text))
-    return job.measure_student(one.folder, model, one.name)
+        return metrics.compare_teacher(job.yardstick)
+    written = None if one.foreign else job.measured(one.folder)
+    return job.measure(model, one.name) if written is None else written
+
+
+def _prompt_ids(rollouts: Sequence[Rollout]) -> list[str]:
+    """List the prompts of a table's rows."""
+    return [rollout.prompt_id for rollout in metrics.by_length(rollouts)]

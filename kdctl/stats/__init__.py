@@ -1,12 +1,13 @@
 """Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
 
-from kdctl.stats.bootstrap import exponential, ratio, ratio_difference, removed
+from kdctl.stats.bootstrap import LEVEL, exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
 from kdctl.stats.repeats import Repeated, average_seeds, compare_seeds, compare_seeds_average, seeds
 
 __all__ = [
+    "LEVEL",
     "Paired",
     "Repeated",
     "Trio",
