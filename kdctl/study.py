@@ -3,6 +3,7 @@
 What a report says is computed from a ``Study`` and nothing else. Big tables are read when they are first asked for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -159,12 +160,20 @@ class Study:
         return next((one for one in found if not model.folders or set(one.folders) & set(model.folders)), None)
 
     def settings_groups(self) -> list[list[Model]]:
-        """Group the students: variants that differ in nothing but the seed together, every other model alone."""
+        """Group the students: variants that differ in nothing but the seed together, every other model alone.
+
+        The same seed trained twice, in joined folders, is no other seed: each group has a seed once.
+        """
         groups: dict[object, list[Model]] = {}
+        seen: Counter[object] = Counter()
         for model in self.models:
-            made = model.distilled.student if model.distilled else model.folders
-            same = (model.settings.key("seed"), made) if model.kind == "variant" and model.run else model.name
-            groups.setdefault(same, []).append(model)
+            if model.distilled is None:
+                groups[model.name] = [model]
+                continue
+            made = (model.distilled.student, model.settings.key("seed"))
+            repeat = seen[made, model.settings.seed]
+            seen[made, model.settings.seed] += 1
+            groups.setdefault((made, repeat), []).append(model)
         return list(groups.values())
 
 

@@ -42,6 +42,14 @@ LAYERS = {
     "models": 2,
     "prompts": 2,
     "metrics": 2,
+    "report.tables": 1,
+    "report.contrasts": 2,
+    "report.columns": 2,
+    "report.layouts": 2,
+    "report.details": 2,
+    "report.verdicts": 2,
+    "report.reproduce": 2,
+    "report.document": 2,
     "samples": 2,
     "study": 2,
     "study_reader": 2,
@@ -65,7 +73,7 @@ LAYERS = {
     "distill.loop": 3,
     "evaluate": 3,
     "export": 3,
-    "report": 3,
+    "report.front": 3,
     "verify": 3,
     "job": 4,
     "stages.gates": 4,
@@ -172,7 +180,7 @@ def test_the_outer_layers_import_nothing_heavy() -> None:
 
 
 def test_a_report_needs_nothing_heavy() -> None:
-    assert loaded_after(["report", "stats"]) == set()
+    assert loaded_after(["report.front", "stats"]) == set()
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -254,3 +254,18 @@ def compare_seeds_average(
 
 def _seed_variance(setting: _Setting) -> float | None:
     return next((part.variance * len(setting.by_seed) for part in setting.seed_parts()), None)
+
+
+def widen(estimate: Estimate, values: Sequence[float]) -> Estimate:
+    """Add the variance of the mean of several seeds' values to an interval over documents, as ``_interval`` adds parts.
+
+    The seeds' variance holds a share of the documents' too, which makes the interval wider, not narrower. One seed adds
+    nothing, because its variance is unknown.
+    """
+    if len(values) < 2:
+        return estimate
+    half = quantile(LEVEL, len(values) - 1) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
+    low = estimate.value - float(np.hypot(estimate.value - estimate.low, half))
+    return Estimate(
+        value=estimate.value, low=low, high=estimate.value + float(np.hypot(estimate.high - estimate.value, half))
+    )
