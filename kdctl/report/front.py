@@ -49,7 +49,8 @@ def write_report(
     known = check_options(form, layout, margin)
     study = read_study(runs)
     report = make_report(study, margin)
-    tables = lay_out(layout, study, report.results.contrasts)
+    made = report.layouts if layout == "auto" else [table for table in report.layouts if table.name == layout]
+    tables = made or lay_out(layout, study, report.results.contrasts)
     folder = out or (runs[0].report if len(runs) == 1 else runs[0].path.parent / "report")
     preset = study.sources[0].preset
     settings = tracking or (preset.tracking if preset else TrackingSection())

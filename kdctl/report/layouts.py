@@ -52,7 +52,8 @@ def legend(results: Results) -> tuple[str, ...]:
     ]
     if results.averages or results.single:
         notes.append(
-            "P↑ P↓: better or worse than the PTQ student; T↑ T↓: than the teacher; P= T=: equivalent within "
+            "P↑ P↓: better or worse than the PTQ student (less KL or perplexity is better); T↑ T↓: than the teacher; "
+            "P= T=: equivalent within "
             f"{margin}; no mark: cannot tell. Bold: better than every other student of its block; ≈: not "
             f"distinguishable from the best. Holm's correction: over the {len(results.averages)} comparisons of "
             f"averages, over the {len(results.single)} of single tasks, and over the rivals of each column's best; "
