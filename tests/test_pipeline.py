@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import answers, evaluated, make_run
 from transformers import AutoModelForCausalLM
 
 from kdctl import pipeline
@@ -73,6 +74,15 @@ def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: P
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed == set()
     assert before.keys() == after.keys()
+
+
+def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: Preset, tmp_path: Path) -> None:
+    run = make_run(tmp_path, {}, ["alpha"])
+    job = Job(smoke, run)
+    assert pipeline.report(job).startswith("**ptq**")
+    evaluated(run, "ptq", {"alpha": answers(0.6)}, limit=9)
+    assert "no report" in pipeline.report(job)
+    assert "alpha: limit None and 9" in pipeline.report(job)
 
 
 def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tmp_path: Path) -> None:

@@ -58,16 +58,20 @@ class Row:
 
 def rows_of(study: Study) -> list[Row]:
     """Make one row of each setting, in the order of the study."""
-    return [Row(_name(group), tuple(group)) for group in study.settings_groups()]
+    groups = study.settings_groups()
+    names = [_name(group, [model.key for model in group]) for group in groups]
+    full = [_name(group, [model.name for model in group]) for group in groups]
+    unique = [name if names.count(name) == 1 else other for name, other in zip(names, full, strict=True)]
+    return [Row(name, tuple(group)) for name, group in zip(unique, groups, strict=True)]
 
 
-def _name(group: Sequence[Model]) -> str:
+def _name(group: Sequence[Model], names: Sequence[str]) -> str:
     """Name several seeds after what their names have in common, if that is all but the seed."""
     if len(group) == 1:
         return group[0].name
     seeds = [str(model.settings.seed) for model in group]
-    stripped = {model.name.replace(f"_seed{seed}", "") for model, seed in zip(group, seeds, strict=True)}
-    common = stripped.pop() if len(stripped) == 1 else " + ".join(model.name for model in group)
+    stripped = {name.replace(f"_seed{seed}", "") for name, seed in zip(names, seeds, strict=True)}
+    common = stripped.pop() if len(stripped) == 1 else " + ".join(names)
     return f"{common} (seeds {', '.join(seeds)})"
 
 

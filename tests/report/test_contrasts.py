@@ -56,6 +56,14 @@ def test_the_same_seed_in_two_folders_is_no_other_seed(tmp_path: Path) -> None:
     assert [row.name for row in rows_of(read_study(folders))][2:] == ["a/v_seed0", "b/v_seed0"]
 
 
+def test_seeds_from_joined_folders_are_one_row_of_a_name_of_its_own(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, {f"v_seed{seed}": {"seed": seed}}) for seed, name in enumerate("ab")]
+    folders.append(make_run(tmp_path / "c", {f"v_seed{seed}": {"seed": seed} for seed in (0, 1)}))
+    names = [row.name for row in rows_of(read_study(folders))][2:]
+    assert names == ["a/v_seed0 + b/v_seed1 (seeds 0, 1)", "c/v (seeds 0, 1)"]
+    assert [row.name for row in rows_of(read_study(folders[:2]))][2:] == ["v (seeds 0, 1)"]
+
+
 def test_distances_are_paired_over_documents(tmp_path: Path) -> None:
     _, ptq, row = rows_of(read_study([make_run(tmp_path / "run", {"v": {"kl": 0.3}})]))
     before, after = per_token(ptq, "forward_kl"), per_token(row, "forward_kl")
