@@ -27,18 +27,17 @@ Cost = Callable[[Model], float | None]
 
 def learning_rates(results: Results) -> Planes | None:
     """Show accuracy, KL and training loss over the learning rate, a column for each λ; None without a sweep."""
-    groups = varied(results.rows, ("lr",))
+    groups = [group for group in varied(results.rows, ("lr",)) if group[0].settings.lmbda is not None]
     if not groups:
         return None
+    average = "average " if len(results.tasks) > 1 else ""
     measures: list[tuple[str, Measured]] = [
-        (
-            "average accuracy, %" if len(results.tasks) > 1 else "accuracy, %",
-            lambda row: accuracy_mark(row, results.tasks),
-        ),
+        (f"{average}accuracy, %", lambda row: accuracy_mark(row, results.tasks)),
         (KL, kl_mark),
         ("training loss, nats/token", _loss),
     ]
-    columns = [[group for group in groups if group[0].settings.lmbda == lmbda] for lmbda in _lambdas(groups)]
+    lambdas = values([group[0] for group in groups], "lmbda")
+    columns = [[group for group in groups if group[0].settings.lmbda == lmbda] for lmbda in lambdas]
     rows = [[_swept(results, column, label, of) for column in columns] for label, of in measures]
     full = [row for row in rows if any(series.points for panel in row for series in panel.series)]
     trimmed = [
@@ -54,10 +53,6 @@ def learning_rates(results: Results) -> Planes | None:
         "Hatched: the PTQ student."
     )
     return Planes("learning-rate", "Learning rate", caption, tuple(trimmed))
-
-
-def _lambdas(groups: Sequence[Sequence[Row]]) -> list[float]:
-    return values([group[0] for group in groups], "lmbda")
 
 
 def _loss(row: Row) -> Mark | None:

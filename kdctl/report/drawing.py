@@ -219,7 +219,8 @@ def _series(axis: Axes, part: Series, index: int) -> Any:
     x, marks = [point.x for point in part.points], [point.y for point in part.points]
     if part.faint:
         return axis.plot(x, [one.value for one in marks], color="0.6", linewidth=0.7)[0]
-    style = _marker(index) | {"linestyle": LINES[index % len(LINES)] if part.joined else "none", "linewidth": 1}
+    line = LINES[(index + index // len(MARKERS)) % len(LINES)]  # shapes repeat, then with another line
+    style = _marker(index) | {"linestyle": line if part.joined else "none", "linewidth": 1}
     return axis.errorbar(x, [one.value for one in marks], yerr=_reach(marks), **style)
 
 

@@ -28,6 +28,6 @@ def _drawn(chart: Chart, folder: Path) -> str:
     return files["svg"].decode()
 
 
-def as_markdown(charts: Sequence[Chart]) -> str:
-    """Link figures from a file beside their folder."""
-    return "\n\n".join(f"![{one.title}](figures/{one.name}.svg)\n\n**{one.title}.** {one.caption}" for one in charts)
+def link(chart: Chart) -> str:
+    """Show a figure in Markdown that lies beside the folder of figures."""
+    return f"![{chart.title}](figures/{chart.name}.svg)\n\n**{chart.title}.** {chart.caption}"

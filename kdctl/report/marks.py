@@ -30,7 +30,8 @@ def by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def short(name: str) -> str:
     """Shorten a variant's name where kdctl made it; names of a user's own stay."""
-    return re.sub(r"lambda([^_]+)_beta([^_]+)_lr([^_ ]+)", r"λ \1, β \2, lr \3", name).replace("_seed", ", seed ")
+    pattern = r"lambda([^_]+)_beta([^_]+)_lr([^_ ]+)(_seed(?=\d))?"
+    return re.sub(pattern, lambda m: f"λ {m[1]}, β {m[2]}, lr {m[3]}" + (", seed " if m[4] else ""), name)
 
 
 def accuracy_mark(row: Row, tasks: Sequence[str]) -> Mark | None:

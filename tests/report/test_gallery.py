@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from kdctl.report.charts import Entry, Forest, ForestPanel, Mark
-from kdctl.report.gallery import as_markdown, illustrate
+from kdctl.report.gallery import illustrate, link
 
 
 def forest(value: float) -> Forest:
@@ -29,5 +29,5 @@ def test_only_what_changed_or_is_missing_is_drawn(tmp_path: Path) -> None:
     assert min(times()) > 1
 
 
-def test_markdown_links_every_figure_with_its_caption() -> None:
-    assert as_markdown([forest(1)]) == "![A title](figures/f.svg)\n\n**A title.** A caption."
+def test_markdown_shows_a_figure_with_its_caption() -> None:
+    assert link(forest(1)) == "![A title](figures/f.svg)\n\n**A title.** A caption."

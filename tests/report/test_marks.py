@@ -25,7 +25,7 @@ def row(name: str, **settings: float) -> Row:
         ("lambda0.5_beta1_lr2e-05_seed0", "λ 0.5, β 1, lr 2e-05, seed 0"),
         ("a/lambda0_beta0_lr0.0001_seed1_steps9", "a/λ 0, β 0, lr 0.0001, seed 1_steps9"),
         ("lambda0_beta0_lr0.0001 (seeds 0, 1)", "λ 0, β 0, lr 0.0001 (seeds 0, 1)"),
-        ("my lambda", "my lambda"),
+        ("my lambda_seed1", "my lambda_seed1"),
     ],
 )
 def test_only_names_of_our_own_are_shortened(name: str, expected: str) -> None:
