@@ -153,7 +153,7 @@ def test_an_interval_that_leaves_the_panel_ends_in_an_arrow() -> None:
     axis = drawn(Forest("f", "t", "c", ("",), (panel,))).axes[0]
     assert axis.get_xlim() == (-50, 150)
     arrows = [line for line in axis.lines if line.get_marker() in ("<", ">")]
-    assert [(line.get_marker(), *line.get_xdata()) for line in arrows] == [("<", -50), (">", 150)]
+    assert [(line.get_marker(), *np.asarray(line.get_xdata())) for line in arrows] == [("<", -50), (">", 150)]
 
 
 def test_what_was_not_measured_is_said_in_its_place() -> None:
