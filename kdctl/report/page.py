@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from kdctl import __version__
-from kdctl.report.charts import Chart
+from kdctl.report.charts import Chart, Maps
 from kdctl.report.document import Report, verdict_parts
 from kdctl.report.reproduce import commands
 from kdctl.report.tables import Block, Cell, Column, Table, show
@@ -106,9 +106,9 @@ def _class(column: Column, cell: Cell | None = None) -> str:
 
 
 def _figure(chart: Chart, svg: str) -> str:
-    name = escape(chart.name)
+    name, shades = escape(chart.name), ' class="shades"' if isinstance(chart, Maps) else ""
     return (
-        f'<figure><div class="box" role="region" aria-labelledby="figure-{name}" tabindex="0">'
+        f'<figure{shades}><div class="box" role="region" aria-labelledby="figure-{name}" tabindex="0">'
         f"{inline(svg, chart.name)}</div>\n"
         f'<figcaption id="figure-{name}"><strong>{escape(chart.title)}.</strong> {escape(chart.caption)}</figcaption>'
         "</figure>\n"

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from made_up import answers, evaluated, make_run
 
-from kdctl.report.charts import Entry, Forest, mark
+from kdctl.report.charts import Entry, Forest, Mark, Planes, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts, Row, baseline, differs, per_token_difference
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.figures import accuracies, figures, grid, recoveries, writers
 from kdctl.report.marks import accuracy_mark, short
+from kdctl.study import Model, Score, Settings, Study
 from kdctl.study_reader import read_study
 
 
@@ -34,6 +35,18 @@ def test_a_bare_study_fills_none(bare: Results) -> None:
 def test_one_variant_fills_no_sweep(tmp_path: Path) -> None:
     results = Results(read_study([make_run(tmp_path / "run", {"v": {"steps": 2}})]), Contrasts(0.005))
     assert [chart.name for chart in figures(results)] == ["accuracy", "training", "recovery", "cost"]
+
+
+def test_published_numbers_without_items_are_points_without_intervals() -> None:
+    settings = [Settings(lmbda=1.0, beta=0.0, lr=lr) for lr in (1e-5, 1e-4)]
+    swept = [Model(f"v{one.lr}", "variant", one, {"a": Score(0.6, 0.01)}, train_loss=0.2) for one in settings]
+    results = Results(Study((Model("T", "teacher", scores={"a": Score(0.7)}), *swept)), Contrasts(0.005))
+    accuracy, rates = figures(results)
+    assert isinstance(accuracy, Forest)
+    assert isinstance(rates, Planes)
+    assert [entry.marks for entry in accuracy.panels[0].entries if entry.marks] == [(Mark(70.0),), *[(Mark(60.0),)] * 2]
+    assert [row[0].y_label for row in rates.rows] == ["accuracy, %", "training loss, nats/token"]
+    assert [point.y for point in rates.rows[0][0].series[0].points] == [Mark(60.0)] * 2
 
 
 def test_accuracies_go_by_method_and_task(full: Results) -> None:
