@@ -1,11 +1,12 @@
 """Time kdctl's training step beside TRL's GKDTrainer: same model, data, batch and dtype, interleaved in one run.
 
-    python benchmarks/versus_trl.py --peer-python PEER_VENV/bin/python [--data FILE.jsonl]
+    python benchmarks/versus_trl.py --peer-python PEER_VENV/bin/python [--data FILE.jsonl] [--out FILE.md]
 
 The peer's environment: ``pip install torch transformers datasets accelerate trl torchao``. Without ``--data`` the
 quickstart's teacher writes the completions that both train on. Each measurement is a process of its own and takes the
-mean over all its steps, generation included; the table has medians over rounds. Run it on an idle machine: any other
-busy process distorts both sides.
+mean over all its steps, generation included; peak memory is that of the whole process, loading, measuring and saving
+included. A third pair of rows has sequences of 128 and of 1,024 tokens: the slope is what one more token of a batch
+costs. Tables have medians over rounds. Run it on an idle machine: any other busy process distorts both sides.
 """
 
 import argparse
@@ -15,25 +16,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
-from kdctl import models, pipeline
+from kdctl import metrics, models, pipeline
 from kdctl.job import Job, open_job
 from kdctl.prompts import messages_of
 from kdctl.resolve import load_preset
 from kdctl.tracking import read_metrics
 
 BATCH, MAX_TOKENS, NEW_TOKENS = 4, 256, 64
+SHORT, LONG = 128, 1024
+Settings = dict[str, object]
 
 
 @dataclass
 class Case:
-    """One thing to time and what was measured of it."""
+    """One thing to time and what was measured of it. peer: the case that its ratios are taken to."""
 
     name: str
     command: list[str]
     metrics: Path | None = None
+    peer: "Case | None" = None
     seconds: list[float] = field(default_factory=list)
     peak_gib: list[float] = field(default_factory=list)
 
@@ -46,11 +52,16 @@ class Case:
             sys.exit(f"{self.name} failed:\n{(folder / 'stderr').read_text()[-3000:]}")
         self.seconds.append(self._mean(folder))
         self.peak_gib.append(usage.ru_maxrss / 2**20)
+        print(f"{self.name}: {self.seconds[-1]:.2f} s a step, {self.peak_gib[-1]:.2f} GiB", file=sys.stderr, flush=True)
 
     def _mean(self, folder: Path) -> float:
         if self.metrics is None:
             return json.loads((folder / "stdout").read_text().splitlines()[-1])["mean_s"]
         return statistics.fmean(line["time/step_s"] for line in read_metrics(self.metrics))
+
+    def ratio(self, of: Callable[["Case"], list[float]]) -> str:
+        """Divide a median by the peer's."""
+        return f"{statistics.median(of(self)) / statistics.median(of(self.peer)):.2f}" if self.peer else "–"
 
 
 def arguments() -> argparse.Namespace:
@@ -58,20 +69,26 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, help="Python of the peer's environment; without it kdctl alone")
     parser.add_argument("--data", type=Path, help="JSON lines with messages that end with an answer")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="also write the tables here")
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lmbda", type=float, nargs="+", default=[0, 1])
+    parser.add_argument("--slope-rounds", type=int, default=1, help="rounds of the rows about memory per token")
     return parser.parse_args()
 
 
 def prepare(folder: Path, data: Path | None) -> Job:
-    """Make a run folder with the PTQ student and a small yardstick, and the data file that both sides read."""
+    """Make a run folder with the PTQ student and a small yardstick, and the data files that both sides read."""
     preset = load_preset("quickstart", {"heldout.num_prompts": 8, "heldout.min_completion_tokens": 1})
     job = open_job(preset, folder / "run")
     pipeline.quantize(job)
     rows = _fitting(job, data) if data else _teacher_written(job)
-    (folder / "data.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    _write(folder / "data.jsonl", rows)
+    _write(folder / "long.jsonl", _long(job))
     return job
+
+
+def _write(path: Path, rows: Sequence[list[dict[str, str]]]) -> None:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
 
 
 def _fitting(job: Job, data: Path) -> list[list[dict[str, str]]]:
@@ -99,67 +116,148 @@ def _teacher_written(job: Job) -> list[list[dict[str, str]]]:
     ]
 
 
-def kdctl_case(job: Job, folder: Path, steps: int, lmbda: float, refresh: int) -> Case:
-    """Describe a kdctl run."""
-    name = f"kdctl λ={lmbda:g}" + (f" refresh {refresh}" if lmbda else "")
-    sets = {
-        "prompts.train": str(folder / "data.jsonl"),
-        "prompts.max_prompt_tokens": MAX_TOKENS - 32,
-        "rollout.max_new_tokens": MAX_TOKENS if not lmbda else NEW_TOKENS,
-        "rollout.num_prompts": 200,
-        "distill.off_policy_source": "dataset",
-        "distill.micro_batch_size": BATCH,
-        "distill.max_tokens": MAX_TOKENS,
-        "distill.steps": steps,
-        "distill.lmbda": lmbda,
-        "distill.beta": lmbda,
-        "distill.refresh_every": refresh,
-        "distill.heldout_every": 0,
-        "distill.heldout_documents": 1,
-        "distill.checkpoint_every": 0,
-    }
-    flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    variant = f"bench{lmbda:g}_{refresh}"
-    command = [sys.executable, "-m", "kdctl", "distill", "--run", str(job.run.path), "--name", variant, "--force"]
-    return Case(name, command + flags, job.run.variant(variant).metrics)
+def _long(job: Job) -> list[list[dict[str, str]]]:
+    """Ask for answers longer than any sequence; both sides cut them to theirs."""
+    decode = job.tokenizer.decode
+    texts = [str(decode(ids * (LONG // len(ids) + 2))) for ids in metrics.text_documents(job.tokenizer, 4 * LONG)]
+    return [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in texts * 8]
 
 
-def peer_case(job: Job, folder: Path, python: Path, steps: int, lmbda: float) -> Case:
-    """Describe a peer run."""
-    options = {"model": job.folder, "data": folder / "data.jsonl", "lmbda": lmbda, "beta": lmbda, "steps": steps}
-    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return Case(f"TRL λ={lmbda:g}", [str(python), str(Path(__file__).with_name("peer_gkd.py").resolve()), *flags])
+class Bench:
+    """Describes the runs of both sides on one folder."""
 
+    def __init__(self, job: Job, folder: Path, peer_python: Path | None, steps: int):
+        self.job, self.folder, self.steps = job, folder, steps
+        self.peer_python = peer_python.absolute() if peer_python else None
 
-def show(cases: list[Case]) -> None:
-    """Print medians over the rounds and ratios to the peer at the same λ."""
-    print("\n| system | s a step | ratio | peak GiB | ratio |\n|---|---:|---:|---:|---:|")
-    for case in cases:
-        peer = next((c for c in cases if c.name == f"TRL λ={case.name.split('=')[1][0]}"), None)
-        step, peak = statistics.median(case.seconds), statistics.median(case.peak_gib)
-        ratios = [
-            f"{value / statistics.median(other):.2f}" if peer else "–"
-            for value, other in ((step, peer.seconds if peer else [1]), (peak, peer.peak_gib if peer else [1]))
+    def kdctl(self, name: str, variant: str, peer: Case | None, **settings: object) -> Case:
+        """Describe a kdctl run; settings: distill fields, and any other as section__field."""
+        sets: Settings = {
+            "prompts.train": str(self.folder / "data.jsonl"),
+            "prompts.max_prompt_tokens": MAX_TOKENS - 32,
+            "rollout.max_new_tokens": MAX_TOKENS,
+            "rollout.num_prompts": 200,
+            "distill.off_policy_source": "dataset",
+            "distill.micro_batch_size": BATCH,
+            "distill.max_tokens": MAX_TOKENS,
+            "distill.steps": self.steps,
+            "distill.heldout_every": 0,
+            "distill.heldout_documents": 1,
+            "distill.checkpoint_every": 0,
+        }
+        sets |= {key.replace("__", ".") if "__" in key else f"distill.{key}": value for key, value in settings.items()}
+        flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+        command = [sys.executable, "-m", "kdctl", "distill", "--run", str(self._run(variant, sets)), "--name", variant]
+        return Case(
+            name, [*command, "--force", *flags], self._run(variant, sets) / "distill" / variant / "metrics.jsonl", peer
+        )
+
+    def _run(self, variant: str, sets: Settings) -> Path:
+        """Give other data or other completion lengths a run folder of their own, with the same student in it."""
+        key = f"{sets['prompts.train']}{sets['rollout.max_new_tokens']}"
+        path = self.folder / f"run_{abs(hash(key))}"
+        if not path.exists():
+            subprocess.run(["cp", "-r", str(self.job.run.path), str(path)], check=True)
+        return path
+
+    def peer(self, lmbda: float, data: str = "data.jsonl", steps: int = 0, tokens: int = MAX_TOKENS) -> Case | None:
+        """Describe a peer run."""
+        if self.peer_python is None:
+            return None
+        options = {"model": self.job.folder, "data": self.folder / data, "lmbda": lmbda, "beta": lmbda}
+        options |= {"steps": steps or self.steps, "max-tokens": tokens}
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        script = str(Path(__file__).with_name("peer_gkd.py").resolve())
+        return Case(f"TRL λ={lmbda:g}, ≤ {tokens} tokens", [str(self.peer_python), script, *flags])
+
+    def step_cases(self) -> list[Case]:
+        """Describe everything whose step is timed; the replay comes after the run that it repeats."""
+        off, on = self.peer(0), self.peer(1)
+        live: Settings = {"lmbda": 1, "beta": 1, "rollout__max_new_tokens": NEW_TOKENS, "refresh_every": self.steps}
+        kept: Settings = {"rollout__keep_states": "exact"}
+        cases = [
+            off,
+            self.kdctl("λ=0, live teacher, `weights`", "weights", off),
+            self.kdctl("λ=0, cached teacher states, `weights`", "cached", off, **kept),
+            self.kdctl("λ=0, live teacher, `lora`", "lora", off, train="lora"),
+            self.kdctl("λ=0, `weights`, all activations kept", "kept", off, runtime__activation_checkpointing="none"),
+            on,
+            self.kdctl("λ=1, a refresh every step", "live1", on, **live | {"refresh_every": 1}),
+            self.kdctl(f"λ=1, a refresh every {self.steps} steps", "live", on, **live | kept),
+            self.kdctl("λ=1, replay with cached states", "replay", on, **live | kept | {"replay": "live"}),
         ]
-        print(f"| {case.name} | {step:.2f} | {ratios[0]} | {peak:.2f} | {ratios[1]} |")
+        return [case for case in cases if case is not None]
+
+    def slope_cases(self) -> dict[str, tuple[Case, Case]]:
+        """Describe short and long sequences on both sides, two steps each."""
+        pairs = {}
+        for name, settings in (
+            ("kdctl `weights`", {}),
+            ("kdctl `weights`, full", {"runtime__activation_checkpointing": "full"}),
+        ):
+            pairs[name] = tuple(
+                self.kdctl(
+                    f"{name}, {tokens} tokens",
+                    "slope",
+                    None,
+                    steps=2,
+                    prompts__train=str(self.folder / "long.jsonl"),
+                    prompts__max_prompt_tokens=64,
+                    rollout__num_prompts=16,
+                    rollout__max_new_tokens=tokens,
+                    max_tokens=tokens,
+                    **settings,
+                )
+                for tokens in (SHORT, LONG)
+            )
+        if self.peer_python:
+            pairs["TRL"] = tuple(self.peer(0, "long.jsonl", 2, tokens) for tokens in (SHORT, LONG))
+        return pairs
+
+
+def step_table(cases: Sequence[Case]) -> str:
+    """Lay out medians over the rounds and ratios to the peer at the same λ."""
+    lines = ["| | s a step | ratio | peak GiB | ratio |", "|---|---:|---:|---:|---:|"]
+    for case in cases:
+        step, peak = statistics.median(case.seconds), statistics.median(case.peak_gib)
+        ratios = case.ratio(lambda c: c.seconds), case.ratio(lambda c: c.peak_gib)
+        lines.append(f"| {case.name} | {step:.2f} | {ratios[0]} | {peak:.2f} | {ratios[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def slope_table(pairs: dict[str, tuple[Case, Case]]) -> str:
+    """Lay out what one more token of a batch adds to peak memory."""
+    lines = ["| | KiB a token | ratio |", "|---|---:|---:|"]
+    slopes = {}
+    for name, (short, long) in pairs.items():
+        difference = statistics.median(long.peak_gib) - statistics.median(short.peak_gib)
+        slopes[name] = difference * 2**20 / (BATCH * (LONG - SHORT))
+    for name, slope in slopes.items():
+        ratio = f"{slope / slopes['TRL']:.2f}" if "TRL" in slopes and name != "TRL" else "–"
+        lines.append(f"| {name} | {slope:.0f} | {ratio} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Run all cases, interleaved, and print the table."""
+    """Run all cases, interleaved, and print the tables."""
     args = arguments()
     models.quiet()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = prepare(folder, args.data)
-        kinds = [(lmbda, refresh) for lmbda in args.lmbda for refresh in ((1, args.steps) if lmbda else (1,))]
-        cases = [kdctl_case(job, folder, args.steps, lmbda, refresh) for lmbda, refresh in kinds]
-        if args.peer_python:
-            cases += [peer_case(job, folder, args.peer_python.absolute(), args.steps, lmbda) for lmbda in args.lmbda]
-        for index in range(args.rounds):
+        bench = Bench(prepare(Path(name), args.data), Path(name), args.peer_python, args.steps)
+        cases, pairs = bench.step_cases(), bench.slope_cases()
+        for _ in range(args.rounds):
             for case in cases:
-                case.run(folder)
-                print(f"round {index + 1}: {case.name} {case.seconds[-1]:.2f} s a step", file=sys.stderr)
-        show(cases)
+                case.run(bench.folder)
+        for _ in range(args.slope_rounds):
+            for case in [case for pair in pairs.values() for case in pair]:
+                case.run(bench.folder)
+    about = (
+        f"{args.rounds} rounds of {args.steps} steps; torch {version('torch')}, transformers {version('transformers')}"
+    )
+    tables = "\n".join([about + "\n", step_table(cases), slope_table(pairs)])
+    print(tables)
+    if args.out:
+        args.out.write_text(tables)
 
 
 if __name__ == "__main__":

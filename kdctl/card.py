@@ -22,10 +22,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Training:
-    """How a distilled student was trained and what it gained."""
+    """How a distilled student was trained and what it gained. steps: those behind this student."""
 
     variant: str
     settings: DistillSection
+    steps: int
     before: DistributionMetrics
     removed: Estimate
 
@@ -86,7 +87,7 @@ def _settings(report: QuantizeReport, training: Training | None) -> str:
         rows += [
             ("λ (share of student-written sequences)", f"{settings.lmbda:g}"),
             ("β (0 forward KL, 1 reverse KL)", f"{settings.beta:g}"),
-            ("training", f"{settings.steps} steps, learning rate {settings.lr:g}, seed {settings.seed}"),
+            ("training", f"{training.steps} steps, learning rate {settings.lr:g}, seed {settings.seed}"),
         ]
     return "## Settings\n\n" + _table(("setting", "value"), rows)
 

@@ -1,28 +1,35 @@
 """The command line: resolve the preset, import the pipeline, run a stage, show the result."""
 
-import errno
 import json
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 
 from kdctl import __version__, console, resolve
-from kdctl.errors import KdctlError, PresetError
+from kdctl.command import (
+    DEFAULT_PRESET,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    PresetOption,
+    RunOption,
+    SetOption,
+    Stage,
+    VerboseOption,
+    console_views,
+    guarded,
+    prepare_libraries,
+    run_folder,
+    show,
+    show_json,
+)
+from kdctl.errors import PresetError
 from kdctl.preset import Preset, QuantizeSection, Source
 from kdctl.records import ExportFormat
-
-if TYPE_CHECKING:
-    from kdctl.job import Job
-
-DEFAULT_PRESET = "quickstart"
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+from kdctl.sweep_command import sweep
 
 app = typer.Typer(
     name="kdctl",
@@ -33,120 +40,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-PresetOption = Annotated[
-    str | None,
-    typer.Option("--preset", "-p", help="Preset name or path. (default: the run folder's own, or quickstart)"),
-]
-RunOption = Annotated[
-    Path | None, typer.Option("--run", "-r", help="Run folder. (default: runs/<preset name>)", file_okay=False)
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="Override a preset field: section.field=value. Repeatable.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if it is complete.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved preset as JSON and stop.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
-
 
 def main() -> None:
     """Run the command line; kdctl's own errors end in one message and exit code 2."""
     app()
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turn errors that are the input's fault into one message, and Ctrl-C into another."""
-    try:
-        yield
-    except KdctlError as error:
-        _stop(str(error), 2)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        _stop(f"cannot write {error.filename or 'to disk'}: {error.strerror}; what was finished is on disk", 2)
-    except KeyboardInterrupt:
-        _stop("stopped; what was finished is on disk, and the same command goes on from there", 130)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    console.fail(message)
-    raise typer.Exit(code) from None
-
-
-def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> Preset:
-    """Find the preset that a command works with: named, the folder's own, or the default; flags win over --set."""
-    overrides = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
-    if name is None:
-        own = (folder or Path("runs") / DEFAULT_PRESET) / "preset.json"
-        name = str(own) if own.is_file() else DEFAULT_PRESET
-    return resolve.load_preset(name, overrides)
-
-
 def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection]:
     """Return the quantize section once for each method. Raises PresetError for one that does not exist."""
     tree = preset.model_dump()
     return [resolve.build_preset(tree, {"quantize.method": method}, "--compare").quantize for method in methods]
-
-
-def run_folder(name: str | None, folder: Path | None) -> Path:
-    """Name the run folder: --run, or runs/<preset name>."""
-    return folder or Path("runs") / Path(name or DEFAULT_PRESET).stem
-
-
-def prepare_libraries(offline: bool, verbose: bool) -> None:
-    """Set what libraries read when they are imported: offline mode and, unless verbose, silence."""
-    if offline:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not verbose:
-        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-        os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
-        warnings.filterwarnings("ignore")
-
-
-class Stage:
-    """One command's options, resolved; opens the job only when work is to be done."""
-
-    def __init__(
-        self,
-        preset: str | None,
-        run: Path | None,
-        settings: list[str] | None,
-        verbose: bool = False,
-        dry_run: bool = False,
-        **flags: Any,
-    ):
-        self.preset = resolve_preset(preset, run, settings, {key.replace("__", "."): v for key, v in flags.items()})
-        self.folder = run_folder(preset, run)
-        self.verbose = verbose
-        if dry_run:
-            console.show_text(self.preset.model_dump_json(indent=2))
-            raise typer.Exit
-
-    def open(self) -> "Job":
-        """Import the heavy parts and open the run folder."""
-        prepare_libraries(self.preset.runtime.offline, self.verbose)
-        from kdctl import models
-        from kdctl.job import open_job
-
-        if not self.verbose:
-            models.quiet()
-        return open_job(self.preset, self.folder, console.ConsoleReporter())
-
-
-def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:
-    """Print a result as JSON or for people."""
-    if as_json:
-        console.show_text(result.model_dump_json(indent=2))
-    else:
-        render(result)
-
-
-def show_json(results: Mapping[str, BaseModel]) -> None:
-    """Print several results as one JSON object."""
-    console.show_text(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
 
 
 @app.command()
@@ -403,6 +306,9 @@ def run_preset(
         console.show_text(pipeline.run_all(job))
 
 
+app.command()(sweep)
+
+
 @app.command()
 def export(
     folder: Annotated[
@@ -428,11 +334,8 @@ def export(
         if exact and to != "gguf":
             raise PresetError(f"--exact chooses a GGUF type, and --to {to} is exact in any case; leave it out")
         prepare_libraries(True, verbose)
-        from kdctl import models
         from kdctl.export import export as export_student
 
-        if not verbose:
-            models.quiet()
         show(export_student(folder, to, out, exact), as_json, console_views().show_exported)
 
 
@@ -458,8 +361,6 @@ def verify(
         from kdctl.verify import find_teacher
         from kdctl.verify import verify as verify_student
 
-        if not verbose:
-            models.quiet()
         report = verify_student(folder, find_teacher(folder, teacher), models.pick_device("auto"))
         show(report, as_json, console_views().show_verified)
         if not report.passed:
@@ -485,13 +386,6 @@ def presets(
         else:
             rows = [(each, resolve.load_preset(each).description) for each in resolve.preset_names()]
             console.show_pairs("presets", rows)
-
-
-def console_views() -> Any:
-    """Import what renders results, which needs records only."""
-    from kdctl import views
-
-    return views
 
 
 def _version(value: bool) -> None:

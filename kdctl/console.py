@@ -2,10 +2,11 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -47,6 +48,15 @@ class ConsoleReporter:
         if seconds > QUIET_FOR_S:
             self.note(f"{label}: {seconds:.1f} s")
 
+    @contextmanager
+    def live(self, draw: Callable[[], Table]) -> Iterator[None]:
+        """Keep a table up to date below notes and bars; nothing where stderr is no terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=draw, console=self.console, refresh_per_second=1, transient=True):
+            yield
+
     def _bar(self) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
@@ -69,14 +79,19 @@ def fail(message: str) -> None:
         print(f"error: {message}", file=sys.stderr)
 
 
-def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of results on stdout."""
+def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Lay out a table of results."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _stdout().print(table)
+    return table
+
+
+def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of results on stdout."""
+    _stdout().print(make_table(title, header, rows))
 
 
 def show_text(text: str) -> None:

@@ -11,8 +11,9 @@ from kdctl.job import Job
 from kdctl.preset import Source
 from kdctl.records import StoreManifest
 from kdctl.report.front import write_report
+from kdctl.resolve import variant_name
 from kdctl.rollout.store import RolloutStore
-from kdctl.stages.distilling import distill, variant_name
+from kdctl.stages.distilling import distill, shared_stages
 from kdctl.stages.evaluating import evaluate, open_foreign
 from kdctl.stages.quantizing import compare, ensure_student, quantize
 from kdctl.stages.rollouts import examples, fill_source, needed_sources, teacher_states
@@ -28,6 +29,8 @@ __all__ = [
     "report",
     "rollout",
     "run_all",
+    "shared_stages",
+    "teacher_states",
     "variant_name",
 ]
 

@@ -180,8 +180,10 @@ class DistillSection(Section):
     """Learning rate after warm-up."""
     warmup_ratio: Share = 0.1
     """Share of the steps in which the learning rate rises linearly."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """``adafactor`` keeps a row and a column for AdamW's two moments; its steps are relative to a weight's size."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -194,10 +196,14 @@ class DistillSection(Section):
     """Measure KL on the yardstick every so many steps; 0 only at the end."""
     heldout_documents: Count = 16
     """Documents of the yardstick measured during training; before and after it is all of them."""
+    patience: Natural = 3
+    """Warn when held-out KL finds no new low in so many measurements in a row; 0 never."""
+    stop_early: bool = False
+    """Stop where ``patience`` warns. ``final/`` is the student of the lowest held-out KL, however training ends."""
     checkpoint_every: Natural = 50
     """Write the training state every so many steps; 0 only at the end."""
     keep_last: Count = 1
-    """Checkpoints kept."""
+    """Newest checkpoints kept; with ``stop_early`` the one of the lowest held-out KL is kept too."""
 
     @property
     def effective_lora_alpha(self) -> float:
@@ -210,6 +216,11 @@ class DistillSection(Section):
             raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
         if self.train_norms and self.train != "scales":
             raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
+        if self.stop_early and not (self.patience and self.heldout_every):
+            raise ValueError(
+                f"stop_early goes by held-out KL and needs patience, and heldout_every={self.heldout_every}, "
+                f"patience={self.patience}; set both to 1 or more"
+            )
         return self
 
     @property
@@ -254,6 +265,8 @@ class RuntimeSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where there is one."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What training computes again instead of keeping it for backward: nothing, all but products, or whole layers."""
     offline: bool = False
     """Never ask the Hugging Face Hub; only local files and caches."""
 

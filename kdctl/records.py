@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
 ExportFormat = Literal["gguf", "dense", "hqq"]
+StopReason = Literal["steps", "patience"]
 
 
 class Record(BaseModel):
@@ -240,6 +241,11 @@ class DistillReport(StudentFolder):
     """1 − KL(distilled)/KL(PTQ student) on the yardstick."""
     final_loss: float
     steps: int
+    """Optimizer steps done."""
+    kept_step: int | None = None
+    """The step whose student is ``final/``."""
+    stopped: StopReason = "steps"
+    """All of ``distill.steps`` were done, or held-out KL found no new low in ``distill.patience`` evaluations."""
     train_seconds_s: float
     step_seconds_median_s: float
     completion_tokens_trained: int
@@ -300,3 +306,41 @@ class ExportReport(Record):
     """GGUF only: largest distance of a weight from Q(W), which is rounded to the model's dtype and a GGUF's is not."""
     rounded_difference: float | None = None
     """GGUF only: the same with the GGUF's weights rounded to the model's dtype, as transformers reads them."""
+
+
+class Holder(Record):
+    """Who holds a lock."""
+
+    pid: int
+    host: str
+    since: str
+
+
+class TrialRecord(Record):
+    """One trial of a sweep."""
+
+    number: int
+    """Its place in the sweep, from 0."""
+    values: dict[str, object]
+    """The swept fields; empty where they are not chosen yet."""
+    status: Literal["waiting", "running", "complete", "stopped", "failed"]
+    variant: str | None = None
+    metric: float | None = None
+    step: int = 0
+    steps: int = 0
+    seconds_s: float | None = None
+    """Complete trials only: from the first start to the end, evaluation included."""
+    left_s: float | None = None
+    """Running trials only: estimated seconds of training left, where a step was timed."""
+
+
+class SweepReport(Record):
+    """What ``kdctl sweep`` prints: every trial, and the best."""
+
+    sweep: str
+    folder: str
+    metric: str
+    goal: Literal["minimize", "maximize"]
+    trials: tuple[TrialRecord, ...]
+    best: str | None = None
+    """Variant of the best trial."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdctl.errors import PresetError
-from kdctl.preset import Preset
+from kdctl.preset import DistillSection, Preset
 
 Tree = dict[str, Any]
 
@@ -138,3 +138,13 @@ def identity(stage: str, sections: Mapping[str, Any], inputs: Mapping[str, str])
     dumped = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}
     text = canonical({"stage": stage, "sections": dumped, "inputs": dict(inputs)})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def variant_name(settings: DistillSection, base: DistillSection) -> str:
+    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
+    always = {"lmbda", "beta", "lr", "seed"}
+    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
+    for key, value in settings.model_dump().items():
+        if key not in always and value != base.model_dump()[key]:
+            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
+    return name

@@ -27,6 +27,7 @@ class RunDir:
         self.distill_root = self.path / "distill"
         self.eval_root = self.path / "eval"
         self.report = self.path / "report"
+        self.sweeps = self.path / "sweeps"
         self.heldout = self.path / "rollouts" / "heldout"
 
     def rollouts(self, source: str) -> Path:

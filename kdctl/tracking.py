@@ -2,10 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdctl.errors import StoreError
 from kdctl.keyed import digest
 from kdctl.preset import TrackingSection
 from kdctl.rundir import write_text
@@ -13,19 +16,22 @@ from kdctl.rundir import write_text
 if TYPE_CHECKING:
     import wandb
 
+Watch = Callable[[int, dict[str, float]], None]
+
 
 class Tracker:
     """Writes one JSON line a call, and the same numbers to wandb when there is a run.
 
     On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again. ``kept`` are the
     others.
+    watch: told of each step after it is recorded; what it raises ends the training.
     """
 
-    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None):
+    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
         self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._run = run
+        self._run, self._watch = run, watch
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
@@ -34,6 +40,8 @@ class Tracker:
         os.fsync(self._file.fileno())
         if self._run is not None:
             self._run.log(values, step=step)
+        if self._watch is not None:
+            self._watch(step, values)
 
     def close(self) -> None:
         """Close the file and finish the wandb run."""
@@ -84,3 +92,23 @@ def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[
         resume="allow" if settings.wandb == "online" else None,
         settings=wandb.Settings(silent=True),
     )
+
+
+def create_sweep(config: dict[str, Any], settings: TrackingSection) -> str:
+    """Create a sweep on wandb's server and return what an agent is told: ``entity/project/id``.
+
+    The one place where a sweep talks to the server; agents are wandb's own program. What wandb says goes to stderr.
+    Raises StoreError if wandb cannot: nobody is logged in, the server does not answer, or it refuses the sweep.
+    """
+    import wandb
+
+    project, entity = config.get("project", settings.project), config.get("entity", settings.entity)
+    try:
+        with redirect_stdout(sys.stderr):
+            sweep_id = wandb.sweep(config, project=project, entity=entity)
+    except wandb.Error as error:
+        raise StoreError(
+            f"wandb cannot create the sweep, nothing runs: {error} Without --backend wandb, or after wandb login, the "
+            "same sweep can run"
+        ) from None
+    return "/".join(part for part in (entity, project, sweep_id) if part)

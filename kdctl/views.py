@@ -1,6 +1,7 @@
 """Records to what a person reads on stdout (layer 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdctl import console
 from kdctl.records import (
@@ -11,6 +12,8 @@ from kdctl.records import (
     MethodResult,
     QuantizeReport,
     StoreManifest,
+    SweepReport,
+    TrialRecord,
     VerifyReport,
 )
 
@@ -106,6 +109,7 @@ def show_distilled(report: DistillReport) -> None:
             f"{report.steps} steps, {report.completion_tokens_trained} completion tokens, "
             f"{report.step_seconds_median_s:.2f} s a step (median)",
         ),
+        *_early_stop(report),
         ("KL before", interval(report.before.forward_kl)),
         *distribution_pairs(report.after),
         (
@@ -114,6 +118,14 @@ def show_distilled(report: DistillReport) -> None:
         ),
     ]
     console.show_pairs(report.variant, pairs)
+
+
+def _early_stop(report: DistillReport) -> list[tuple[str, str]]:
+    """Say which step was kept where it is not the last of all."""
+    why = {"steps": "all steps were done", "patience": "no new low of held-out KL came after it"}[report.stopped]
+    if report.stopped == "steps" and report.kept_step in (None, report.steps):
+        return []
+    return [("kept", f"the student after step {report.kept_step}; training stopped because {why}")]
 
 
 def show_exported(report: ExportReport) -> None:
@@ -138,3 +150,70 @@ def show_verified(report: VerifyReport) -> None:
     unknown = [check.name for check in report.checks if check.status == "unknown"]
     verdict = "verified" if report.passed else "NOT verified"
     console.show_text(verdict + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
+
+
+def trial_rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a sweep's table: one column a swept field."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    header = ["trial", *(key.rpartition(".")[2] for key in keys)]
+    rows = [[str(trial.number), *(_cell(trial.values, key) for key in keys)] for trial in trials]
+    return header, rows
+
+
+def _cell(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key, "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def sweep_table(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, header and rows of a sweep that is under way or done."""
+    header, rows = trial_rows(report.trials)
+    for trial, row in zip(report.trials, rows, strict=True):
+        metric = "" if trial.metric is None else f"{trial.metric:.4f}"
+        left = "" if trial.left_s is None else duration(trial.left_s)
+        steps = f"{trial.step}/{trial.steps}" if trial.steps else ""
+        row += [trial.status + (" (best)" if metric and trial.variant == report.best else ""), steps, left, metric]
+    done = sum(trial.status == "complete" for trial in report.trials)
+    title = f"{report.sweep}: {done} of {len(report.trials)} trials{time_left(report)}"
+    return title, [*header, "status", "steps", "left", report.metric], rows
+
+
+def time_left(report: SweepReport) -> str:
+    """Estimate how long the rest of a sweep takes, from what a step of finished trials took with its evaluation."""
+    done = [(trial.seconds_s, trial.steps) for trial in report.trials if trial.seconds_s is not None]
+    if not done or not all(trial.steps for trial in report.trials):
+        return ""
+    pace = sum(seconds for seconds, _ in done) / sum(steps for _, steps in done)
+    left = sum(trial.steps - trial.step for trial in report.trials if trial.status in ("waiting", "running"))
+    at_once = max(1, sum(trial.status == "running" for trial in report.trials))
+    return f", about {duration(left * pace / at_once)} left" if left else ""
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as people do."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def draw_sweep(report: SweepReport) -> console.Table:
+    """Lay out a sweep that is under way."""
+    return console.make_table(*sweep_table(report))
+
+
+def show_sweep(report: SweepReport) -> None:
+    """Show every trial of a sweep and where the rest is."""
+    title, header, rows = sweep_table(report)
+    _show_variants(title, header, rows, report.trials)
+    console.show_text(f"kdctl report --run {report.folder} prints the variants' table with error bars")
+
+
+def show_trials(trials: Sequence[TrialRecord]) -> None:
+    """Show what a sweep would run."""
+    _show_variants("trials", *trial_rows(trials), trials)
+
+
+def _show_variants(title: str, header: list[str], rows: list[list[str]], trials: Sequence[TrialRecord]) -> None:
+    """Print a sweep's table with the variants' names last."""
+    named = [[*row, trial.variant or ""] for row, trial in zip(rows, trials, strict=True)]
+    console.show_rows(title, [*header, "variant"], named)

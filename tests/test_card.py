@@ -57,11 +57,12 @@ def test_figures_are_those_of_the_record(report: QuantizeReport) -> None:
 
 def test_a_distilled_student_says_how_it_was_trained(report: QuantizeReport) -> None:
     settings = DistillSection(lmbda=0.5, beta=1.0)
-    training = Training("mine", settings, report.distribution, Estimate(value=0.5, low=0.4, high=0.6))
+    training = Training("mine", settings, 40, report.distribution, Estimate(value=0.5, low=0.4, high=0.6))
     text = model_card(report, HUB, training)
     assert "knowledge-distillation" in ModelCard(text).data.to_dict()["tags"]
     assert "# Model-1B-Instruct, INT4, distilled (mine)" in text
     assert "| λ (share of student-written sequences) | 0.5 |" in text
+    assert "| training | 40 steps, " in text
     assert "| share of that KL removed | 0.5000 [0.4000, 0.6000] |" in text
 
 

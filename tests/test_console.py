@@ -104,3 +104,25 @@ def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with reporter.task("y", "z") as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_live_table_is_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleReporter().live(lambda: pytest.fail("drawn")):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_live_table_is_redrawn_below_notes() -> None:
+    reporter, drawn = ConsoleReporter(), []
+    reporter.console = Console(file=io.StringIO(), force_terminal=True, width=80)
+
+    def draw() -> console.Table:
+        drawn.append(1)
+        return console.make_table("sweep", ["trial", "beta"], [["0", f"{len(drawn)}"]])
+
+    with reporter.live(draw):
+        reporter.note("one [note]")
+    shown = reporter.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "one [note]" in shown
+    assert "beta" in shown
+    assert len(drawn) >= 2

@@ -8,6 +8,7 @@ import typer
 
 from kdctl.cli import app
 from kdctl.resolve import preset_names
+from kdctl.sweep.space import sweep_names
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 GROUP = typer.main.get_command(app)
@@ -41,6 +42,11 @@ def test_every_option_is_documented(name: str, option: str) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_documented(name: str) -> None:
     assert f"`{name}`" in README or f"{name} " in README[README.index("## Presets") :]
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_sweep_is_documented(name: str) -> None:
+    assert f"`{name}`" in README
 
 
 def test_options_in_the_readme_exist() -> None:

@@ -100,3 +100,9 @@ def test_rows_per_step_multiplies() -> None:
 def test_the_teacher_is_the_only_required_section() -> None:
     required = [name for name, field in Preset.model_fields.items() if field.is_required()]
     assert required == ["teacher"]
+
+
+@pytest.mark.parametrize("missing", [{"patience": 0}, {"heldout_every": 0}])
+def test_stopping_early_needs_something_to_go_by(missing: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="stop_early goes by held-out KL"):
+        DistillSection.model_validate({"stop_early": True, **missing})

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from kdctl.errors import StoreError
 from kdctl.preset import TrackingSection
-from kdctl.tracking import Tracker, open_wandb, read_metrics
+from kdctl.tracking import Tracker, create_sweep, open_wandb, read_metrics
 
 OFFLINE = TrackingSection(wandb="offline", project="kdctl-test")
 
@@ -30,6 +31,22 @@ def test_each_call_is_one_json_line_with_every_bit(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": step, "train/forward_kl": 1 / step, "optim/lr": 1e-5} for step in (1, 2, 3)]
     assert read_metrics(path) == lines
+
+
+def test_who_watches_hears_of_a_step_once_it_is_on_disk_and_may_end_the_training(tmp_path: Path) -> None:
+    path, heard = tmp_path / "metrics.jsonl", []
+
+    def watch(step: int, values: dict[str, float]) -> None:
+        heard.append((step, values, len(read_metrics(path))))
+        if step == 2:
+            raise InterruptedError
+
+    tracker = Tracker(path, 0, watch=watch)
+    tracker.log(1, {"a": 1.0})
+    with pytest.raises(InterruptedError):
+        tracker.log(2, {"a": 0.5})
+    tracker.close()
+    assert heard == [(1, {"a": 1.0}, 1), (2, {"a": 0.5}, 2)]
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
@@ -172,3 +189,25 @@ def test_runs_of_the_same_name_in_two_folders_are_two_wandb_runs(
     assert ids[0] == ids[2] != ids[1]
     assert all(options["resume"] == "allow" for options in asked)
     assert not any(set(name) & set("/\\#?%:") for name in ids)
+
+
+def test_a_sweep_without_a_login_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    with pytest.raises(StoreError, match="wandb login"):
+        create_sweep({"method": "grid", "parameters": {}}, OFFLINE)
+
+
+def test_a_sweep_is_told_with_its_project_and_owner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(config: dict[str, Any], entity: str | None, project: str | None) -> str:
+        print(f"Create sweep of {config} for {entity} in {project}")
+        return "abc"
+
+    monkeypatch.setattr("wandb.sweep", sweep)
+    assert create_sweep({"method": "grid"}, OFFLINE) == "kdctl-test/abc"
+    assert create_sweep({"method": "grid", "entity": "me", "project": "mine"}, OFFLINE) == "me/mine/abc"
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "for me in mine" in err

@@ -14,7 +14,9 @@ from kdctl.records import (
     SamplingRecord,
     ShardEntry,
     StoreManifest,
+    SweepReport,
     TextMetrics,
+    TrialRecord,
     Versions,
 )
 
@@ -138,8 +140,58 @@ def test_a_distilled_student_shows_what_was_removed(capsys: pytest.CaptureFixtur
     for part in ("lambda1_beta1", "64 steps", "4321 completion tokens", "0.25 s a step", "0.0808", "0.0404"):
         assert part in out
     assert "50.0 % [40.2, 61.0]" in out
+    assert "kept" not in out
+    views.show_distilled(report.model_copy(update={"kept_step": 40, "stopped": "patience"}))
+    assert "the student after step 40; training stopped because no new low" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("digits", "text"), [(4, "0.1235 [0.1135, 0.1335]"), (1, "0.1 [0.1, 0.1]")])
 def test_an_interval_has_the_asked_digits(digits: int, text: str) -> None:
     assert views.interval(estimate(0.12345), digits) == text
+
+
+def trial(number: int, status: Any, **more: Any) -> TrialRecord:
+    values = {"distill.beta": number / 4, "distill.train": "lora"}
+    return TrialRecord(number=number, values=values, status=status, variant=f"beta{number}", steps=10, **more)
+
+
+SWEEP = SweepReport(
+    sweep="mine",
+    folder="runs/mine",
+    metric="eval/forward_kl",
+    goal="minimize",
+    trials=(
+        trial(0, "complete", metric=0.25, step=10, seconds_s=100.0),
+        trial(1, "complete", metric=0.125, step=10, seconds_s=300.0),
+        trial(2, "running", step=4, left_s=50.0),
+        trial(3, "failed", step=2),
+        trial(4, "waiting"),
+    ),
+    best="beta1",
+)
+
+
+def test_a_sweep_shows_values_status_metric_and_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    views.show_sweep(SWEEP)
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["0", "0", "lora", "complete", "10/10", "", "0.2500", "beta0"],
+        ["1", "0.25", "lora", "complete (best)", "10/10", "", "0.1250", "beta1"],
+        ["2", "0.5", "lora", "running", "4/10", "50 s", "", "beta2"],
+        ["3", "0.75", "lora", "failed", "2/10", "", "", "beta3"],
+        ["4", "1", "lora", "waiting", "0/10", "", "", "beta4"],
+    ]
+    assert "kdctl report --run runs/mine" in out
+
+
+def test_the_time_left_is_that_of_the_steps_left() -> None:
+    assert views.time_left(SWEEP) == ", about 5 min left"  # 6 + 10 steps of 20 s
+    twice = SWEEP.model_copy(update={"trials": (*SWEEP.trials, trial(5, "running", step=10))})
+    assert views.time_left(twice) == ", about 3 min left"
+    assert views.time_left(SWEEP.model_copy(update={"trials": SWEEP.trials[:2]})) == ""
+    assert views.time_left(SWEEP.model_copy(update={"trials": SWEEP.trials[2:]})) == ""
+
+
+def test_durations_are_those_that_people_say() -> None:
+    assert [views.duration(seconds) for seconds in (5.4, 89, 600, 7200)] == ["5 s", "89 s", "10 min", "2.0 h"]

@@ -1,4 +1,4 @@
-"""Training state on disk: what is trained and AdamW's moments as safetensors, the rest as JSON; nothing is pickled.
+"""Training state on disk: what is trained and the optimizer's tensors as safetensors, the rest as JSON, no pickles.
 
 The data order, the λ draw and the learning rate are functions of the step, so the step is all else there is to keep.
 """
@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from kdctl.errors import StoreError
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta
-from kdctl.rundir import atomic_folder, read_record, sha256, write_record
+from kdctl.rundir import atomic_folder, read_record, require_free_space, sha256, write_record
 
 TENSORS = "state.safetensors"
 META = "meta.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -24,46 +24,80 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 
 
+def saved_steps(root: Path) -> list[int]:
+    """List the steps that have a checkpoint, in order."""
+    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
+
+
 def checkpoint_bytes(shadow: Shadow) -> int:
-    """Return the size of one checkpoint: what is trained and two moments of it, in float32."""
+    """Return the most that one checkpoint takes: what is trained and AdamW's two moments of it, in float32."""
     return sum(3 * 4 * tensor.numel() for tensor in shadow.parameters())
 
 
+def require_room(root: Path, shadow: Shadow, kept: int) -> str:
+    """Raise StoreError if the disk has no room for ``kept`` checkpoints and one more while it is written.
+
+    Returns what they take at most, in words. Removes what a killed run left half-written; checkpoints that are there
+    count as room.
+    """
+    for path in root.glob(".step_*"):
+        shutil.rmtree(path)
+    most = (kept + 1) * checkpoint_bytes(shadow)
+    there = sum(path.stat().st_size for path in root.glob("step_*/*"))
+    require_free_space(root, most - there, f"training ({kept} checkpoint(s) and the one being written)")
+    return f"checkpoints: {most / 2**20:,.1f} MiB at most, {kept} and the one being written, in {root}"
+
+
 def save_checkpoint(
-    root: Path, shadow: Shadow, optimizer: torch.optim.Optimizer, meta: CheckpointMeta, keep_last: int
+    root: Path,
+    shadow: Shadow,
+    optimizer: torch.optim.Optimizer,
+    meta: CheckpointMeta,
+    keep_last: int,
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint atomically, then remove all but the ``keep_last`` newest."""
+    """Write a checkpoint atomically, then remove all but the ``keep_last`` newest and that of step ``best``."""
     tensors = {}
     for name, trained in shadow.trained.items():
         tensors[f"trained.{name}"] = trained.detach()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[trained][moment]
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[trained].items() if key != STEP}
     path = checkpoint_path(root, meta.step)
     with atomic_folder(path) as temporary:
         save_file(tensors, temporary / TENSORS)
         write_record(temporary / META, meta.model_copy(update={"sha256": sha256(temporary / TENSORS)}))
-    for old in sorted(root.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old)
+    for old in saved_steps(root)[:-keep_last]:
+        if old != best:
+            shutil.rmtree(checkpoint_path(root, old))
     return path
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, CheckpointMeta] | None:
     """Find the newest checkpoint."""
-    found = sorted(root.glob("step_*"))
-    return (found[-1], read_record(found[-1] / META, CheckpointMeta)) if found else None
+    steps = saved_steps(root)
+    return open_checkpoint(root, steps[-1]) if steps else None
+
+
+def open_checkpoint(root: Path, step: int) -> tuple[Path, CheckpointMeta]:
+    """Find a step's checkpoint. Raises StoreError if it is not there."""
+    path = checkpoint_path(root, step)
+    return path, read_record(path / META, CheckpointMeta)
 
 
 def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: Shadow, optimizer: torch.optim.Optimizer) -> None:
-    """Put what is trained and its moments back and write Q(W) into the student.
+    """Put what is trained and the optimizer's tensors back and write Q(W) into the student.
 
     Raises StoreError if the file is not the one that was written.
     """
     if sha256(path / TENSORS) != meta.sha256:
         raise StoreError(f"{path / TENSORS} is damaged; remove {path} to go on from an earlier checkpoint or the start")
     tensors = load_file(path / TENSORS)
+    kinds = {name.partition(".")[0] for name in tensors} - {"trained"}
     with torch.no_grad():
         for name, trained in shadow.trained.items():
             trained.copy_(tensors[f"trained.{name}"])
-            state = {moment: tensors[f"{moment}.{name}"].to(trained.device) for moment in MOMENTS}
-            optimizer.state[trained] = {"step": torch.tensor(float(meta.step), device=trained.device), **state}
+            state = optimizer.state[trained]
+            state[STEP] = torch.tensor(float(meta.step), device=trained.device)
+            for kind in kinds:
+                if (saved := tensors.get(f"{kind}.{name}")) is not None:
+                    state[kind] = state[kind].copy_(saved) if kind in state else saved.to(trained.device)
     shadow.write_back()

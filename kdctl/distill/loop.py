@@ -5,17 +5,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdctl.distill.batch import Batch, collate, split
-from kdctl.distill.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from kdctl.distill.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    require_room,
+    save_checkpoint,
+)
 from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
+from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
+from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
+from kdctl.distill.recompute import recomputed
 from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
 from kdctl.models import head_of
@@ -23,7 +30,6 @@ from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
 from kdctl.rollout.states import TeacherStates
-from kdctl.rundir import require_free_space
 from kdctl.tracking import Tracker
 
 Progress = Callable[[int, int], None]
@@ -46,17 +52,6 @@ def learning_rate(step: int, settings: DistillSection) -> float:
 def objective_of(settings: DistillSection) -> Objective:
     """Return the divergence that the settings ask for."""
     return Objective(settings.beta, settings.temperature, settings.divergence_scale)
-
-
-def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str, Any]]:
-    """Split what is trained by learning rate: scales learn in relative steps and are never decayed."""
-    scales = [tensor for name, tensor in shadow.trained.items() if name.endswith(".log_scale")]
-    others = [tensor for name, tensor in shadow.trained.items() if not name.endswith(".log_scale")]
-    groups = [
-        {"params": others, "ratio": 1.0},
-        {"params": scales, "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -82,14 +77,7 @@ class Trainer:
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
         self.chunk = token_chunk(self.head.weight.shape[0])
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(shadow, settings),
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(shadow, settings)
 
     def step(self, step: int) -> dict[str, float]:
         """Do one optimizer step and return its metrics. Raises TrainingError if loss or gradient is not finite."""
@@ -97,20 +85,18 @@ class Trainer:
         rollouts = self.feed.rows(step)
         generated = time.perf_counter() - started
         loss, tokens = self.accumulate(rollouts)
-        norm = self.clip()
+        norm, factor = self.clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
         rate = learning_rate(step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, self.shadow.parameters(), factor)
         self.shadow.write_back()
         return {
             f"train/{self.objective.name}": loss,
             "train/completion_tokens": tokens,
-            "rollout/mean_tokens": sum(len(r.completion_ids) for r in rollouts) / len(rollouts),
-            "rollout/student_share": sum(r.source == "student" for r in rollouts) / len(rollouts),
+            **rollout_metrics(rollouts),
             "optim/lr": rate,
             "optim/grad_norm": norm,
             "time/generate_s": generated,
@@ -136,7 +122,8 @@ class Trainer:
     def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
         states = self.teacher_states(rollouts, batch)
-        hidden = predicting_hidden(self.student, batch)
+        with recomputed(self.student):
+            hidden = predicting_hidden(self.student, batch)
         return divergence(hidden, states, self.head, self.objective, self.chunk)
 
     def teacher_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
@@ -145,10 +132,11 @@ class Trainer:
             return predicting_states(self.teacher, batch)
         return self.states.of(rollouts, batch.counts).to(self.student.device, self.student.dtype)
 
-    def clip(self) -> float:
-        """Scale the gradient down to ``max_grad_norm`` and return its norm."""
+    def clip(self) -> tuple[float, float]:
+        """Return the gradient's norm and the factor that scales it down to ``max_grad_norm``."""
+        norm = gradient_norm(self.shadow.parameters())
         limit = self.settings.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.shadow.parameters(), limit))
+        return norm, min(1.0, limit / (norm + 1e-6))
 
 
 @dataclass
@@ -163,29 +151,47 @@ class Outputs:
     note: Callable[[str], None]
 
 
-def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> None:
-    """Train to the last step, from the newest checkpoint if there is one. Metrics go to the tracker."""
-    settings = trainer.settings
-    require_free_space(
-        outputs.checkpoints,
-        (settings.keep_last + 1) * checkpoint_bytes(trainer.shadow),
-        f"training ({settings.keep_last} checkpoint(s) and the one being written)",
-    )
-    start = resume(trainer, outputs)
-    tracker = outputs.tracker(start)
+def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
+    """Train to the last step or an early stop, from the newest checkpoint if there is one.
+
+    Metrics go to the tracker. The student is left as it was after the outcome's ``kept_step``.
+    """
+    settings, root = trainer.settings, outputs.checkpoints
+    outputs.note(require_room(root, trainer.shadow, settings.keep_last + settings.stop_early))
+    done = resume(trainer, outputs)
+    tracker = outputs.tracker(done)
     try:
-        for step in range(start, settings.steps):
-            metrics = _guarded_step(trainer, step, outputs.checkpoints)
-            done = step + 1
-            if settings.heldout_every and done % settings.heldout_every == 0:
+        monitor = Monitor.after(settings, tracker.kept, done)
+        while done < settings.steps and not monitor.exhausted:
+            metrics = _guarded_step(trainer, done, root)
+            done += 1
+            if _measures(settings, done):
                 metrics |= heldout_metrics(trainer.student, yardstick)
             tracker.log(done, metrics)
+            for warning in monitor.see({"step": done, **metrics}):
+                outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
-            if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
+            if _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
-                save_checkpoint(outputs.checkpoints, trainer.shadow, trainer.optimizer, meta, settings.keep_last)
+                save_checkpoint(root, trainer.shadow, trainer.optimizer, meta, settings.keep_last, monitor.best)
     finally:
         tracker.close()
+    outcome = monitor.outcome(done)
+    if outcome.kept_step != done:
+        load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer)
+    return outcome
+
+
+def _measures(settings: DistillSection, done: int) -> bool:
+    """Tell whether held-out KL is measured after a step; the last one too where the lowest is to be kept."""
+    every = settings.heldout_every
+    return every > 0 and (done % every == 0 or (settings.stop_early and done == settings.steps))
+
+
+def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
+    """Tell whether a checkpoint is written after a step."""
+    ended = done == settings.steps or monitor.exhausted or monitor.best == done
+    return ended or (settings.checkpoint_every > 0 and done % settings.checkpoint_every == 0)
 
 
 def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, float]:

@@ -46,19 +46,19 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def compensate(weight: Tensor, factor: Tensor, groups: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     """Round columns left to right, spreading each rounding error over the columns to the right; returns codes uint8.
 
-    groups: (in_features,) the group that each (permuted) column belongs to. The weight is used up as scratch space.
+    groups: (in_features,) the group that each (permuted) column belongs to.
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scale, zero = qparams.scale[:, groups].float(), qparams.zero_point[:, groups].float()
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
-        errors = torch.empty_like(weight[:, start:stop])
+    columns = weight.T.contiguous()  # a column is one run of memory: the loop reads little else
+    scale, zero = (tensor.T[groups].float() for tensor in (qparams.scale, qparams.zero_point))
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
+        errors = torch.empty_like(columns[start:stop])
         for column in range(start, stop):
-            position = weight[:, column] / scale[:, column] + zero[:, column]
-            code = position.round().clamp(0, grid.max_code)
-            value = ((code - zero[:, column]) * scale[:, column]).to(qparams.scale.dtype).float()
-            error = (weight[:, column] - value) / factor[column, column]
-            weight[:, column:stop].addr_(error, factor[column, column:stop], alpha=-1)
-            codes[:, column], errors[:, column - start] = code.to(torch.uint8), error
-        weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return codes
+            code = torch.addcdiv(zero[column], columns[column], scale[column]).round_().clamp_(0, grid.max_code)
+            value = ((code - zero[column]) * scale[column]).to(qparams.scale.dtype).float()
+            error = torch.sub(columns[column], value, out=errors[column - start]).div_(factor[column, column])
+            columns[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
+            codes[column] = code
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes.T

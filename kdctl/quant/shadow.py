@@ -143,7 +143,6 @@ class ShadowWeights(Shadow):
         qparams, grid = self.qparams(name), self._grids[name].grid
         position = grid_position(self.trained[f"{name}.master"], qparams, grid)
         free = unclamped(position, grid)
-        gradient = gradient.float()
         if f"{name}.log_scale" in self.trained:
             zero = qparams.zero_point.unsqueeze(-1)
             slope = position.round().clamp_(0, grid.max_code) - zero - torch.where(free, position - zero, 0.0)
@@ -280,12 +279,15 @@ def make_shadow(settings: DistillSection, student: nn.Module, weights: Weights, 
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to a gradient, taking the tensor itself where there is none yet."""
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    """Take a gradient as it is where there is none yet, else add to it in float32."""
+    parameter.grad_dtype = None  # pyright: ignore[reportAttributeAccessIssue]  # any: a lone bfloat16 one stays so
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.float().add_(gradient)
 
 
 def _frozen_base(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Return the teacher's own tensor where it rounds to the stored codes, else a float32 copy in their cells."""
-    if torch.equal(quantize(weight, quantized.qparams, quantized.grid), quantized.codes):
-        return weight
-    return into_cell(weight, quantized)
+    """Return the teacher's own tensor where it rounds to the stored codes, else a copy with the others at Q(W).
+
+    Q(W) is the middle of a code's cell and of the weight's dtype, so the copy loses nothing of ``into_cell``.
+    """
+    base = into_cell(weight, quantized).to(weight.dtype)
+    return weight if torch.equal(base, weight) else base

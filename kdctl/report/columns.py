@@ -157,7 +157,7 @@ def accuracy_cell(row: Row, tasks: Sequence[str]) -> Cell:
 def distance_cell(row: Row, measure: Measure) -> Cell:
     """Write KL with its interval, or perplexity; as measured when the model was made where documents are not kept."""
     found = per_token(row, measure)
-    summary = row.models[0].distribution
+    summary = row.models[0].distribution if len(row.models) == 1 else None
     if measure == "nll":
         value = float(np.exp(found.value)) if found else summary.perplexity.value if summary else None
         return Cell(value)

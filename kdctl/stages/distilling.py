@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -9,15 +10,18 @@ from kdctl import metrics, stats
 from kdctl.card import Training
 from kdctl.distill.feed import Feed, Live, Recorded, Replay
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
+from kdctl.distill.monitor import Outcome
+from kdctl.distill.recompute import set_checkpointing
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
+from kdctl.memory import give_back
 from kdctl.metrics import PerDocument
-from kdctl.preset import DistillSection, Preset
+from kdctl.preset import Preset
 from kdctl.quant.apply import share_frozen
 from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport
-from kdctl.resolve import identity
+from kdctl.resolve import identity, variant_name
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import VariantDir, read_record, write_record
@@ -25,17 +29,15 @@ from kdctl.stages.gates import check_gap
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
 from kdctl.students import write_student
-from kdctl.tracking import Tracker, open_wandb, read_metrics
+from kdctl.tracking import Tracker, Watch, open_wandb, read_metrics
 
 
-def variant_name(settings: DistillSection, base: DistillSection) -> str:
-    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
-    always = {"lmbda", "beta", "lr", "seed"}
-    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
-    for key, value in settings.model_dump().items():
-        if key not in always and value != base.model_dump()[key]:
-            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
-    return name
+@dataclass(frozen=True)
+class Trained:
+    """A student after training, and how that ended."""
+
+    student: Student
+    outcome: Outcome
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -47,8 +49,10 @@ def check_name(name: str, option: str = "--name") -> str:
     return name
 
 
-def distill(job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0) -> DistillReport:
-    """Train one variant and write its ``final/`` folder.
+def distill(
+    job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0, watch: Watch | None = None
+) -> DistillReport:
+    """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising.
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
@@ -61,14 +65,14 @@ def distill(job: Job, name: str | None = None, force: bool = False, min_gap: flo
         return _finished(job, variant)
     before = measured_ptq(job)
     check_gap(job, before, min_gap)
-    stores = _stores(job)
+    stores = shared_stages(job)
     name_now = _distill_identity(job, stores)
     if force:
         shutil.rmtree(variant.path, ignore_errors=True)
     ptq = load_student(job.run.student, job.device)
     share_frozen(ptq.model, job.teacher, ptq.weights)
-    student = _train(job, variant, ptq, stores, name_now)
-    return _finish_variant(job, variant, student, before, stores, name_now)
+    trained = _train(job, variant, ptq, stores, name_now, watch)
+    return _finish_variant(job, variant, trained, before, stores, name_now)
 
 
 def measured_ptq(job: Job) -> PerDocument:
@@ -77,20 +81,22 @@ def measured_ptq(job: Job) -> PerDocument:
     return stated or job.measure(load_student(job.run.student, job.device).model, "PTQ student")
 
 
-def _stores(job: Job) -> Stores:
-    """Return the finished stores that the preset reads, filled where they are missing."""
-    return {source: filled(job, source) for source in needed_sources(job.preset)}
-
-
 def _finished(job: Job, variant: VariantDir) -> DistillReport:
     """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
     found = read_record(variant.report, DistillReport)
-    if found.identity != _distill_identity(job, _stores(job)):
+    if found.identity != _distill_identity(job, shared_stages(job)):
         raise StoreError(
             f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
         )
     job.reporter.note(f"distill: {variant.path} is complete, skipped")
     return found
+
+
+def shared_stages(job: Job) -> Stores:
+    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
+    ensure_student(job)
+    _ = job.heldout_store
+    return {source: filled(job, source) for source in needed_sources(job.preset)}
 
 
 def _distill_identity(job: Job, stores: Stores) -> str:
@@ -108,25 +114,28 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> Student:
-    """Run the training loop and return the trained student."""
+def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Trained:
+    """Run the training loop and return the student that it keeps."""
     settings = job.preset.distill
     shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
+    ptq.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     feed, states = _feed(job, variant, ptq, stores, name)
+    set_checkpointing(ptq.model, job.preset.runtime.activation_checkpointing)
     trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
+    give_back()
 
     def tracker(resume_step: int) -> Tracker:
         config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
-        return Tracker(
-            variant.metrics, resume_step, open_wandb(job.preset.tracking, job.run.path, variant.name, config)
-        )
+        run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
+        return Tracker(variant.metrics, resume_step, run, watch)
 
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
-        train(trainer, small, Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note))
+        outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
+        outcome = train(trainer, small, outputs)
     weights = dict(shadow.quantized())
     shadow.detach()
-    return Student(ptq.model, weights)
+    return Trained(Student(ptq.model, weights), outcome)
 
 
 def recorded(job: Job, name: str) -> RolloutStore:
@@ -163,16 +172,22 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
 def _finish_variant(
     job: Job,
     variant: VariantDir,
-    student: Student,
+    trained: Trained,
     before: PerDocument,
     stores: Stores,
     name: str,
 ) -> DistillReport:
     """Measure the trained student, write ``final/`` and then ``distill.json``."""
+    student, outcome = trained.student, trained.outcome
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
     summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
-    training = Training(variant.name, job.preset.distill, summary, removed)
+    if removed.high < 0:
+        job.reporter.note(
+            f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
+            f"→ {metrics.summarize(after).forward_kl.value:.4f}; lower distill.lr"
+        )
+    training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if settings.live:
@@ -189,7 +204,9 @@ def _finish_variant(
         after=metrics.summarize(after),
         removed=removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
-        steps=settings.steps,
+        steps=outcome.steps,
+        kept_step=outcome.kept_step,
+        stopped=outcome.stopped,
         train_seconds_s=sum(step_seconds),
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),

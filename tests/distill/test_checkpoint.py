@@ -14,14 +14,16 @@ from kdctl.distill.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.errors import StoreError
+from kdctl.preset import DistillSection
 from kdctl.quant.affine import Grid
 from kdctl.quant.methods import quantize_weight
 from kdctl.quant.shadow import ShadowWeights
 from kdctl.records import CheckpointMeta
 
 
-def training(seed: int = 0) -> tuple[nn.Module, ShadowWeights, torch.optim.AdamW]:
+def training(seed: int = 0, optimizer: str = "adamw") -> tuple[nn.Module, ShadowWeights, torch.optim.Optimizer]:
     """Build a one-layer student with its masters and optimizer."""
     torch.manual_seed(seed)
     teacher, student = nn.ModuleDict({"a": nn.Linear(32, 16)}), nn.ModuleDict({"a": nn.Linear(32, 16)})
@@ -30,16 +32,16 @@ def training(seed: int = 0) -> tuple[nn.Module, ShadowWeights, torch.optim.AdamW
         student, {"a": quantize_weight(weight, "minmax", Grid(4, 32, False), torch.float32)}, teacher
     )
     shadow.write_back()
-    return student, shadow, torch.optim.AdamW(shadow.parameters(), lr=1e-2, fused=True)
+    settings = DistillSection.model_validate({"lr": 1e-2, "optimizer": optimizer})
+    return student, shadow, make_optimizer(shadow, settings)
 
 
-def advance(student: nn.Module, optimizer: torch.optim.AdamW, shadow: ShadowWeights, steps: int) -> None:
+def advance(student: nn.Module, optimizer: torch.optim.Optimizer, shadow: ShadowWeights, steps: int) -> None:
     """Do optimizer steps on a fixed objective."""
     x = torch.linspace(-1, 1, 64).view(2, 32)
     for _ in range(steps):
         student["a"](x).square().sum().backward()  # pyright: ignore[reportIndexIssue]
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, shadow.parameters(), 1.0)
         shadow.write_back()
 
 
@@ -47,12 +49,13 @@ def meta(step: int) -> CheckpointMeta:
     return CheckpointMeta(identity="x", step=step, sha256="")
 
 
-def test_resumed_optimizer_steps_equal_uninterrupted_ones(tmp_path: Path) -> None:
-    student, shadow, optimizer = training()
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_resumed_optimizer_steps_equal_uninterrupted_ones(tmp_path: Path, kind: str) -> None:
+    student, shadow, optimizer = training(0, kind)
     advance(student, optimizer, shadow, 3)
     path = save_checkpoint(tmp_path, shadow, optimizer, meta(3), keep_last=1)
     advance(student, optimizer, shadow, 4)
-    other_student, other_shadow, other_optimizer = training()
+    other_student, other_shadow, other_optimizer = training(0, kind)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == path

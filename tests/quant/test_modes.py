@@ -164,3 +164,17 @@ def test_trained_norms_are_the_students_own() -> None:
     shadow.write_back()
     assert torch.equal(student.get_parameter("norm.weight"), torch.full((8,), 2.0))
     assert torch.equal(teacher.get_parameter("norm.weight"), torch.ones(8))
+
+
+def test_lora_on_other_codes_keeps_its_base_in_the_teachers_dtype() -> None:
+    torch.manual_seed(0)
+    teacher, student = (nn.ModuleDict({"a": nn.Linear(32, 8, bias=False, dtype=torch.bfloat16)}) for _ in range(2))
+    nearest = quantize_weight(teacher.get_parameter("a.weight").detach(), "minmax", Grid(4, 32, False), torch.bfloat16)
+    codes = (nearest.codes.int() + torch.randint(-1, 2, nearest.codes.shape)).clamp(0, 15).to(torch.uint8)
+    weights = {"a": QuantizedWeight(codes, nearest.qparams, nearest.grid)}
+    shadow = make_shadow(MODES["lora"], student, weights, teacher)
+    assert isinstance(shadow, ShadowLora)
+    assert shadow._frozen["a"].dtype == torch.bfloat16
+    assert torch.equal(dict(shadow.quantized())["a"].codes, codes)
+    kept = codes == nearest.codes
+    assert torch.equal(shadow._frozen["a"][kept], teacher.get_parameter("a.weight")[kept])

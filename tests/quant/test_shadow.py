@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from kdctl.preset import QuantizeSection
+from kdctl.distill.optimizer import make_optimizer, update
+from kdctl.preset import DistillSection, QuantizeSection
 from kdctl.quant.affine import QParams, QuantizedWeight, dequantize, grouped, inside, quantize
 from kdctl.quant.apply import build_student, dense
 from kdctl.quant.checkpoint import Student
@@ -119,7 +120,7 @@ def test_only_masters_and_quantized_layers_take_gradients(teacher: PreTrainedMod
     assert [master.dtype for master in shadow.parameters()] == [torch.float32] * 14
     for master in shadow.parameters():
         assert master.grad is not None
-        assert master.grad.dtype == torch.float32
+        assert master.grad.dtype == torch.bfloat16
         assert torch.isfinite(master.grad).all()
     trained = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.weight" for name in student.weights}
@@ -156,10 +157,12 @@ def test_a_step_with_learning_rate_0_changes_nothing(
     student = quantized(teacher, settings)
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     shadow = ShadowWeights(student.model, student.weights, teacher)
-    optimizer = torch.optim.AdamW(shadow.parameters(), lr=0.0, weight_decay=0.1)
+    optimizer = make_optimizer(shadow, DistillSection(lr=1.0, weight_decay=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     loss_of(student.model(token_ids(0)).logits, 0).backward()
     assert any((master.grad != 0).any() for master in shadow.parameters())
-    optimizer.step()
+    update(optimizer, shadow.parameters(), 1.0)
     shadow.write_back()
     for name, tensor in student.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -170,7 +173,7 @@ def test_a_real_step_changes_only_quantized_layers(teacher: PreTrainedModel, qua
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     shadow = ShadowWeights(student.model, student.weights, teacher)
     loss_of(student.model(token_ids(0)).logits, 0).backward()
-    torch.optim.AdamW(shadow.parameters(), lr=0.02).step()
+    update(make_optimizer(shadow, DistillSection(lr=0.02)), shadow.parameters(), 1.0)
     shadow.write_back()
     changed = {name for name, tensor in student.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{name}.weight" for name in student.weights}

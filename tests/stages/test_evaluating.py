@@ -19,10 +19,18 @@ from kdctl.rollout.store import RolloutStore
 
 
 @pytest.fixture
-def exact(smoke: Preset, tiny_dir_fp32: Path) -> Preset:
+def brief(smoke: Preset) -> Preset:
+    """Return the smoke preset with a shorter yardstick and hardly any training."""
+    heldout = {"heldout.num_prompts": 8, "heldout.max_new_tokens": 12, "heldout.min_completion_tokens": 50}
+    changes = heldout | {"heldout.text_tokens": 256, "heldout.prompts_per_block": 4, "distill.steps": 1}
+    return build_preset(smoke.model_dump(), changes, "test")
+
+
+@pytest.fixture
+def exact(brief: Preset, tiny_dir_fp32: Path) -> Preset:
     """Return the smoke preset in float32, with 3 bits, so that distances are large beside rounding errors."""
     changes = {"teacher.model": str(tiny_dir_fp32), "teacher.dtype": "float32", "quantize.bits": 3}
-    return build_preset(smoke.model_dump(), changes | {"quantize.method": "minmax"}, "test")
+    return build_preset(brief.model_dump(), changes | {"quantize.method": "minmax"}, "test")
 
 
 @torch.no_grad()
@@ -88,8 +96,8 @@ def test_the_student_writes_like_the_yardstick_was_written(exact: Preset, tmp_pa
     np.testing.assert_allclose(found["nll"], [likelihoods[name] for name in found["prompt_id"]], rtol=1e-4)
 
 
-def test_the_teachers_own_completions_are_the_yardstick(smoke: Preset, tmp_path: Path) -> None:
-    job, results = evaluated(smoke, tmp_path)
+def test_the_teachers_own_completions_are_the_yardstick(brief: Preset, tmp_path: Path) -> None:
+    job, results = evaluated(brief, tmp_path)
     teacher = results["teacher"]
     assert teacher.student_written == teacher.distribution
     assert not (job.run.eval("teacher") / "rollouts").exists()
@@ -100,8 +108,8 @@ def test_the_teachers_own_completions_are_the_yardstick(smoke: Preset, tmp_path:
     assert next(iter(table(job, "ptq", "heldout"))) == "prompt_id"
 
 
-def test_text_perplexity_is_the_same_wherever_it_stands(smoke: Preset, tmp_path: Path) -> None:
-    job, results = evaluated(smoke, tmp_path)
+def test_text_perplexity_is_the_same_wherever_it_stands(brief: Preset, tmp_path: Path) -> None:
+    job, results = evaluated(brief, tmp_path)
     for result in results.values():
         assert isinstance(result.text_distribution, DistributionMetrics)
         assert result.text_distribution.perplexity == result.text.perplexity
@@ -109,8 +117,8 @@ def test_text_perplexity_is_the_same_wherever_it_stands(smoke: Preset, tmp_path:
     assert results["ptq"].text == pipeline.quantize(job).text
 
 
-def test_a_variant_and_a_model_made_elsewhere_write_their_own(smoke: Preset, tiny_dir: Path, tmp_path: Path) -> None:
-    job = open_job(smoke, tmp_path / "run")
+def test_a_variant_and_a_model_made_elsewhere_write_their_own(brief: Preset, tiny_dir: Path, tmp_path: Path) -> None:
+    job = open_job(brief, tmp_path / "run")
     pipeline.distill(job, name="mine")
     copy = shutil.copytree(tiny_dir, tmp_path / "copy")
     results = pipeline.evaluate(job, also=pipeline.open_foreign(job, "copy", str(copy)))
@@ -124,12 +132,12 @@ def test_a_variant_and_a_model_made_elsewhere_write_their_own(smoke: Preset, tin
 
 
 def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_other_weights(
-    smoke: Preset, tiny_dir: Path, tmp_path: Path
+    brief: Preset, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    job, _ = evaluated(smoke, tmp_path / "run")
+    job, _ = evaluated(brief, tmp_path / "run")
     shard = job.run.eval("ptq") / "rollouts" / "shard-00000.parquet"
     before = shard.stat().st_mtime_ns
-    other = build_preset(smoke.model_dump(), {"eval.batch_size": 3}, "test")
+    other = build_preset(brief.model_dump(), {"eval.batch_size": 3}, "test")
     evaluated(other, tmp_path / "run")
     assert shard.stat().st_mtime_ns == before
     shutil.copytree(job.run.eval("ptq") / "rollouts", job.run.eval("copy") / "rollouts")
@@ -137,11 +145,11 @@ def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_othe
     assert RolloutStore(job.run.eval("copy") / "rollouts").manifest().writer == job.fingerprint
 
 
-def test_student_written_completions_can_be_left_out(smoke: Preset, tmp_path: Path) -> None:
-    off = build_preset(smoke.model_dump(), {"eval.student_written": False}, "test")
+def test_student_written_completions_can_be_left_out(brief: Preset, tmp_path: Path) -> None:
+    off = build_preset(brief.model_dump(), {"eval.student_written": False}, "test")
     job, results = evaluated(off, tmp_path)
     assert [result.student_written for result in results.values()] == [None, None]
     for name in results:
         assert not (job.run.eval(name) / "rollouts").exists()
         assert not (job.run.eval(name) / "samples" / "student_written.parquet").exists()
-    assert all(evaluated(smoke, tmp_path)[1][name].student_written for name in results)
+    assert all(evaluated(brief, tmp_path)[1][name].student_written for name in results)

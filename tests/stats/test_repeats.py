@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import norm
 
 from kdctl.errors import DataError
-from kdctl.stats import Paired, Repeated, average_seeds, compare, compare_seeds, compare_seeds_average, seeds
+from kdctl.records import Estimate
+from kdctl.stats import Paired, Repeated, average_seeds, compare, compare_seeds, compare_seeds_average, seeds, widen
 
 SEED_SD, RESIDUAL_SD = 0.3, 0.4
 
@@ -157,6 +158,14 @@ def test_averages_cover_where_a_seed_is_good_at_every_task() -> None:
 def answers_of(random: np.random.Generator, common: np.ndarray, ability: np.ndarray) -> np.ndarray:
     """Draw (settings, seeds, items) answers whose seeds' effects are given."""
     return ability + common + random.normal(0, RESIDUAL_SD, (*common.shape[:2], len(ability))) > 0
+
+
+def test_seeds_widen_an_interval_over_documents_by_their_own() -> None:
+    estimate = Estimate(value=1.0, low=0.9, high=1.2)
+    assert widen(estimate, [1.0]) == estimate
+    assert widen(estimate, [1.0, 1.0]).high == pytest.approx(1.2)
+    found = widen(estimate, [0.9, 1.1])  # standard error 0.1, t with 1 degree of freedom 12.706
+    assert (found.high - 1, 1 - found.low) == pytest.approx((np.hypot(0.2, 1.2706), np.hypot(0.1, 1.2706)), rel=1e-4)
 
 
 def test_a_fixed_model_has_no_other_seeds_to_speak_of() -> None:

@@ -1,0 +1,193 @@
+"""Break kdctl's training step into its parts, each beside the least time that this machine could take for it.
+
+    python benchmarks/step_parts.py [--sequences 4 --tokens 256 --rounds 7]
+
+Floors are counted operations divided by the rate of one large bf16 matrix product, or counted bytes divided by the rate
+of one large copy, both measured in this run. Counted are the products of linear layers, of the output head and of
+attention, and each reading and writing of what the optimizer and the write-back touch. Random tokens; the last three
+quarters of every sequence carry loss. Runs on CUDA where there is one (``--layers``, ``--hidden``, ``--vocabulary`` and
+so on describe a network of random weights in place of the quickstart's teacher).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from kdctl import models
+from kdctl.distill.batch import Batch, collate
+from kdctl.distill.divergence import divergence
+from kdctl.distill.feed import Feed
+from kdctl.distill.loop import Trainer
+from kdctl.distill.optimizer import update
+from kdctl.distill.recompute import recomputed, set_checkpointing
+from kdctl.metrics import predicting_hidden
+from kdctl.preset import DistillSection, QuantizeSection
+from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.quant.shadow import make_shadow
+from kdctl.records import Rollout
+from kdctl.resolve import load_preset
+
+GIB = 2**30
+
+
+@dataclass
+class Clock:
+    """Collects the seconds of named parts."""
+
+    device: torch.device
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what runs inside, the device's work included."""
+        started = self._now()
+        yield
+        self.seconds.setdefault(name, []).append(self._now() - started)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def median(self, name: str) -> float:
+        """Return a part's median, the first round left out."""
+        return statistics.median(self.seconds[name][1:])
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--train", choices=["weights", "lora", "scales"], default="weights")
+    parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full"], default="selective")
+    parser.add_argument("--hidden", type=int, default=0, help="build a random Qwen3 of this width; 2560 for the 4B's")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--intermediate", type=int, default=9728)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    return parser.parse_args()
+
+
+def teacher_of(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    """Load the quickstart's teacher, or build a random network of the shape that was asked for."""
+    if not args.hidden:
+        folder = models.model_folder(load_preset("quickstart").teacher.model, torch.bfloat16)
+        return models.load_model(folder, torch.bfloat16, device)
+    config = Qwen3Config(
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        intermediate_size=args.intermediate,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads // 4,
+        head_dim=128,
+        vocab_size=args.vocabulary,
+        tie_word_embeddings=True,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def rollouts(count: int, tokens: int, vocabulary: int) -> list[Rollout]:
+    """Make sequences of random tokens."""
+    ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = tokens // 4
+    return [Rollout(str(i), i, 0, row[:cut], row[cut:], None, "length", 0, 0, "teacher") for i, row in enumerate(ids)]
+
+
+def timed_step(trainer: Trainer, data: list[Rollout], batch: Batch, clock: Clock) -> None:
+    """Do what a training step does, part by part."""
+    with clock.part("whole step"):
+        with clock.part("teacher forward"):
+            states = trainer.teacher_states(data, batch)
+        with clock.part("student forward"), recomputed(trainer.student):
+            hidden = predicting_hidden(trainer.student, batch)
+        with clock.part("loss and its gradient"):
+            loss = divergence(hidden, states, trainer.head, trainer.objective, trainer.chunk)
+        with clock.part("backward"):
+            (loss / batch.completion_tokens).backward()
+        with clock.part("norm and optimizer"):
+            _, factor = trainer.clip()
+            update(trainer.optimizer, trainer.shadow.parameters(), factor)
+        with clock.part("write-back"):
+            trainer.shadow.write_back()
+
+
+def floors(trainer: Trainer, batch: Batch, rates: tuple[float, float]) -> dict[str, float]:
+    """Return the least seconds that each part could take. rates: operations and bytes a second."""
+    config, tokens, predicting = trainer.student.config, sum(batch.lengths), batch.completion_tokens
+    linear = sum(parameter.numel() for parameter in trainer.shadow._parameters.values())
+    attention = sum(2 * length * length for length in batch.lengths) * config.num_hidden_layers
+    attention *= config.num_attention_heads * config.head_dim  # QKᵀ and PV, the causal half of each
+    forward = 2 * linear * tokens + attention
+    head = 2 * trainer.head.weight.numel() * predicting
+    trained = sum(parameter.numel() for parameter in trainer.shadow.parameters())
+    operations, copied = rates
+    parts = {
+        "teacher forward": forward / operations,
+        "student forward": forward / operations,
+        "loss and its gradient": 3 * head / operations,
+        "backward": 2 * forward / operations,
+        "norm and optimizer": (2 * 2 + 6 * 4) * trained / copied,
+        "write-back": (4 + 2) * linear / copied,
+    }
+    return parts | {"whole step": sum(parts.values())}
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """Measure operations a second of a large bf16 product, and bytes a second, read and written, of a large copy."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    block = torch.zeros(GIB // 4, device=device, dtype=torch.float32)[: GIB // 16]
+    target = torch.empty_like(block)
+    clock = Clock(device)
+    for _ in range(8):
+        with clock.part("product"):
+            a @ b
+        with clock.part("copy"):
+            target.copy_(block)
+    return 2 * size**3 / clock.median("product"), 2 * 4 * block.numel() / clock.median("copy")
+
+
+def show(clock: Clock, least: dict[str, float], found: Callable[[str], float]) -> None:
+    """Print a line a part."""
+    print("\n| part | s | floor s | of the floor |\n|---|---:|---:|---:|")
+    for name, floor in least.items():
+        print(f"| {name} | {found(name):.3f} | {floor:.3f} | {found(name) / floor:.1f}× |")
+
+
+def main() -> None:
+    """Time the parts and print them."""
+    args = arguments()
+    models.quiet()
+    device = models.pick_device("auto")
+    teacher = teacher_of(args, device)
+    settings = DistillSection(train=args.train, steps=args.rounds, max_tokens=args.tokens)
+    grid = QuantizeSection(method="minmax", group_size=64)
+    weights = quantize_layers(teacher, select_layers(teacher, grid), grid)
+    student = build_student(teacher, weights)
+    set_checkpointing(student, args.activation_checkpointing)
+    data = rollouts(args.sequences, args.tokens, teacher.config.vocab_size)
+    shadow = make_shadow(settings, student, weights, teacher)
+    weights.clear()
+    trainer = Trainer(teacher, student, shadow, Feed(settings, data), settings)
+    batch, clock = collate(data).to(device), Clock(device)
+    for _ in range(args.rounds):
+        timed_step(trainer, data, batch, clock)
+    measured = rates(device)
+    print(f"{args.train}, {args.sequences} × {args.tokens} tokens, checkpointing {args.activation_checkpointing}")
+    print(f"products {measured[0] / 1e9:.0f} GFLOP/s, copies {measured[1] / 1e9:.1f} GB/s")
+    if device.type == "cuda":
+        print(f"peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB on {torch.cuda.get_device_name()}")
+    show(clock, floors(trainer, batch, measured), clock.median)
+
+
+if __name__ == "__main__":
+    main()

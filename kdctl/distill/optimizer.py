@@ -1,0 +1,88 @@
+"""The optimizer step: gradients as they came from backward, float32 ones a few at a time (layer 1).
+
+What lives as long as training does, masters and AdamW's moments, lies in one block each: between activations that come
+and go it would leave holes that nothing fits into.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdctl.preset import DistillSection
+from kdctl.quant.shadow import Shadow
+
+TOGETHER = 8
+"""Tensors whose float32 gradients exist at once."""
+
+
+def make_optimizer(shadow: Shadow, settings: DistillSection) -> torch.optim.Optimizer:
+    """Build the optimizer that ``distill.optimizer`` names over what a shadow trains.
+
+    AdamW: Loshchilov & Hutter 2019, algorithm 2. Adafactor: Shazeer & Stern 2018, algorithm 4, as torch has it.
+    """
+    _lay_out(shadow.parameters())
+    groups = parameter_groups(shadow, settings)
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    _start_moments(optimizer, shadow.parameters())
+    return optimizer
+
+
+def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str, Any]]:
+    """Split what is trained by learning rate: scales learn in relative steps and are never decayed."""
+    scales = [tensor for name, tensor in shadow.trained.items() if name.endswith(".log_scale")]
+    others = [tensor for name, tensor in shadow.trained.items() if not name.endswith(".log_scale")]
+    groups = [
+        {"params": others, "ratio": 1.0},
+        {"params": scales, "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Return the Euclidean norm of all gradients together, summed in float32 whatever their dtype."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], factor: float) -> None:
+    """Do an optimizer step with all gradients times ``factor`` and free them."""
+    pending = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    optimizer.zero_grad(set_to_none=True)
+    for start in range(0, len(pending), TOGETHER):
+        for parameter, gradient in pending[start : start + TOGETHER]:
+            parameter.grad = gradient.float().mul_(factor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _lay_out(parameters: Sequence[nn.Parameter]) -> None:
+    """Move tensors into one block."""
+    for parameter, place in zip(parameters, _block(parameters), strict=True):
+        place.copy_(parameter.data)
+        parameter.data = place
+
+
+def _start_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Give AdamW the state that it would make in its first step."""
+    first, second = _block(parameters), _block(parameters)
+    for parameter, exp_avg, exp_avg_sq in zip(parameters, first, second, strict=True):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def _block(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Make zeros shaped like tensors, float32, one after the other in memory."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

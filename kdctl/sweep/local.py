@@ -1,0 +1,112 @@
+"""Runs trials on this machine: each is a distill variant and its eval in one run folder (layer 4).
+
+Everything that trials share is made once, by whichever process comes first; the others wait for it. A finished variant
+is skipped and a killed one goes on from its checkpoint, because that is what the stages do.
+"""
+
+import torch
+
+from kdctl import pipeline
+from kdctl.errors import DataError, TrainingError
+from kdctl.job import open_job
+from kdctl.progress import Reporter
+from kdctl.records import DistillReport, EvalResult, TaskScore
+from kdctl.sweep.board import Board
+from kdctl.sweep.journal import Values
+from kdctl.sweep.locks import only_sweep, waiting
+from kdctl.sweep.plan import Shard, describe
+from kdctl.tracking import Watch
+
+
+class FellBehind(Exception):
+    """A trial is stopped by ``early_terminate``."""
+
+
+class LocalSweep:
+    """A sweep in a run folder that is opened.
+
+    One job serves all trials, so models and yardstick are loaded once: trials differ in distill and rollout settings,
+    which nothing that a job keeps depends on.
+    """
+
+    def __init__(self, board: Board, reporter: Reporter):
+        self.board, self.plan, self.reporter = board, board.plan, reporter
+        self.stages = board.locks / "stages"
+        with waiting(self.stages / "shared.lock"):
+            self.job = open_job(self.plan.preset, board.run.path, reporter)
+            if self.plan.evaluate and not board.run.eval_root.exists():
+                from kdctl.evaluate import build_tasks  # lm-eval takes seconds to import
+
+                build_tasks(self.job.preset.eval, self.job.offline)
+            self.journal = board.journal()
+        self.base = board.base()
+
+    def run_slot(self, slot: int) -> None:
+        """Do one slot's trial, or find that it is done. One that cannot be trained does not end the sweep."""
+        trial = self.journal.begin(slot, self.plan.values(slot))
+        values = self.journal.values(trial)
+        if self.journal.stopped(trial):
+            self.reporter.note(f"trial {describe(values)} was stopped by early_terminate, skipped")
+            return
+        metric, settings = self.plan.sweep.metric.name, self.plan.trial_preset(values).distill
+
+        def watch(step: int, logged: dict[str, float]) -> None:
+            if metric not in logged or step == settings.steps:  # the last step saves nothing any more
+                return
+            if self.journal.falls_behind(trial, step // settings.heldout_every, logged[metric]):
+                raise FellBehind(f"stopped by early_terminate at step {step}")
+
+        try:
+            self.journal.finish(trial, self.run_trial(values, watch))
+        except FellBehind as error:
+            self.journal.stop(trial)
+            self.reporter.note(f"trial {describe(values)} {error}")
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            self.journal.fail(trial)
+            self.reporter.note(f"trial {describe(values)} failed: {error}")
+
+    def run_trial(self, values: Values, watch: Watch | None = None) -> float:
+        """Train and evaluate one variant and return the sweep's metric."""
+        job, name = self.job, self.plan.variant(values, self.base)
+        job.preset = self.plan.trial_preset(values)
+        with waiting(self.stages / "shared.lock"):
+            stores = pipeline.shared_stages(job)
+            if not job.run.variant(name).report.exists():
+                pipeline.teacher_states(job, stores.values())
+        with waiting(self.stages / f"{name}.lock"):
+            report = pipeline.distill(job, name, watch=watch)
+            result = pipeline.evaluate(job, [name])[name] if self.plan.evaluate else None
+        return metric_value(self.plan.sweep.metric.name, report, result)
+
+    def evaluate_references(self) -> None:
+        """Score teacher and PTQ student, which every row of the report is compared with."""
+        self.job.preset = self.plan.preset
+        with waiting(self.stages / "shared.lock"):
+            pipeline.evaluate(self.job, ["teacher", "ptq"])
+
+
+def run_shard(board: Board, shard: Shard, reporter: Reporter) -> None:
+    """Run a shard's trials in order; Shard() is the whole sweep. Raises StoreError if another one runs there."""
+    board.run.prepare()
+    with only_sweep(board.locks, board.plan.sweep.name, shard.name):
+        sweep = LocalSweep(board, reporter)
+        for slot in shard.slots(board.plan.total):
+            if sweep.journal.reached():
+                reporter.note(f"metric.target={board.plan.sweep.metric.target:g} is reached, no further trial starts")
+                break
+            sweep.run_slot(slot)
+        if board.plan.evaluate:
+            sweep.evaluate_references()
+
+
+def metric_value(name: str, report: DistillReport, result: EvalResult | None) -> float:
+    """Return ``eval/forward_kl`` and its like from a variant's report, ``eval/<task>/<metric>`` from its evaluation."""
+    _, *task, metric = name.split("/")
+    if not task:
+        return report.after.model_dump()[metric]["value"]
+    scores: dict[str, TaskScore] = result.tasks if result else {}
+    found = scores.get(task[0])
+    if found is None or metric not in found.metrics:
+        offered = [f"eval/{key}/{each}" for key, score in scores.items() for each in score.metrics]
+        raise DataError(f"the evaluation has no {name}; it has {', '.join(offered)}")
+    return found.metrics[metric]

@@ -1,0 +1,81 @@
+"""Locks in a run folder: one sweep at a time, one process a shared stage or variant (layer 1).
+
+They are kernel locks on files, so that the lock of a process that died is free at once, and are only advice on volumes
+whose server does not share them between hosts; there the fixed share of each shard still keeps trials apart.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from kdctl.errors import StoreError
+from kdctl.records import Holder
+from kdctl.rundir import write_record
+
+MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a moment, to see that it is free
+
+
+def _holder(path: Path) -> str:
+    """Say who holds a lock, from the note beside it."""
+    try:
+        found = Holder.model_validate_json(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return "another process"
+    return f"process {found.pid} on {found.host} since {found.since}"
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Hold a lock, waiting for whoever has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
+        yield
+
+
+@contextmanager
+def only_sweep(folder: Path, name: str, shard: str = "") -> Iterator[None]:
+    """Hold a run folder for a sweep, or a shard of it; shards of one sweep share the folder.
+
+    folder: where the locks are. Raises StoreError, naming the holder, if the shard or another sweep runs there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / (f"{name}@{shard}.lock" if shard else f"{name}.lock")
+    with _taken(own, f"{'shard ' + shard + ' of ' if shard else ''}sweep {name}"):
+        note = own.with_suffix(".json")
+        write_record(note, Holder(pid=os.getpid(), host=socket.gethostname(), since=_now()))
+        try:
+            for other in sorted(folder.glob("*.lock")):
+                holder = other.stem.partition("@")[0]
+                if holder != name:
+                    with _taken(other, f"sweep {holder}"):
+                        pass
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+
+
+@contextmanager
+def _taken(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock that must be free."""
+    lock = FileLock(path, timeout=MOMENT_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(
+            f"{what} runs in {path.parent.parent.parent} already: {_holder(path)}; two at once would do the same work "
+            "twice. Wait for it, stop it, or choose another folder with --run"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,51 @@
+"""Runs several shards of a sweep as processes of their own on one machine (layer 1)."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdctl.errors import StoreError
+
+
+def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
+    """Run commands side by side until all have ended.
+
+    What a worker prints goes to a file in ``logs``. No worker outlives this call. Raises StoreError with the last line
+    of a worker that failed, after the others have finished.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    files = [open(logs / f"worker-{index}.log", "w", encoding="utf-8") for index in range(len(commands))]  # noqa: SIM115
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for index, command in enumerate(commands):
+            places = _places(index, len(commands))
+            workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
+        for worker in workers:
+            worker.wait()
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.wait()
+        for file in files:
+            file.close()
+    _check(workers, logs)
+
+
+def _places(index: int, count: int) -> dict[str, str]:
+    """Return a worker's environment: its share of the CPU cores, and one of the GPUs that are named, in turn."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return environment | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {})
+
+
+def _check(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+    for index, worker in enumerate(workers):
+        if worker.returncode:
+            log = logs / f"worker-{index}.log"
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
+            raise StoreError(
+                f"worker {index} of {len(workers)} ended with {worker.returncode} and said {last!r} (all of it is in "
+                f"{log}); what was finished is on disk, and the same command goes on from there"
+            )
