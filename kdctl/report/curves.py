@@ -92,8 +92,8 @@ def training(results: Results) -> Planes | None:
     rows = tuple(tuple(panels[start : start + COLUMNS]) for start in range(0, len(panels), COLUMNS))
     caption = (
         "Training loss of each step, which is the divergence that β names, and KL(teacher‖student) on held-out "
-        "documents. The KL during training is of the first of them only and has no interval; before and after it is of "
-        "all, with 95 % intervals over documents. A line for each seed."
+        "documents. The KL during training is of the first of them only and has no interval; before it and of the "
+        "student that was kept it is of all, with 95 % intervals over documents. A line for each seed."
     )
     return Planes("training", "Training and held-out KL", caption, rows)
 
@@ -111,7 +111,8 @@ def _curves(model: Model) -> Iterator[Series]:
     yield Series("training loss", tuple(loss), faint=True)
     yield Series("held-out KL, first documents", tuple(held_out))
     if model.distilled:
-        ends = ((0, model.distilled.before), (model.distilled.steps, model.distilled.after))
+        kept = model.distilled.kept_step
+        ends = ((0, model.distilled.before), (model.distilled.steps if kept is None else kept, model.distilled.after))
         points = tuple(Point(step, mark(found.forward_kl)) for step, found in ends)
         yield Series("held-out KL, all documents", points, joined=False)
 

@@ -81,6 +81,16 @@ def test_training_curves_are_the_lines_of_the_metrics(full: Results) -> None:
     assert len(seeds.series) == 6
 
 
+def test_the_last_point_stands_at_the_step_whose_student_was_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"v": {"steps": 9}})
+    path = run.variant("v").report
+    for kept, expected in ((None, 9), (6, 6)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kept_step": kept}))
+        chart = training(Results(read_study([run]), Contrasts(0.005)))
+        assert chart is not None
+        assert [point.x for point in chart.rows[0][0].series[-1].points] == [0, expected]
+
+
 def test_costs_have_a_point_for_every_seed(full: Results) -> None:
     chart = costs(full)
     assert chart is not None
