@@ -107,7 +107,7 @@ def _forest_panel(axis: Axes, panel: ForestPanel, series: int) -> None:
         axis.set_xlim(*limits)
     axis.set_xlabel(panel.label)
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="y", length=0, pad=7)
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
