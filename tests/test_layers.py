@@ -51,6 +51,7 @@ LAYERS = {
     "models": 2,
     "prompts": 2,
     "metrics": 2,
+    "report.charts": 1,
     "report.tables": 1,
     "report.contrasts": 2,
     "report.columns": 2,
@@ -59,6 +60,12 @@ LAYERS = {
     "report.verdicts": 2,
     "report.reproduce": 2,
     "report.document": 2,
+    "report.marks": 2,
+    "report.curves": 2,
+    "report.figures": 2,
+    "report.drawing": 2,
+    "report.gallery": 2,
+    "report.page": 2,
     "samples": 2,
     "study": 2,
     "study_reader": 2,
@@ -114,8 +121,9 @@ ALLOWED = {
     "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
     "accelerate": {"distill.loop"},
     "auto_round": {"quant.autoround"},
+    "matplotlib": {"report.drawing"},
 }
-HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round"}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round", "matplotlib"}
 
 
 def module_name(path: Path) -> str:

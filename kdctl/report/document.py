@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdctl import __version__
+from kdctl.report.charts import Chart
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.details import detail_tables
+from kdctl.report.gallery import link
 from kdctl.report.layouts import lay_out
 from kdctl.report.reproduce import commands, provenance, settings
 from kdctl.report.tables import Table, document, markdown
@@ -46,11 +48,13 @@ def make_report(study: Study, margin: float) -> Report:
     )
 
 
-def as_markdown(report: Report) -> str:
-    """Write report.md, which a code host renders: verdicts, tables, what they were made from, how to repeat it."""
+def as_markdown(report: Report, charts: Sequence[Chart] = ()) -> str:
+    """Write report.md, which a code host renders: verdicts, tables, figures, what was done, how to repeat it."""
     names = ", ".join(source.name for source in report.study.sources)
     parts = [f"# Report on {names}", "## Verdicts", *verdict_parts(report.verdicts)]
     parts += ["## Results", _tables(report.layouts)]
+    if charts:
+        parts += ["## Figures", *map(link, charts)]
     if report.details:
         parts += ["## Behind the verdicts", _tables(report.details)]
     parts.append("## Settings")

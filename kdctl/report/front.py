@@ -7,7 +7,10 @@ from typing import get_args
 from kdctl.errors import PresetError
 from kdctl.preset import TrackingSection
 from kdctl.report.document import Report, as_json, as_markdown, make_report, verdict_parts
+from kdctl.report.figures import figures
+from kdctl.report.gallery import illustrate
 from kdctl.report.layouts import LAYOUTS, lay_out
+from kdctl.report.page import page
 from kdctl.report.tables import RENDERERS, Form, Table, as_csv, records
 from kdctl.rundir import RunDir, write_text
 from kdctl.study_reader import read_study
@@ -66,9 +69,12 @@ def _printed(report: Report, tables: Sequence[Table], form: Form) -> str:
 
 
 def _write(report: Report, folder: Path) -> bool:
-    """Write every file of a report, and tell whether any is new."""
+    """Write every file of a report, and tell whether any but a figure is new."""
+    charts = figures(report.results)
+    drawn = illustrate(charts, folder / "figures")
     texts = {folder / "tables" / f"{table.name}.csv": as_csv([table]) for table in report.tables}
-    texts |= {folder / "report.md": as_markdown(report), folder / "report.json": as_json(report)}
+    texts |= {folder / "report.md": as_markdown(report, charts), folder / "report.html": page(report, drawn)}
+    texts |= {folder / "report.json": as_json(report)}
     return any([_write_changed(path, text) for path, text in texts.items()])  # noqa: C419 - all are to be written
 
 

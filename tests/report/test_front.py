@@ -1,6 +1,7 @@
 """What is written where, what is printed, and what is refused before anything is written."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from kdctl.errors import DataError, PresetError, StoreError
 from kdctl.preset import TrackingSection
 from kdctl.report.front import write_report
 from kdctl.rundir import RunDir
+
+FIGURES = ("accuracy", "training", "recovery", "cost")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,8 @@ def test_every_form_leaves_the_same_files(run: RunDir, form: str) -> None:
     assert files == {
         "report.md",
         "report.json",
+        "report.html",
+        *(f"figures/{name}.{ending}" for name in FIGURES for ending in ("svg", "png")),
         *(f"tables/{name}.csv" for name in ("main", "comparisons", "distances", "recovery", "provenance")),
     }
     assert (run.report / "tables" / "main.csv").read_text() == write_report([run], "csv")
@@ -35,6 +40,15 @@ def test_verdicts_are_printed_before_the_table_that_is_asked_for(run: RunDir) ->
     verdicts, table = write_report([run]).split("### All models")
     assert verdicts.startswith("**ptq**: ")
     assert table.strip() in (run.report / "report.md").read_text()
+
+
+def test_figures_are_linked_and_on_the_page(run: RunDir) -> None:
+    write_report([run])
+    text = (run.report / "report.md").read_text()
+    links = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert links == [f"figures/{name}.svg" for name in FIGURES]
+    assert all((run.report / link).exists() for link in links)
+    assert (run.report / "report.html").read_text().count("<svg") == len(FIGURES)
 
 
 def test_an_unchanged_report_is_not_written_again(run: RunDir) -> None:
