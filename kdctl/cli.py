@@ -250,25 +250,43 @@ def evaluate(
         if as_json:
             show_json(results)
         else:
-            from kdctl.report import write_report
-
-            console.show_text(job.on_main(lambda: write_report(job.run)))
+            console.show_text(pipeline.report(job))
 
 
 @app.command()
 def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders; several are joined. (default: --run)", file_okay=False)
+    ] = None,
     run: RunOption = None,
-    table: Annotated[str, typer.Option(help="markdown, csv or json.")] = "markdown",
+    table: Annotated[str, typer.Option(help="markdown, csv, json, latex or html.")] = "markdown",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="main, lambda, beta, lr, steps, batch-size, rollout-length, mixed, rank, method; auto: those that can "
+            "be filled."
+        ),
+    ] = "main",
+    margin: Annotated[float, typer.Option(help="Differences up to this many points are equivalent.")] = 0.5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder to write. (default: report/ in the run folder, or beside the first of several)"
+        ),
+    ] = None,
 ) -> None:
-    """Print the table of everything in the run folder and write it to report/.
+    """Say what differs, with statistics; print a table of it and write all of them to report/.
 
-    Example: kdctl report --table markdown
+    Example: kdctl report --table markdown --layout auto
     """
     with guarded():
-        from kdctl.report import write_report
+        if folders and run is not None:
+            raise PresetError("run folders and --run name the same thing; leave --run out")
+        from kdctl.report.front import write_report
         from kdctl.rundir import RunDir
 
-        console.show_text(write_report(RunDir(run_folder(None, run)), table))
+        runs = [RunDir(folder) for folder in folders or [run_folder(None, run)]]
+        console.show_text(write_report(runs, table, layout, margin / 100, out))
 
 
 @app.command(name="run")

@@ -1,6 +1,6 @@
 """How far the student is from the teacher: KL, top-1 agreement and perplexity, on rollouts and on plain text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pydoc_data.topics import topics
 
@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl import stats
 from kdctl.attention import Layout, forward
 from kdctl.distill.batch import Batch, collate, split
-from kdctl.distill.divergence import Head, token_chunk
+from kdctl.distill.divergence import ROWS_IN_CACHE, Head, token_chunk
 from kdctl.models import head_of
 from kdctl.records import DistributionMetrics, Rollout, TextMetrics
 from kdctl.resolve import identity
@@ -113,17 +113,20 @@ def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress |
 
 @torch.inference_mode()
 def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) -> PerDocument:
-    targets = batch.targets()
-    parts = [slice(i, i + heads.chunk) for i in range(0, len(targets), heads.chunk)]
-    columns = [
-        _per_token(heads.student.logits(student[part]), heads.teacher.logits(teacher[part]), targets[part])
-        for part in parts
-    ]
-    values = torch.cat(columns, -1).double()  # (5, N)
+    sequences = zip(*(tensor.split(heads.chunk) for tensor in (student, teacher, batch.targets())), strict=True)
+    values = torch.cat([column for part in sequences for column in _columns(*part, heads)], -1).double()  # (5, N)
     counts = torch.tensor(batch.counts)
     document = torch.repeat_interleave(torch.arange(len(counts)), counts).to(values.device)
     sums = values.new_zeros(len(values), len(counts)).index_add_(1, document, values)
     return PerDocument(counts.double().numpy(), *sums.cpu().numpy())
+
+
+def _columns(student: Tensor, teacher: Tensor, targets: Tensor, heads: Heads) -> Iterator[Tensor]:
+    """Multiply (N, H) hidden states to logits at once, and measure few rows at a time: all in float32 is large."""
+    rows = ROWS_IN_CACHE if student.device.type == "cpu" else len(student)
+    logits = heads.student(student).split(rows), heads.teacher(teacher).split(rows)
+    for q, p, target in zip(*logits, targets.split(rows), strict=True):
+        yield _per_token(q.float(), p.float(), target)
 
 
 def _per_token(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:

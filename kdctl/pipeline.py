@@ -6,10 +6,11 @@ is skipped with one line. A stage makes what it lacks from an earlier one, sayin
 
 import shutil
 
+from kdctl.errors import DataError
 from kdctl.job import Job
 from kdctl.preset import Source
 from kdctl.records import StoreManifest
-from kdctl.report import write_report
+from kdctl.report.front import write_report
 from kdctl.resolve import variant_name
 from kdctl.rollout.store import RolloutStore
 from kdctl.stages.distilling import distill, shared_stages
@@ -25,6 +26,7 @@ __all__ = [
     "needed_sources",
     "open_foreign",
     "quantize",
+    "report",
     "rollout",
     "run_all",
     "shared_stages",
@@ -58,4 +60,16 @@ def run_all(job: Job) -> str:
         rollout(job, source)
     distill(job)
     evaluate(job)
-    return job.on_main(lambda: write_report(job.run))
+    return report(job)
+
+
+def report(job: Job) -> str:
+    """Write the report and return its main table, or why there is none: models were not evaluated alike."""
+
+    def written() -> str:
+        try:
+            return write_report([job.run], tracking=job.preset.tracking)
+        except DataError as error:
+            return f"no report: {error}"
+
+    return job.on_main(written)

@@ -14,9 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import datasets
-import datasets.config
-from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -64,6 +61,9 @@ def _load_dataset(source: str, split: str, offline: bool) -> Any:
         raise DataError(f"no prompt file at {path.absolute()}")
     if kind and path.stat().st_size == 0:
         raise DataError(f"the prompt file {path.absolute()} is empty; there is nothing to generate from")
+    import datasets  # 0.1 GiB that kdctl's own prompts do not need
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         if kind:  # escaped, because datasets takes a path for a pattern
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train")
@@ -77,6 +77,8 @@ def _load_dataset(source: str, split: str, offline: bool) -> Any:
 @contextmanager
 def _hub_mode(offline: bool) -> Iterator[None]:
     """Keep datasets off the network; only this switch of its own does, and otherwise the environment at import."""
+    import datasets.config
+
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or offline
     try:

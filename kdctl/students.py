@@ -9,6 +9,7 @@ from kdctl import metrics
 from kdctl.card import Origin, Training, model_card
 from kdctl.inspection import Teacher
 from kdctl.job import Job
+from kdctl.memory import give_back
 from kdctl.metrics import PerDocument
 from kdctl.models import HUB_ID
 from kdctl.quant.checkpoint import Student, save_student
@@ -32,6 +33,7 @@ def write_student(
     pending = folder.with_name(f".{folder.name}.new")
     table = metrics.as_table(per_document)
     save_student(pending, student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training))
+    give_back()  # verifying loads the model twice more
     with job.reporter.task(f"verifying {folder.name}"):
         accept(pending, folder, Teacher(job.folder, job.dtype, job.fingerprint), job.device)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,20 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def log_tables(settings: TrackingSection, folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Send tables, rows of equal keys by name, to a wandb run of their own; nothing where wandb is off."""
+    run = open_wandb(settings, folder, "report", {})
+    if run is None:
+        return
+    import wandb
+
+    for name, rows in tables.items():
+        columns: list[Any] = list(rows[0]) if rows else []
+        data: list[Any] = [list(row.values()) for row in rows]
+        run.log({f"report/{name}": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+    run.finish()
 
 
 def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[str, Any]) -> "wandb.Run | None":

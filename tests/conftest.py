@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,12 +16,20 @@ from kdctl import models
 from kdctl.preset import Preset
 from kdctl.resolve import load_preset
 
-_spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "tiny.py")
-assert _spec is not None
-assert _spec.loader is not None
-tiny = importlib.util.module_from_spec(_spec)
-sys.modules["tiny"] = tiny
-_spec.loader.exec_module(tiny)
+
+def _helper(name: str) -> ModuleType:
+    """Load a module of helpers that lies beside the tests, so that all of them can import it."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny = _helper("tiny")
+_helper("made_up")
 TOGETHER = Path(__file__).parent / "together.py"
 
 

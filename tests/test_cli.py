@@ -25,7 +25,8 @@ from kdctl import __version__, cli, models, pipeline
 from kdctl.errors import StoreError
 from kdctl.job import open_job
 from kdctl.preset import Preset
-from kdctl.report import ABSENT, write_report
+from kdctl.report.front import write_report
+from kdctl.report.tables import ABSENT
 from kdctl.resolve import load_preset
 from kdctl.rundir import RunDir
 from kdctl.stages import distilling, evaluating, rollouts
@@ -159,7 +160,11 @@ def test_a_dry_run_prints_the_resolved_preset_and_leaves_nothing(light: Kdctl, t
         ("rollout --preset smoke --min-new-tokens 99", ("min_new_tokens=99", "max_new_tokens=16")),
         ("eval --preset smoke --limit 0", ("eval.limit=0",)),
         ("rollout --preset smoke --show 2 --json", ("--show", "--json")),
-        ("report --run nowhere --table nonsense", ("'nonsense'", "markdown, csv, json")),
+        ("report --run nowhere --table nonsense", ("'nonsense'", "markdown, csv, json, latex, html")),
+        ("report --run nowhere --layout nonsense", ("'nonsense'", "main, lambda, beta", "auto")),
+        ("report --run nowhere --margin 0", ("--margin 0", "--margin 0.5")),
+        ("report --run nowhere --margin -1", ("--margin -1",)),
+        ("report somewhere --run nowhere", ("--run",)),
         ("report --run nowhere", ("nowhere", "--run")),
     ],
 )
@@ -455,6 +460,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, spawn("run", "smoke", "--run", folder)
 
 
+def table_of(printed: str) -> str:
+    """Cut the first Markdown table out of what was printed."""
+    lines = printed.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("| model"))
+    return "\n".join(lines[start : lines.index("", start)])
+
+
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     """Return the bytes and modification time of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -465,8 +477,9 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
 def test_the_smoke_preset_prints_exactly_its_table(whole) -> None:
     folder, done = whole
     assert done.returncode == 0
-    assert done.stdout == (folder / "report" / "report.md").read_text() == write_report(RunDir(folder))
-    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == [
+    assert done.stdout == write_report([RunDir(folder)])
+    assert table_of(done.stdout).strip() in (folder / "report" / "report.md").read_text()
+    assert [line.split("|")[1].strip() for line in table_of(done.stdout).splitlines()[2:]] == [
         "teacher",
         "ptq",
         "lambda0_beta0_lr0.001_seed0",
@@ -478,7 +491,7 @@ def test_the_smoke_preset_does_not_chatter(whole) -> None:
     _, done = whole
     for word in ("Warning", "warning", "it/s", "%|", "\r", "\x1b"):
         assert word not in done.stderr
-    ours = re.compile(r"(quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no) .*")
+    ours = re.compile(r"(quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:) .*")
     assert [line for line in done.stderr.splitlines() if not ours.fullmatch(line)] == []
 
 
@@ -499,7 +512,10 @@ def test_report_prints_every_form(whole, light: Kdctl) -> None:
     folder, first = whole
     assert light("report", "--run", folder).stdout == first.stdout
     flat = list(csv.DictReader(io.StringIO(light("report", "--run", folder, "--table", "csv").stdout)))
-    rows = json.loads(light("report", "--run", folder, "--table", "json").stdout)
+    (main,) = json.loads(light("report", folder, "--table", "json").stdout)
+    rows = main["rows"]
+    assert light("report", folder, "--table", "latex").stdout.startswith("\\begin{table}")
+    assert light("report", folder, "--table", "html", "--layout", "auto").stdout.startswith('<table id="main">')
     assert [row["model"] for row in flat] == [row["model"] for row in rows]
     assert [float(row["perplexity"]) for row in flat] == [row["perplexity"] for row in rows]
 
@@ -534,8 +550,8 @@ def test_another_variant_is_another_row(whole, tmp_path: Path) -> None:
     done = spawn("distill", "--lambda", 1, "--beta", 1, "--run", tmp_path / "run")
     assert done.returncode == 0
     assert "lambda1_beta1_lr0.001_seed0" in done.stdout
-    *head, added = write_report(RunDir(tmp_path / "run")).replace("*", "").splitlines()
-    assert head == first.stdout.replace("*", "").splitlines()
+    *head, added = table_of(write_report([RunDir(tmp_path / "run")])).splitlines()
+    assert [line.split("|")[1] for line in head] == [line.split("|")[1] for line in table_of(first.stdout).splitlines()]
     cells = [cell.strip() for cell in added.strip("|").split("|")]
-    assert cells[:6] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT, ABSENT]
+    assert cells[:5] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT]
     assert (tmp_path / "run" / "distill" / cells[0] / "rollouts" / "manifest.json").is_file()

@@ -17,9 +17,9 @@ from kdctl.errors import ModelError, PresetError
 from kdctl.job import Job, open_job
 from kdctl.preset import Preset
 from kdctl.records import EvalResult
-from kdctl.report import read_rows
 from kdctl.resolve import load_preset
 from kdctl.rundir import read_record
+from kdctl.study_reader import read_study
 
 CPU = torch.device("cpu")
 tiny = sys.modules["tiny"]
@@ -60,7 +60,7 @@ def test_a_plain_folder_is_a_row_after_ptq(job: Job, tmp_path: Path) -> None:
     assert result.reference == str(other)
     assert result.settings == {}
     assert result.distribution.forward_kl.value > 0.1
-    assert [row.model for row in read_rows(job.run)] == ["teacher", "ptq", "other", "mine"]
+    assert [model.name for model in read_study([job.run]).models] == ["teacher", "ptq", "other", "mine"]
 
 
 def test_the_teacher_itself_from_elsewhere_has_no_divergence(job: Job, tiny_dir: Path, tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_the_command_adds_the_row_and_keeps_it(
     open_job(smoke, run)
     done = invoke("eval", "--run", run, "--also", other, "--as", "theirs")
     assert done.exit_code == 0, done.output
-    assert "\n| theirs | – | – | – |" in done.stdout
+    assert "\n| theirs | " in done.stdout
     assert read_record(run / "eval" / "theirs" / "results.json", EvalResult).reference == str(other)
-    assert "\n| theirs | – | – | – |" in invoke("report", "--run", run).stdout
+    assert "\n| theirs | " in invoke("report", "--run", run).stdout
     swapped(other)
     refused = invoke("eval", "--run", run, "--also", other, "--as", "theirs")
     assert refused.exit_code == 2

@@ -13,6 +13,7 @@ LAYERS = {
     "errors": 0,
     "findings": 0,
     "keyed": 0,
+    "memory": 0,
     "preset": 0,
     "progress": 0,
     "records": 0,
@@ -52,6 +53,24 @@ LAYERS = {
     "models": 2,
     "prompts": 2,
     "metrics": 2,
+    "report.charts": 1,
+    "report.tables": 1,
+    "report.contrasts": 2,
+    "report.columns": 2,
+    "report.layouts": 2,
+    "report.details": 2,
+    "report.verdicts": 2,
+    "report.reproduce": 2,
+    "report.document": 2,
+    "report.marks": 2,
+    "report.curves": 2,
+    "report.figures": 2,
+    "report.drawing": 2,
+    "report.gallery": 2,
+    "report.page": 2,
+    "samples": 2,
+    "study": 2,
+    "study_reader": 2,
     "sweep.board": 2,
     "tokens": 2,
     "tracking": 2,
@@ -75,7 +94,7 @@ LAYERS = {
     "distill.loop": 3,
     "evaluate": 3,
     "export": 3,
-    "report": 3,
+    "report.front": 3,
     "verify": 3,
     "job": 4,
     "stages.gates": 4,
@@ -104,8 +123,9 @@ ALLOWED = {
     "lm_eval": {"evaluate", "tasks.harness", "tasks.items", "tasks.likelihood", "tasks.offline"},
     "accelerate": {"processes"},
     "auto_round": {"quant.autoround"},
+    "matplotlib": {"report.drawing"},
 }
-HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round"}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate", "auto_round", "matplotlib"}
 
 
 def module_name(path: Path) -> str:
@@ -188,7 +208,7 @@ def test_the_outer_layers_import_nothing_heavy() -> None:
 
 
 def test_a_report_needs_nothing_heavy() -> None:
-    assert loaded_after(["report", "stats"]) == set()
+    assert loaded_after(["report.front", "stats"]) == set()
 
 
 @pytest.mark.parametrize("name", TREES)

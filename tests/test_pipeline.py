@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import answers, evaluated, make_run
 from transformers import AutoModelForCausalLM
 
 from kdctl import pipeline
@@ -13,9 +14,9 @@ from kdctl.job import Job, open_job
 from kdctl.preset import DistillSection, Preset
 from kdctl.quant.affine import quantize
 from kdctl.quant.checkpoint import check_sums, load_student
-from kdctl.report import read_rows
 from kdctl.resolve import load_preset
 from kdctl.rollout.store import RolloutStore
+from kdctl.study_reader import read_study
 
 CPU = torch.device("cpu")
 
@@ -71,8 +72,17 @@ def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: P
     assert stages == ["quantize", "rollout", "distill", "eval", "eval", "eval"]
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {"report.md", "main.csv"}
+    assert changed == set()
     assert before.keys() == after.keys()
+
+
+def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: Preset, tmp_path: Path) -> None:
+    run = make_run(tmp_path, {}, ["alpha"])
+    job = Job(smoke, run)
+    assert pipeline.report(job).startswith("**ptq**")
+    evaluated(run, "ptq", {"alpha": answers(0.6)}, limit=9)
+    assert "no report" in pipeline.report(job)
+    assert "alpha: limit None and 9" in pipeline.report(job)
 
 
 def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tmp_path: Path) -> None:
@@ -81,9 +91,9 @@ def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tm
     second = pipeline.distill(job_for(on_policy, tmp_path))
     assert {first.variant, second.variant} == {"lambda0_beta0_lr0.001_seed0", "lambda1_beta1_lr0.001_seed0"}
     pipeline.evaluate(job_for(on_policy, tmp_path))
-    rows = read_rows(job_for(smoke, tmp_path).run)
-    assert [row.model for row in rows] == ["teacher", "ptq", first.variant, second.variant]
-    assert [row.settings.get("lmbda") for row in rows] == [None, None, 0.0, 1.0]
+    rows = read_study([job_for(smoke, tmp_path).run]).models
+    assert [row.name for row in rows] == ["teacher", "ptq", first.variant, second.variant]
+    assert [row.settings.lmbda for row in rows] == [None, None, 0.0, 1.0]
     live = RolloutStore(job_for(smoke, tmp_path).run.variant(second.variant).rollouts)
     assert {rollout.policy_step for rollout in live.read()} == {0, 2, 4}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 
-TOGETHER = 32
+TOGETHER = 8
 """Tensors whose float32 gradients exist at once."""
 
 

@@ -14,6 +14,7 @@ from kdctl.distill.monitor import Outcome
 from kdctl.distill.recompute import set_checkpointing
 from kdctl.errors import PresetError, StoreError
 from kdctl.job import Job, versions
+from kdctl.memory import give_back
 from kdctl.metrics import PerDocument
 from kdctl.preset import Preset
 from kdctl.quant.apply import share_frozen
@@ -123,6 +124,7 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     set_checkpointing(ptq.model, job.preset.runtime.activation_checkpointing)
     trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
+    give_back()
 
     def tracker(resume_step: int) -> Tracker:
         if not job.processes.is_main:

@@ -4,16 +4,19 @@ from kdctl.stats.bootstrap import LEVEL, exponential, ratio, ratio_difference, r
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
-from kdctl.stats.repeats import compare_seeds, seeds
+from kdctl.stats.repeats import Repeated, average_seeds, compare_seeds, compare_seeds_average, seeds, widen
 
 __all__ = [
     "LEVEL",
     "Paired",
+    "Repeated",
     "Trio",
     "accuracy",
+    "average_seeds",
     "compare",
     "compare_average",
     "compare_seeds",
+    "compare_seeds_average",
     "exponential",
     "holm",
     "ratio",
@@ -22,4 +25,5 @@ __all__ = [
     "recovery_average",
     "removed",
     "seeds",
+    "widen",
 ]

@@ -5,7 +5,7 @@ samples, so Var(mean) = σ²_seed/S + σ²_item/N + σ²_residual/(S·N) (Miller
 variance in evaluation benchmarks", separate the same parts; mean squares as in Searle, Casella & McCulloch 1992).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 from kdctl.errors import DataError
 from kdctl.findings import SeedComparison, SeedSpread
 from kdctl.records import Estimate
+from kdctl.stats.averages import Task, averages, covariance, number_tasks, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
-from kdctl.stats.groups import Array, Labels, correctness, covariance, finite, grouping, quantile
+from kdctl.stats.groups import Array, Labels, correctness, finite, grouping, quantile
 from kdctl.stats.verdicts import EQUIVALENCE_LEVEL, MARGIN, decide, detectable, p_value, require_margin
 
 
@@ -62,21 +63,29 @@ class _Part:
     df: float
 
 
-def _seed_parts(answers: Array) -> list[_Part]:
-    """Return σ²_seed/S, 0 where its estimate is negative; nothing with one seed, which leaves it unknown."""
-    squares = _mean_squares(answers)
-    if squares is None:
-        return []
-    return [_Part(max(0.0, squares.seed - squares.residual) / answers.size, len(answers) - 1)]
+@dataclass(frozen=True)
+class _Setting:
+    """Answers of one setting's seeds to one or several tasks, (seeds, items) each, and the tasks' weights."""
 
+    answers: dict[str, Array]
+    weights: dict[str, float]
 
-def _item_part(means: Array, clusters: Labels | None, least: float) -> _Part:
-    """Return the variance of the mean of items' means (N,), clustered, which holds σ²_item/N and σ²_residual/(S·N).
+    @property
+    def by_seed(self) -> Array:
+        """The average accuracy of each seed, (seeds,)."""
+        return np.sum([self.weights[name] * answers.mean(1) for name, answers in self.answers.items()], axis=0)
 
-    ``least`` is the latter: where the item part's estimate is negative, nothing is taken off it.
-    """
-    index = grouping(clusters, len(means))
-    return _Part(max(float(covariance([means], index)[0, 0]), least), int(index.max()))
+    @property
+    def residual(self) -> float:
+        """σ²_residual/(S·N), summed over tasks."""
+        return sum(self.weights[name] ** 2 * _residual_part(answers) for name, answers in self.answers.items())
+
+    def seed_parts(self) -> list[_Part]:
+        """Return σ²_seed/S, 0 where its estimate is negative; nothing with one seed, which leaves it unknown."""
+        count = len(self.by_seed)
+        if count == 1:
+            return []
+        return [_Part(max(0.0, float(self.by_seed.var(ddof=1)) / count - self.residual), count - 1)]
 
 
 def _residual_part(answers: Array) -> float:
@@ -84,17 +93,35 @@ def _residual_part(answers: Array) -> float:
     return 0.0 if squares is None else squares.residual / answers.size
 
 
-def _interval(value: float, parts: list[_Part], items: int) -> Callable[[float], Estimate]:
+def _item_part(tasks: Sequence[Task], least: float) -> _Part:
+    """Return the variance of the average of items' means, clustered, which holds σ²_item/N and σ²_residual/(S·N).
+
+    ``least`` is the latter: where the item part's estimate is negative, nothing is taken off it.
+    """
+    groups = min(len(np.unique(task.groups)) for task in tasks)
+    return _Part(max(float(covariance(tasks)[0, 0]), least), groups - 1)
+
+
+def _tasks(
+    means: Mapping[str, Array], clusters: Mapping[str, Labels | None], weights: Mapping[str, float]
+) -> list[Task]:
+    for name, values in means.items():
+        grouping(clusters[name], len(values))
+    numbers = number_tasks({name: (len(values), clusters[name]) for name, values in means.items()})
+    return [Task(values[None], numbers[name], weights[name]) for name, values in means.items()]
+
+
+def _interval(value: float, parts: list[_Part], tasks: Sequence[Task]) -> Callable[[float], Estimate]:
     """Return the interval of a mean as a function of the level: √Σ (t·SE)², each part with its own t quantile.
 
     That is t with seeds − 1 where seeds make the error and nearly z where items do, as Cochran & Cox 1957 weigh the
     quantiles; Satterthwaite's degrees of freedom cover only 91 % with three seeds. It is never narrower than a score
-    interval is where all answers are equal, z²/(items + z²): see ``proportions.tango``.
+    interval is where all answers are equal, z²/(items + z²) of each task: see ``proportions.tango``.
     """
 
     def at(level: float) -> Estimate:
         z = quantile(level, np.inf)
-        half = z**2 / (items + z**2)
+        half = float(np.sqrt(sum((task.weight * z**2 / (task.columns.shape[1] + z**2)) ** 2 for task in tasks)))
         if all(np.isfinite(part.variance) for part in parts):
             half = max(half, float(np.sqrt(sum(quantile(level, part.df) ** 2 * part.variance for part in parts))))
         else:
@@ -108,6 +135,11 @@ def _variance(parts: list[_Part]) -> float:
     return sum(part.variance for part in parts)
 
 
+def _parts(setting: _Setting, clusters: Mapping[str, Labels | None]) -> tuple[list[_Part], list[Task]]:
+    tasks = _tasks({name: answers.mean(0) for name, answers in setting.answers.items()}, clusters, setting.weights)
+    return [*setting.seed_parts(), _item_part(tasks, setting.residual)], tasks
+
+
 def seeds(matrix: ArrayLike, clusters: Labels | None = None) -> SeedSpread:
     """Estimate the accuracy of a setting from (seeds, items) answers, and how much of its error each part makes.
 
@@ -117,8 +149,8 @@ def seeds(matrix: ArrayLike, clusters: Labels | None = None) -> SeedSpread:
     answers = _matrix(matrix, "matrix")
     count, items = answers.shape
     squares = _mean_squares(answers)
-    parts = [*_seed_parts(answers), _item_part(answers.mean(0), clusters, _residual_part(answers))]
-    estimate = _interval(float(answers.mean()), parts, items)(LEVEL)
+    parts, tasks = _parts(_Setting({"": answers}, {"": 1.0}), {"": clusters})
+    estimate = _interval(float(answers.mean()), parts, tasks)(LEVEL)
     raw: dict[Literal["seed", "item"], float] = {}
     if squares is not None:
         raw = {"seed": (squares.seed - squares.residual) / items, "item": (squares.item - squares.residual) / count}
@@ -134,6 +166,43 @@ def seeds(matrix: ArrayLike, clusters: Labels | None = None) -> SeedSpread:
     )
 
 
+def average_seeds(
+    matrices: Mapping[str, ArrayLike],
+    clusters: Mapping[str, Labels | None],
+    weights: Mapping[str, float] | None = None,
+) -> tuple[Estimate, float | None]:
+    """Estimate the average over tasks of a setting's accuracies with its standard error, as ``seeds`` does one task.
+
+    ``matrices`` are (seeds, items), the same seeds in the same order. The standard error is None where it is unknown.
+    """
+    setting = _Setting(
+        {name: _matrix(values, name) for name, values in matrices.items()}, resolve_weights(list(matrices), weights)
+    )
+    parts, tasks = _parts(setting, clusters)
+    return _interval(float(setting.by_seed.mean()), parts, tasks)(LEVEL), finite(_variance(parts))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Answers of two settings' seeds to the same items, (seeds, items) each; ``clusters`` as in ``Paired``.
+
+    Raises DataError on other shapes and on unequal items.
+    """
+
+    a: ArrayLike
+    b: ArrayLike
+    clusters: Labels | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse answers that cannot be paired."""
+        first, second = _matrix(self.a, "a"), _matrix(self.b, "b")
+        if first.shape[1] != second.shape[1]:
+            raise DataError(
+                f"a has {first.shape[1]} items and b {second.shape[1]}, but only answers to the same items can be "
+                "paired. Compare the items that both have, in the same order."
+            )
+
+
 def compare_seeds(a: ArrayLike, b: ArrayLike, clusters: Labels | None = None, margin: float = MARGIN) -> SeedComparison:
     """Compare two settings, (seeds, items) each, on the same items; the difference is b − a.
 
@@ -142,30 +211,61 @@ def compare_seeds(a: ArrayLike, b: ArrayLike, clusters: Labels | None = None, ma
     nothing for its seeds, which the words say.
     Raises DataError on unequal items, on other shapes, and on a margin outside (0, 1).
     """
+    return compare_seeds_average({"": Repeated(a, b, clusters)}, margin=margin)
+
+
+def compare_seeds_average(
+    pairs: Mapping[str, Repeated],
+    weights: Mapping[str, float] | None = None,
+    margin: float = MARGIN,
+    fixed: bool = False,
+) -> SeedComparison:
+    """Compare two settings on the average of several tasks; every task has the same seeds in the same order.
+
+    The seeds' part is the variance between the seeds' averages less what the items leave in it, so that a seed that is
+    good at every task counts as one; the items' part is that of ``averages``. ``fixed``: a is one model that no seed
+    made, and its single row says nothing less. Raises DataError as ``compare_seeds`` and ``compare_average`` do.
+    """
     require_margin(margin)
-    first, second = _matrix(a, "a"), _matrix(b, "b")
-    if first.shape[1] != second.shape[1]:
-        raise DataError(
-            f"a has {first.shape[1]} items and b {second.shape[1]}, but only answers to the same items can be paired. "
-            "Compare the items that both have, in the same order."
-        )
-    means, items = second.mean(0) - first.mean(0), first.shape[1]
-    least = _residual_part(first) + _residual_part(second)
-    parts = [*_seed_parts(first), *_seed_parts(second), _item_part(means, clusters, least)]
-    interval = _interval(float(means.mean()), parts, items)
+    chosen = resolve_weights(list(pairs), weights)
+    first = _Setting({name: _matrix(pair.a, "a") for name, pair in pairs.items()}, chosen)
+    second = _Setting({name: _matrix(pair.b, "b") for name, pair in pairs.items()}, chosen)
+    means = {name: second.answers[name].mean(0) - first.answers[name].mean(0) for name in pairs}
+    tasks = _tasks(means, {name: pair.clusters for name, pair in pairs.items()}, chosen)
+    parts = [*first.seed_parts(), *second.seed_parts(), _item_part(tasks, first.residual + second.residual)]
+    interval = _interval(float(averages(tasks)[0]), parts, tasks)
     difference, inner, p = interval(LEVEL), interval(EQUIVALENCE_LEVEL), p_value(interval)
     verdict, words = decide(difference, inner, p, margin)
-    spreads = (seeds(first), seeds(second))
-    unknown = any(spread.seed_variance is None for spread in spreads)
+    counts, variances = (len(first.by_seed), len(second.by_seed)), [_seed_variance(one) for one in (first, second)]
+    unknown = variances[1] is None or (variances[0] is None and not fixed)
     return SeedComparison(
         difference=difference,
         standard_error=finite(_variance(parts)),
         p=p,
         margin=margin,
         mde=detectable(difference),
-        items=items,
+        items=sum(len(values) for values in means.values()),
         verdict=verdict,
         words=words + ("; one seed does not show how much other seeds differ" if unknown else ""),
-        seeds=(len(first), len(second)),
-        seed_variances=(spreads[0].seed_variance, spreads[1].seed_variance),
+        seeds=counts,
+        seed_variances=(variances[0], variances[1]),
+    )
+
+
+def _seed_variance(setting: _Setting) -> float | None:
+    return next((part.variance * len(setting.by_seed) for part in setting.seed_parts()), None)
+
+
+def widen(estimate: Estimate, values: Sequence[float]) -> Estimate:
+    """Add the variance of the mean of several seeds' values to an interval over documents, as ``_interval`` adds parts.
+
+    The seeds' variance holds a share of the documents' too, which makes the interval wider, not narrower. One seed adds
+    nothing, because its variance is unknown.
+    """
+    if len(values) < 2:
+        return estimate
+    half = quantile(LEVEL, len(values) - 1) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
+    low = estimate.value - float(np.hypot(estimate.value - estimate.low, half))
+    return Estimate(
+        value=estimate.value, low=low, high=estimate.value + float(np.hypot(estimate.high - estimate.value, half))
     )

@@ -5,6 +5,7 @@ import pytest
 import statsmodels.api as sm
 from scipy.stats import norm
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from kdctl.errors import DataError
 from kdctl.findings import Comparison
@@ -190,6 +191,12 @@ def test_holm_by_hand() -> None:
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1, "b": 1}
     assert holm({"a": 0.02}) == {"a": 0.02}
     assert holm({}) == {}
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    values = np.random.default_rng(11).random(40) ** 4
+    expected = multipletests(values, method="holm")[1]
+    assert list(holm({str(index): value for index, value in enumerate(values)}).values()) == pytest.approx(expected)
 
 
 def test_pairs_are_pairs() -> None:

@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import norm
 
 from kdctl.errors import DataError
-from kdctl.stats import Paired, compare, compare_seeds, seeds
+from kdctl.records import Estimate
+from kdctl.stats import Paired, Repeated, average_seeds, compare, compare_seeds, compare_seeds_average, seeds, widen
 
 SEED_SD, RESIDUAL_SD = 0.3, 0.4
 
@@ -130,3 +131,46 @@ def test_shapes_are_seeds_by_items() -> None:
         seeds([1, 0, 1])
     with pytest.raises(DataError, match="a has 2 items and b 3"):
         compare_seeds([[1, 0]], [[1, 0, 1]])
+
+
+def test_an_average_of_one_task_is_that_task() -> None:
+    random = np.random.default_rng(8)
+    first, second = (answers(random, count, random.normal(0.5, 1, 90)) for count in (3, 2))
+    apart = compare_seeds(first, second)
+    assert compare_seeds_average({"only": Repeated(first, second)}) == apart
+    assert average_seeds({"only": first}, {"only": None})[0] == seeds(first).accuracy
+    assert average_seeds({"only": first}, {"only": None})[1] == seeds(first).standard_error
+
+
+def test_averages_cover_where_a_seed_is_good_at_every_task() -> None:
+    """A seed's effect is common to both tasks, so it does not average out over them."""
+    random = np.random.default_rng(9)
+    hits = 0
+    for _ in range(250):
+        common = random.normal(0, SEED_SD, (2, 3, 1))
+        drawn = [answers_of(random, common, random.normal(0.5, 1, 200)) for _ in range(2)]
+        pairs = {str(task): Repeated(*both) for task, both in enumerate(drawn)}
+        found = compare_seeds_average(pairs).difference
+        hits += found.low <= 0 <= found.high
+    assert hits / 250 >= 0.91
+
+
+def answers_of(random: np.random.Generator, common: np.ndarray, ability: np.ndarray) -> np.ndarray:
+    """Draw (settings, seeds, items) answers whose seeds' effects are given."""
+    return ability + common + random.normal(0, RESIDUAL_SD, (*common.shape[:2], len(ability))) > 0
+
+
+def test_seeds_widen_an_interval_over_documents_by_their_own() -> None:
+    estimate = Estimate(value=1.0, low=0.9, high=1.2)
+    assert widen(estimate, [1.0]) == estimate
+    assert widen(estimate, [1.0, 1.0]).high == pytest.approx(1.2)
+    found = widen(estimate, [0.9, 1.1])  # standard error 0.1, t with 1 degree of freedom 12.706
+    assert (found.high - 1, 1 - found.low) == pytest.approx((np.hypot(0.2, 1.2706), np.hypot(0.1, 1.2706)), rel=1e-4)
+
+
+def test_a_fixed_model_has_no_other_seeds_to_speak_of() -> None:
+    random = np.random.default_rng(10)
+    one, three = (answers(random, count, random.normal(0.5, 1, 90)) for count in (1, 3))
+    pair = {"task": Repeated(one, three)}
+    assert "one seed does not show" in compare_seeds_average(pair).words
+    assert "one seed does not show" not in compare_seeds_average(pair, fixed=True).words

@@ -1,0 +1,1 @@
+"""What a study says: tables with error bars, comparisons and verdicts."""

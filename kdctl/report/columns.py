@@ -1,0 +1,182 @@
+"""Columns of result tables: settings, accuracies, distances, with marks of what differs and what is best (layer 2)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kdctl import stats
+from kdctl.report.contrasts import (
+    SIGNIFICANT,
+    Contrasts,
+    Found,
+    Judged,
+    Measure,
+    Row,
+    baseline,
+    differs,
+    judge,
+    per_token,
+    per_token_difference,
+    rows_of,
+)
+from kdctl.report.tables import Block, Cell, Column, Style
+from kdctl.study import Kind, Study
+
+AVERAGE = "average"
+TIED = "≈"
+BASELINES: dict[Kind, str] = {"ptq": "P", "teacher": "T"}
+ARROWS = {"better": "↑", "worse": "↓", "equivalent": "="}
+SETTINGS: dict[str, tuple[str, Style]] = {
+    "lmbda": ("λ", "number"),
+    "beta": ("β", "number"),
+    "lr": ("lr", "number"),
+    "steps": ("steps", "number"),
+    "batch_size": ("batch size", "number"),
+    "max_new_tokens": ("rollout length", "number"),
+    "train": ("trains", "text"),
+    "rank": ("rank", "number"),
+    "method": ("method", "text"),
+    "grid": ("grid", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a column of results is ranked by."""
+
+    key: str
+    column: Column
+    tasks: tuple[str, ...] = ()
+    measure: Measure | None = None
+
+
+class Results:
+    """A study's rows and everything that is compared in one table of them."""
+
+    def __init__(self, study: Study, contrasts: Contrasts, rows: Sequence[Row] | None = None):
+        self.study, self.contrasts = study, contrasts
+        self.all_rows = rows_of(study)
+        self.rows = self.all_rows if rows is None else list(rows)
+        self.tasks = tuple(study.tasks)
+        self.averages = judge(self._family([self.tasks]))
+        self.single = judge(self._family([(task,) for task in self.tasks] if len(self.tasks) > 1 else []))
+
+    def _family(self, parts: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Found | None]:
+        return {
+            (row.name, kind, *part): self.contrasts.over(base, row, part)
+            for row in self.rows
+            if row.kind != "teacher"
+            for kind in BASELINES
+            if (base := baseline(self.study, self.all_rows, row, kind)) is not None
+            for part in parts
+        }
+
+    def judged(self, row: Row, kind: Kind, tasks: Sequence[str]) -> Judged | None:
+        """Return the comparison of a row with its baseline on one task or on the average of all."""
+        family = self.averages if tuple(tasks) == self.tasks else self.single
+        return family.get((row.name, kind, *tasks))
+
+    @property
+    def scales(self) -> list[Scale]:
+        """List the columns of results: every task, their average, KL and held-out perplexity."""
+        found = [Scale(task, Column(task, task.removesuffix("_offline"), "percent"), (task,)) for task in self.tasks]
+        if len(found) > 1:
+            found.append(Scale(AVERAGE, Column(AVERAGE, "average", "percent"), self.tasks))
+        found.append(Scale("forward_kl", Column("forward_kl", "KL to teacher [95 %]", "kl"), measure="forward_kl"))
+        return [*found, Scale("perplexity", Column("perplexity", "perplexity", "perplexity"), measure="nll")]
+
+    def cell(self, row: Row, scale: Scale) -> Cell:
+        """Write a row's result with the marks of what it differs from."""
+        if scale.measure is None:
+            return replace(accuracy_cell(row, scale.tasks), marks=self._accuracy_marks(row, scale.tasks))
+        if row.kind == "teacher" and scale.measure == "forward_kl":
+            return Cell()
+        marks = tuple(self._distance_marks(row, scale.measure)) if row.kind != "teacher" else ()
+        return replace(distance_cell(row, scale.measure), marks=marks)
+
+    def _accuracy_marks(self, row: Row, tasks: Sequence[str]) -> tuple[str, ...]:
+        judged = [(letter, self.judged(row, kind, tasks)) for kind, letter in BASELINES.items()]
+        return tuple(letter + ARROWS[one.verdict] for letter, one in judged if one and one.verdict in ARROWS)
+
+    def _distance_marks(self, row: Row, measure: Measure) -> Sequence[str]:
+        """Mark a lower (better) or higher KL or perplexity; KL to the teacher is 0 for the teacher itself."""
+        marks = []
+        for kind, letter in BASELINES.items():
+            base = baseline(self.study, self.all_rows, row, kind)
+            if base is None or (kind == "teacher" and measure == "forward_kl"):
+                continue
+            difference = per_token_difference(base, row, measure)
+            if difference is not None and differs(difference):
+                marks.append(letter + ("↑" if difference.value < 0 else "↓"))
+        return marks
+
+    def ranked(self, rows: Sequence[Row], scale: Scale) -> Mapping[str, Cell]:
+        """Write one column of a block, the best student in bold or the best ones marked as tied."""
+        cells = {row.name: self.cell(row, scale) for row in rows}
+        students = [row for row in rows if row.kind != "teacher" and isinstance(cells[row.name].value, float)]
+        if len(students) < 2:
+            return cells
+        sign = -1 if scale.measure else 1
+        best, *others = sorted(students, key=lambda row: -sign * float(cells[row.name].value or 0))
+        tied = self._tied(best, others, scale)
+        if tied is None:
+            return cells
+        if not tied:
+            return cells | {best.name: replace(cells[best.name], bold=True)}
+        for row in [best, *tied]:
+            cells[row.name] = replace(cells[row.name], marks=(*cells[row.name].marks, TIED))
+        return cells
+
+    def _tied(self, best: Row, others: Sequence[Row], scale: Scale) -> list[Row] | None:
+        """List the rows that cannot be told from the best; None where that cannot be known."""
+        if scale.measure is not None:
+            found = [per_token_difference(best, row, scale.measure) for row in others]
+            tied = [row for row, one in zip(others, found, strict=True) if not differs(one)]
+            return None if None in found else tied
+        judged = judge({(row.name,): self.contrasts.over(best, row, scale.tasks) for row in others})
+        tied = [row for row in others if (one := judged.get((row.name,))) and one.p_holm >= SIGNIFICANT]
+        return tied if len(judged) == len(others) else None
+
+
+def accuracy_cell(row: Row, tasks: Sequence[str]) -> Cell:
+    """Write an accuracy ± one standard error: of one task, or the average of several; of items where they are kept."""
+    if not all(task in model.scores for model in row.models for task in tasks):
+        return Cell()
+    answers = {task: found for task in tasks if (found := row.answers(task)) is not None}
+    if len(answers) == len(tasks):
+        estimate, error = stats.average_seeds(answers, {task: row.clusters(task) for task in tasks})
+        return Cell(estimate.value, error)
+    value = float(np.mean([[model.scores[task].value for task in tasks] for model in row.models]))
+    errors = [row.models[0].scores[task].standard_error for task in tasks]
+    known = [error for error in errors if error is not None]
+    single = len(row.models) == 1 and len(known) == len(tasks)
+    return Cell(value, float(np.hypot.reduce(known)) / len(tasks) if single else None)
+
+
+def distance_cell(row: Row, measure: Measure) -> Cell:
+    """Write KL with its interval, or perplexity; as measured when the model was made where documents are not kept."""
+    found = per_token(row, measure)
+    summary = row.models[0].distribution if len(row.models) == 1 else None
+    if measure == "nll":
+        value = float(np.exp(found.value)) if found else summary.perplexity.value if summary else None
+        return Cell(value)
+    estimate = found or (summary.forward_kl if summary else None)
+    return Cell(estimate.value, low=estimate.low, high=estimate.high) if estimate else Cell()
+
+
+def block(results: Results, heading: str, rows: Sequence[Row], own: Sequence[Callable[[Row], Cell]]) -> Block:
+    """Put rows together: what is their own (name, settings), then results ranked among them."""
+    ranked = [results.ranked(rows, scale) for scale in results.scales]
+    return Block(heading, tuple((*(make(row) for make in own), *(cells[row.name] for cells in ranked)) for row in rows))
+
+
+def setting_column(name: str) -> Column:
+    """Describe the column of one setting."""
+    label, style = SETTINGS[name]
+    return Column(name, label, style)
+
+
+def setting_cell(row: Row, name: str) -> Cell:
+    """Write one setting of a row."""
+    return Cell(vars(row.settings)[name])

@@ -1,0 +1,177 @@
+"""Rows of a report and their differences: a setting's seeds against a baseline's, item by item (layer 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdctl import stats
+from kdctl.findings import Comparison, SeedComparison
+from kdctl.records import Estimate
+from kdctl.samples import Documents
+from kdctl.stats import Paired, Repeated
+from kdctl.study import Kind, Model, Settings, Study
+
+Found = Comparison | SeedComparison
+Measure = Literal["forward_kl", "nll"]
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a model, or several seeds of one setting."""
+
+    name: str
+    models: tuple[Model, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What the models are."""
+        return self.models[0].kind
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the models have in common; no seed where they have several."""
+        first = self.models[0].settings
+        return first if len(self.models) == 1 else replace(first, seed=None)
+
+    def answers(self, task: str) -> NDArray[np.bool_] | None:
+        """Right and wrong answers, (seeds, items); None where any model's items are missing."""
+        found = [items.correct for model in self.models if (items := model.items(task)) is not None]
+        return np.stack(found) if len(found) == len(self.models) else None
+
+    def clusters(self, task: str) -> list[str] | None:
+        """Label items with their subject, apart from those of other tasks; None where items are independent."""
+        items = self.models[0].items(task)
+        labels = items.clusters if items is not None else None
+        return None if labels is None else [f"{task}/{label}" for label in labels]
+
+    @property
+    def documents(self) -> list[Documents]:
+        """Held-out documents of every model; empty where any model's are missing."""
+        found = [model.documents for model in self.models if model.documents is not None]
+        return found if len(found) == len(self.models) else []
+
+
+def rows_of(study: Study) -> list[Row]:
+    """Make one row of each setting, in the order of the study."""
+    groups = study.settings_groups()
+    names = [_name(group, [model.key for model in group]) for group in groups]
+    full = [_name(group, [model.name for model in group]) for group in groups]
+    unique = [name if names.count(name) == 1 else other for name, other in zip(names, full, strict=True)]
+    return [Row(name, tuple(group)) for name, group in zip(unique, groups, strict=True)]
+
+
+def _name(group: Sequence[Model], names: Sequence[str]) -> str:
+    """Name several seeds after what their names have in common, if that is all but the seed."""
+    if len(group) == 1:
+        return group[0].name
+    seeds = [str(model.settings.seed) for model in group]
+    stripped = {name.replace(f"_seed{seed}", "") for name, seed in zip(names, seeds, strict=True)}
+    common = stripped.pop() if len(stripped) == 1 else " + ".join(names)
+    return f"{common} (seeds {', '.join(seeds)})"
+
+
+def baseline(study: Study, rows: Sequence[Row], row: Row, kind: Kind) -> Row | None:
+    """Return the row of the teacher or the PTQ student that a row came from."""
+    found = study.baseline(row.models[0], kind)
+    return next((one for one in rows if found is not None and one.models[0] is found), None)
+
+
+class Contrasts:
+    """Differences row − base, each computed once; None where items or documents that it needs are missing."""
+
+    def __init__(self, margin: float):
+        self.margin = margin
+        self._found: dict[tuple[str, str, tuple[str, ...]], Found | None] = {}
+
+    def over(self, base: Row, row: Row, tasks: Sequence[str]) -> Found | None:
+        """Compare two rows on one task, or on the unweighted average of several."""
+        key = (base.name, row.name, tuple(tasks))
+        if key not in self._found:
+            self._found[key] = self._compare(base, row, tasks)
+        return self._found[key]
+
+    def _compare(self, base: Row, row: Row, tasks: Sequence[str]) -> Found | None:
+        pairs = {}
+        for task in tasks:
+            first, second = base.answers(task), row.answers(task)
+            if first is None or second is None:
+                return None
+            pairs[task] = Repeated(first, second, row.clusters(task))
+        if not pairs:
+            return None
+        if len(base.models) > 1 or len(row.models) > 1:
+            return stats.compare_seeds_average(pairs, margin=self.margin, fixed=base.kind != "variant")
+        single = {
+            task: Paired(np.asarray(pair.a)[0], np.asarray(pair.b)[0], pair.clusters) for task, pair in pairs.items()
+        }
+        return stats.compare_average(single, margin=self.margin)
+
+
+def per_token(row: Row, measure: Measure) -> Estimate | None:
+    """Estimate a row's KL or negative log-likelihood per held-out token, with an interval over documents and seeds."""
+    documents = row.documents
+    if not documents:
+        return None
+    sums = np.mean([vars(one)[measure] for one in documents], axis=0)
+    each = [vars(one)[measure].sum() / one.tokens.sum() for one in documents]
+    return stats.widen(stats.ratio(sums, documents[0].tokens), each)
+
+
+def per_token_difference(base: Row, row: Row, measure: Measure) -> Estimate | None:
+    """Estimate the difference row − base per held-out token, paired over documents, with the variance of seeds."""
+    first, second = base.documents, row.documents
+    if not first or not second:
+        return None
+    before, after = (np.mean([vars(one)[measure] for one in part], axis=0) for part in (first, second))
+    found = stats.ratio_difference(before, after, first[0].tokens)
+    for part in (first, second):
+        found = stats.widen(found, [vars(one)[measure].sum() / one.tokens.sum() for one in part])
+    return found
+
+
+def differs(estimate: Estimate | None) -> bool:
+    """Tell whether an interval of a difference leaves out 0."""
+    return estimate is not None and (estimate.low > 0 or estimate.high < 0)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison as one of several: its verdict after Holm's correction."""
+
+    found: Found
+    p_holm: float
+    family: int
+    """Comparisons that it was corrected for."""
+
+    @property
+    def lost(self) -> bool:
+        """Tell whether only the correction keeps it from being a difference."""
+        return self.found.verdict in ("better", "worse") and self.p_holm >= SIGNIFICANT
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, equivalent or cannot tell."""
+        return "cannot tell" if self.lost else self.found.verdict
+
+    @property
+    def words(self) -> str:
+        """The verdict as a clause."""
+        if not self.lost:
+            return self.found.words
+        return (
+            f"cannot tell: {100 * self.found.difference.value:+.2f} points would be a difference alone (p = "
+            f"{self.found.p:.3f}), not as one of {self.family} comparisons (Holm's p = {self.p_holm:.3f})"
+        )
+
+
+def judge(family: dict[tuple[str, ...], Found | None]) -> dict[tuple[str, ...], Judged]:
+    """Correct a family of comparisons for being several."""
+    known = {key: found for key, found in family.items() if found is not None}
+    keys = {"\x1f".join(key): key for key in known}
+    adjusted = stats.holm({text: known[key].p for text, key in keys.items()})
+    return {key: Judged(known[key], adjusted[text], len(known)) for text, key in keys.items()}

@@ -1,0 +1,177 @@
+"""The tables behind the verdicts: every comparison, distances, recovery, seeds (layer 2)."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kdctl import stats
+from kdctl.findings import Comparison, Recovery
+from kdctl.records import Estimate
+from kdctl.report.columns import AVERAGE, BASELINES, Results
+from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
+from kdctl.report.tables import Block, Cell, Column, Table
+from kdctl.stats import Trio
+from kdctl.study import Kind
+
+NAMES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "teacher"}
+
+
+def _estimate(found: Estimate | None) -> Cell:
+    return Cell(found.value, low=found.low, high=found.high) if found else Cell()
+
+
+def _parts(results: Results) -> list[tuple[str, tuple[str, ...]]]:
+    """Name the average, where there is one, and every task."""
+    average = [(AVERAGE, results.tasks)] if len(results.tasks) > 1 else []
+    return [*average, *((task, (task,)) for task in results.tasks)]
+
+
+def comparisons(results: Results) -> Table:
+    """List every comparison with its baseline, and the single seeds of rows that have several."""
+    rows = []
+    for row in results.rows:
+        for kind in BASELINES if row.kind != "teacher" else ():
+            for name, tasks in _parts(results):
+                judged = results.judged(row, kind, tasks)
+                if judged:
+                    rows.append(_comparison(row.name, kind, name, judged.found, judged))
+                    rows += _seeds(results, row, kind, name, tasks)
+    columns = (
+        Column("model", "model"),
+        Column("baseline", "against"),
+        Column("task", "on"),
+        Column("difference", "difference, points [95 %]", "points"),
+        Column("p", "p", "p"),
+        Column("p_holm", "Holm's p", "p"),
+        Column("p_mcnemar", "McNemar's exact p", "p"),
+        Column("harmful", "harmful flips", "number"),
+        Column("beneficial", "beneficial flips", "number"),
+        Column("flip_rate", "flip rate, %", "percent"),
+        Column("mde", "detectable, points", "percent"),
+        Column("verdict", "verdict"),
+    )
+    notes = (
+        f"Paired by item. Detectable: the true difference that is seen with 80 % power at two-sided 5 %. Equivalent: "
+        f"two one-sided tests at 5 % within ±{100 * results.contrasts.margin:g} points. Holm's p is corrected for "
+        f"{len(results.averages)} comparisons of averages and, apart from them, {len(results.single)} of single tasks; "
+        "equivalence is not corrected. Harmful: right before and wrong now.",
+    )
+    return Table("comparisons", "Comparisons, item by item", columns, (Block("", tuple(rows)),), notes)
+
+
+def _comparison(name: str, kind: Kind, task: str, found: Found, judged: Judged | None) -> tuple[Cell, ...]:
+    difference, flips = _estimate(found.difference), [Cell()] * 4
+    if isinstance(found, Comparison):
+        flips = [Cell(value) for value in (found.p_mcnemar, found.harmful, found.beneficial, found.flip_rate)]
+    words = judged.words if judged else "one of the seeds above"
+    p_holm = judged.p_holm if judged else None
+    names = [Cell(text) for text in (name, NAMES[kind], task)]
+    return (*names, difference, Cell(found.p), Cell(p_holm), *flips, Cell(found.mde), Cell(words))
+
+
+def _seeds(results: Results, row: Row, kind: Kind, name: str, tasks: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
+    """Compare each seed alone, for its flips; no verdict is taken from it."""
+    base = baseline(results.study, results.all_rows, row, kind)
+    for model in row.models if len(row.models) > 1 and base else ():
+        found = results.contrasts.over(base, Row(model.name, (model,)), tasks) if base else None
+        if found:
+            yield _comparison(model.name, kind, name, found, None)
+
+
+def distances(results: Results) -> Table:
+    """List how far each student is from the teacher per held-out token, against its PTQ student."""
+    rows = []
+    for row in results.rows:
+        base = baseline(results.study, results.all_rows, row, "ptq")
+        if row.kind == "teacher" or base is None:
+            continue
+        kl, nll = (per_token_difference(base, row, measure) for measure in ("forward_kl", "nll"))
+        rows.append((Cell(row.name), _estimate(kl), _estimate(removed(base, row)), _estimate(nll)))
+    columns = (
+        Column("model", "model"),
+        Column("forward_kl_difference", "KL to teacher, less the PTQ student's [95 %]", "kl"),
+        Column("removed", "share of KL removed [95 %]", "share"),
+        Column("nll_difference", "−log likelihood, less the PTQ student's [95 %]", "kl"),
+    )
+    note = "Nats a token, paired over held-out documents (percentile bootstrap); not corrected for being several."
+    return Table("distances", "Distance to the teacher", columns, (Block("", tuple(rows)),), (note,))
+
+
+def removed(base: Row, row: Row) -> Estimate | None:
+    """Estimate 1 − KL(row)/KL(base), over documents and seeds; None where documents are missing."""
+    before, after = base.documents, row.documents
+    if not before or not after:
+        return None
+    old = np.mean([one.forward_kl for one in before], axis=0)
+    new = np.mean([one.forward_kl for one in after], axis=0)
+    shares = [1 - one.forward_kl.sum() / old.sum() for one in after]
+    return stats.widen(stats.removed(new, old), shares)
+
+
+def recovery_of(results: Results, row: Row, tasks: Sequence[str]) -> Recovery | None:
+    """Estimate (student − PTQ) / (teacher − PTQ) of one model on one task or the average of several."""
+    ptq = baseline(results.study, results.all_rows, row, "ptq")
+    teacher = baseline(results.study, results.all_rows, row, "teacher")
+    if ptq is None or teacher is None or not tasks:
+        return None
+    trios = {}
+    for task in tasks:
+        found = [one.answers(task) for one in (row, ptq, teacher)]
+        if any(answers is None for answers in found):
+            return None
+        student, before, best = (np.asarray(answers)[0] for answers in found)
+        trios[task] = Trio(student, before, best, row.clusters(task))
+    return stats.recovery_average(trios)
+
+
+def recoveries(results: Results) -> Table:
+    """List how much of what quantization lost each variant won back; single seeds apart."""
+    rows = []
+    for row in results.rows:
+        for model in row.models if row.kind in ("variant", "foreign") else ():
+            for name, tasks in _parts(results):
+                found = recovery_of(results, Row(model.name, (model,)), tasks)
+                if found:
+                    cells = (_estimate(found.estimate), _estimate(found.bootstrap))
+                    rows.append((Cell(model.name), Cell(name), *cells, Cell(found.reason)))
+    columns = (
+        Column("model", "model"),
+        Column("task", "on"),
+        Column("recovery", "recovered [95 %, Fieller]", "share"),
+        Column("bootstrap", "[95 %, bootstrap]", "share"),
+        Column("reason", "why there is no share"),
+    )
+    note = "(student − PTQ) / (teacher − PTQ), in accuracy; over items, one seed at a time."
+    return Table("recovery", "Recovered accuracy", columns, (Block("", tuple(rows)),), (note,))
+
+
+def spreads(results: Results) -> Table:
+    """List where the variation of settings with several seeds comes from."""
+    rows = []
+    for row in results.rows:
+        for task in results.tasks if len(row.models) > 1 else ():
+            answers = row.answers(task)
+            if answers is None:
+                continue
+            found = stats.seeds(answers, row.clusters(task))
+            parts = (found.seed_variance, found.item_variance, found.residual_variance)
+            deviations = [Cell(None if part is None else float(np.sqrt(part))) for part in parts]
+            names = (Cell(row.name), Cell(task), Cell(found.seeds))
+            rows.append((*names, Cell(found.accuracy.value, found.standard_error), *deviations))
+    columns = (
+        Column("model", "setting"),
+        Column("task", "on"),
+        Column("seeds", "seeds", "number"),
+        Column("accuracy", "accuracy, %", "percent"),
+        Column("seed_sd", "σ between seeds, points", "percent"),
+        Column("item_sd", "σ between items, points", "percent"),
+        Column("residual_sd", "σ of the rest, points", "percent"),
+    )
+    note = "Two-way random effects; a part whose estimate is negative is 0."
+    return Table("seeds", "Several seeds of one setting", columns, (Block("", tuple(rows)),), (note,))
+
+
+def detail_tables(results: Results) -> list[Table]:
+    """Return the tables behind the verdicts that have any row."""
+    made = [comparisons(results), distances(results), recoveries(results), spreads(results)]
+    return [table for table in made if table.rows]
