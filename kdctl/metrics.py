@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -113,8 +114,9 @@ def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress |
 
 @torch.inference_mode()
 def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) -> PerDocument:
-    sequences = zip(*(tensor.split(heads.chunk) for tensor in (student, teacher, batch.targets())), strict=True)
-    values = torch.cat([column for part in sequences for column in _columns(*part, heads)], -1).double()  # (5, N)
+    hidden, wanted, targets = (tensor.split(heads.chunk) for tensor in (student, teacher, batch.targets()))
+    parts = [_columns(*part, heads) for part in zip(hidden, wanted, targets, strict=True)]
+    values = torch.cat(list(chain.from_iterable(parts)), -1).double()  # (5, N)
     counts = torch.tensor(batch.counts)
     document = torch.repeat_interleave(torch.arange(len(counts)), counts).to(values.device)
     sums = values.new_zeros(len(values), len(counts)).index_add_(1, document, values)

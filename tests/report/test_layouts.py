@@ -125,7 +125,7 @@ def test_kl_on_what_a_student_wrote_itself_has_a_column_of_its_own(tmp_path: Pat
     cells = [row[place] for block in table.blocks for row in block.rows]
     assert [cell.value for cell in cells] == [None, 0.7, 0.3]
     assert cells[2].low == pytest.approx(0.27)
-    assert "0.3000 [0.2700, 0.3300]" in markdown(table)
+    assert "0.3000 [0.2700, 0.3300]" in markdown([table])
 
 
 def test_the_legend_states_margin_and_correction(tmp_path: Path) -> None:
