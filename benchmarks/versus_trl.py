@@ -45,6 +45,7 @@ class Case:
 
     def run(self, folder: Path) -> None:
         """Run once, in ``folder``, and note the mean step and the peak resident memory."""
+        os.sync()  # or what the run before it wrote would be written during this one
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             process = subprocess.Popen(self.command, cwd=folder, stdout=out, stderr=err)
             _, status, usage = os.wait4(process.pid, 0)
