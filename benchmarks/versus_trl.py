@@ -12,6 +12,7 @@ costs. Tables have medians over rounds. Run it on an idle machine: any other bus
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from kdctl.resolve import load_preset
 from kdctl.tracking import read_metrics
 
 BATCH, MAX_TOKENS, NEW_TOKENS = 4, 256, 64
+PROMPT_TOKENS = MAX_TOKENS - 32
 SHORT, LONG = 128, 1024
 Settings = dict[str, object]
 
@@ -72,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSON lines with messages that end with an answer")
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only memory per token")
     parser.add_argument("--slope-rounds", type=int, default=1, help="rounds of the rows about memory per token")
     return parser.parse_args()
 
@@ -101,7 +103,7 @@ def _fitting(job: Job, data: Path) -> list[list[dict[str, str]]]:
             len(job.tokenizer.apply_chat_template(part, tokenize=True, add_generation_prompt=start)["input_ids"])
             for part, start in ((messages[:-1], True), (messages, False))
         )
-        if prompt < MAX_TOKENS - 32 and 32 <= whole - prompt < MAX_TOKENS:
+        if prompt < PROMPT_TOKENS and 32 <= whole - prompt < MAX_TOKENS:
             kept.append(messages)
         if len(kept) == 200:
             return kept
@@ -135,7 +137,7 @@ class Bench:
         """Describe a kdctl run; settings: distill fields, and any other as section__field."""
         sets: Settings = {
             "prompts.train": str(self.folder / "data.jsonl"),
-            "prompts.max_prompt_tokens": MAX_TOKENS - 32,
+            "prompts.max_prompt_tokens": PROMPT_TOKENS,
             "rollout.max_new_tokens": MAX_TOKENS,
             "rollout.num_prompts": 200,
             "distill.off_policy_source": "dataset",
@@ -155,10 +157,12 @@ class Bench:
 
     def _run(self, variant: str, sets: Settings) -> Path:
         """Give other data or other completion lengths a run folder of their own, with the same student in it."""
-        key = f"{sets['prompts.train']}{sets['rollout.max_new_tokens']}"
+        key = f"{sets['prompts.train']}{sets['prompts.max_prompt_tokens']}{sets['rollout.max_new_tokens']}"
         path = self.folder / f"run_{abs(hash(key))}"
         if not path.exists():
-            subprocess.run(["cp", "-r", str(self.job.run.path), str(path)], check=True)
+            shutil.copytree(self.job.run.path, path)
+            if sets["prompts.max_prompt_tokens"] != PROMPT_TOKENS:
+                shutil.rmtree(path / "rollouts" / "heldout")  # its prompts are others
         return path
 
     def peer(self, lmbda: float, data: str = "data.jsonl", steps: int = 0, tokens: int = MAX_TOKENS) -> Case | None:
@@ -255,7 +259,8 @@ def main() -> None:
     about = (
         f"{args.rounds} rounds of {args.steps} steps; torch {version('torch')}, transformers {version('transformers')}"
     )
-    tables = "\n".join([about + "\n", step_table(cases), slope_table(pairs)])
+    tables = [step_table(cases)] if args.rounds else []
+    tables = "\n".join([about + "\n", *tables, slope_table(pairs)])
     print(tables)
     if args.out:
         args.out.write_text(tables)
