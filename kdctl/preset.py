@@ -229,6 +229,13 @@ class DistillSection(Section):
         return self.lmbda > 0 and self.refresh_every > 0 and self.replay is None
 
     @property
+    def stores(self) -> tuple[Source, ...]:
+        """Rollout stores that are read; live generation needs no student store."""
+        off_policy = (self.off_policy_source,) if self.lmbda < 1 else ()
+        replayed = self.lmbda > 0 and not self.live and self.replay is None
+        return (*off_policy, "student") if replayed else off_policy
+
+    @property
     def rows_per_step(self) -> int:
         """Sequences that one optimizer step uses."""
         return self.micro_batch_size * self.gradient_accumulation
