@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from kdctl.distill.optimizer import TOGETHER
-from kdctl.footprint import Network
+from kdctl.footprint import Activations, Network
 from kdctl.metrics import BATCH
 from kdctl.preset import Preset
 from kdctl.records import Part, Phase
@@ -17,8 +17,6 @@ from kdctl.rollout.generate import PROMPT_TOKENS
 PROCESS_BYTES = 2**29
 """Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""
 FLOAT32 = 4
-CALIBRATED = ("gptq", "autoround")
-"""Methods whose codes are not those nearest to the teacher's weights: low-rank updates then need a base of their own."""
 
 
 class Cost:
@@ -75,8 +73,8 @@ class Cost:
         """What training reads and does not move: codes, or a base of low-rank updates that is not the teacher's own."""
         if self.distill.train == "scales":
             return self.quantized
-        calibrated = self.distill.train == "lora" and self.preset.quantize.method in CALIBRATED
-        return self.linears if calibrated else 0
+        moved = self.distill.train == "lora" and self.preset.quantize.calibrated
+        return self.linears if moved else 0
 
     @property
     def gradients(self) -> int:
@@ -116,7 +114,7 @@ class Cost:
             "measuring": self._reading() + loss,
         }
 
-    def _activations(self):
+    def _activations(self) -> Activations:
         return self.network.activations[self.preset.runtime.activation_checkpointing]
 
     def _receiving(self) -> int:
@@ -194,7 +192,7 @@ class Cost:
         found = {"teacher, held-out": (heldout.num_prompts, heldout.max_new_tokens)}
         count = rollout.num_prompts * rollout.num_generations
         sources = set(settings.stores)
-        if self.preset.quantize.method in CALIBRATED:
+        if self.preset.quantize.calibrated:
             sources.add(self.preset.quantize.calibration_source)
         found |= {source: (count, rollout.max_new_tokens) for source in sorted(sources)}
         if settings.live:

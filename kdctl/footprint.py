@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kdctl.attention import Layout, RowCache, forward, use_layouts
 from kdctl.distill.divergence import ROWS_IN_CACHE, Objective, token_chunk, value_and_gradient
@@ -85,8 +85,8 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
     norms = tuple(len(p) for name, p in bare.named_parameters() if p.dim() == 1 and "norm" in name)
     parameters = bare.num_parameters()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = use_layouts(bare.to(dtype).to_empty(device="cpu").eval())  # pyright: ignore[reportArgumentType]
+        with FakeTensorMode():
+            model = use_layouts(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
             model.requires_grad_(False)
             cache, reading = _cache(model), _reading(model)
             activations = {how: _training(model, names, how) for how in CHECKPOINTING}

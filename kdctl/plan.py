@@ -22,6 +22,7 @@ from kdctl.resolve import build_preset
 from kdctl.rundir import RunDir
 from kdctl.tracking import read_metrics
 
+
 @dataclass(frozen=True)
 class Machine:
     """Where a run is to fit. memory_name: "RAM" or "GPU memory", the one that is counted."""

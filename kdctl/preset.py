@@ -58,6 +58,11 @@ class QuantizeSection(Section):
     skip: tuple[str, ...] = ()
     """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Tell whether the method reads sequences; its codes are then not those nearest to the teacher's weights."""
+        return self.method in ("gptq", "autoround")
+
     @model_validator(mode="after")
     def _refuse_asymmetric_8_bit(self) -> Self:
         if self.bits == 8 and not self.symmetric:

@@ -267,6 +267,8 @@ def room_lines(room: Room) -> list[str]:
     of = f"{room.name}: {gib(room.needed_bytes)} needed, {gib(room.there_bytes)} there"
     if room.fits:
         return [f"{of}: fits"]
+    if room.name == "disk":
+        return [f"{of}: does NOT fit", "  distill.keep_last and rollout.keep_states say what is kept, --run where"]
     changes = [
         f"  {' '.join(f'--set {setting}' for setting in each.settings)}: {gib(each.peak_bytes)}"
         + (", fits" if each.peak_bytes <= room.there_bytes else "")
