@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdctl.attention import Layout, RowCache, forward, use_layouts
 from kdctl.distill.divergence import ROWS_IN_CACHE, Objective, token_chunk, value_and_gradient
@@ -78,15 +78,15 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
 
     Raises ModelError for networks that kdctl does not handle, PresetError for a grid that does not fit.
     """
-    bare = skeleton(config)
+    bare = skeleton(config).to(dtype)  # pyright: ignore[reportArgumentType]
     names, shapes = select_layers(bare, settings), linear_shapes(bare)
     layers = {name: shapes[name] for name in names}
     vocabulary: int = bare.get_output_embeddings().weight.shape[0]  # pyright: ignore
     norms = tuple(len(p) for name, p in bare.named_parameters() if p.dim() == 1 and "norm" in name)
     parameters = bare.num_parameters()
     try:
-        with FakeTensorMode():
-            model = use_layouts(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = use_layouts(bare.to_empty(device="cpu").eval())
             model.requires_grad_(False)
             cache, reading = _cache(model), _reading(model)
             activations = {how: _training(model, names, how) for how in CHECKPOINTING}
