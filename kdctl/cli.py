@@ -29,6 +29,7 @@ from kdctl.command import (
     show_json,
 )
 from kdctl.errors import PresetError
+from kdctl.plan_command import plan
 from kdctl.preset import Preset, QuantizeSection, Source
 from kdctl.records import ExportFormat
 from kdctl.sweep_command import sweep
@@ -308,6 +309,9 @@ def run_preset(
         from kdctl import pipeline
 
         console.show_text(pipeline.run_all(job))
+
+
+app.command()(plan)
 
 
 app.command()(sweep)

@@ -91,10 +91,7 @@ class Job:
     def config(self) -> PretrainedConfig:
         """The teacher's configuration, read without its weights."""
         teacher = self.preset.teacher
-        path = models.locate(teacher.model, teacher.revision, self.offline)
-        if path.is_file() and (cached := models.gguf_cache(path, self.dtype)).is_dir():
-            path = cached
-        return models.read_config(path)
+        return models.find_config(teacher.model, self.dtype, teacher.revision, self.offline)
 
     @cached_property
     def layers(self) -> list[str]:

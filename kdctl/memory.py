@@ -1,8 +1,10 @@
-"""Memory that was freed and is still held (layer 0)."""
+"""The machine's memory: how much there is, and what was freed and is still held (layer 0)."""
 
 import ctypes
 import gc
+import os
 import sys
+from pathlib import Path
 
 
 def give_back() -> None:
@@ -15,3 +17,13 @@ def give_back() -> None:
     except AttributeError:  # another C library
         return
     trim(0)
+
+
+def machine_bytes() -> int:
+    """Return the memory that this process may use: the machine's, or less where its container has a limit."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return there
+    return min(there, int(limit)) if limit.isdigit() else there

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,8 +46,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KDCTL_CACHE", "~/.cache/kdctl")).expanduser()
 
 
-def locate(reference: str, revision: str | None = None, offline: bool = False) -> Path:
-    """Find what a reference names: a folder, or a ``.gguf`` file. Downloads a Hub id unless ``offline``.
+def locate(
+    reference: str, revision: str | None = None, offline: bool = False, files: Sequence[str] = HUB_FILES
+) -> Path:
+    """Find what a reference names: a folder, or a ``.gguf`` file. Downloads ``files`` of a Hub id unless ``offline``.
 
     Raises ModelError saying what was looked for and where.
     """
@@ -67,7 +69,7 @@ def locate(reference: str, revision: str | None = None, offline: bool = False) -
         raise ModelError(
             f"no model at {path.absolute()}; give a Hub id, a model folder, a .gguf file or pkg:PACKAGE/FILE"
         )
-    return _from_hub(reference, revision, offline)
+    return _from_hub(reference, revision, offline, files)
 
 
 def _inside_package(reference: str) -> Path:
@@ -85,9 +87,9 @@ def _inside_package(reference: str) -> Path:
     raise ModelError(f"{reference}: package {package!r} has no {inner!r}; looked in {', '.join(map(str, folders))}")
 
 
-def _from_hub(reference: str, revision: str | None, offline: bool) -> Path:
+def _from_hub(reference: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
     try:
-        folder = snapshot_download(reference, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline)
+        folder = snapshot_download(reference, revision=revision, allow_patterns=list(files), local_files_only=offline)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         where = "the local Hub cache (offline mode)" if offline else "the Hugging Face Hub and its local cache"
         reason = str(error).strip().splitlines()[0]
@@ -126,6 +128,16 @@ def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
     made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
     return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{made_by}"
+
+
+def find_config(
+    reference: str, dtype: torch.dtype, revision: str | None = None, offline: bool = False
+) -> PretrainedConfig:
+    """Read the configuration of what a reference names, without its weights; of a Hub id it downloads nothing else."""
+    path = locate(reference, revision, offline, ["config.json"])
+    if path.is_file() and (cached := gguf_cache(path, dtype)).is_dir():
+        path = cached
+    return read_config(path)
 
 
 def read_config(path: Path) -> PretrainedConfig:

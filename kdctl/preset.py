@@ -58,6 +58,11 @@ class QuantizeSection(Section):
     skip: tuple[str, ...] = ()
     """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Tell whether the method reads sequences; its codes are then not those nearest to the teacher's weights."""
+        return self.method in ("gptq", "autoround")
+
     @model_validator(mode="after")
     def _refuse_asymmetric_8_bit(self) -> Self:
         if self.bits == 8 and not self.symmetric:
@@ -227,6 +232,13 @@ class DistillSection(Section):
     def live(self) -> bool:
         """Tell whether student rollouts are generated during training."""
         return self.lmbda > 0 and self.refresh_every > 0 and self.replay is None
+
+    @property
+    def stores(self) -> tuple[Source, ...]:
+        """Rollout stores that are read; live generation needs no student store."""
+        off_policy = (self.off_policy_source,) if self.lmbda < 1 else ()
+        replayed = self.lmbda > 0 and not self.live and self.replay is None
+        return (*off_policy, "student") if replayed else off_policy
 
     @property
     def rows_per_step(self) -> int:

@@ -5,12 +5,16 @@ from typing import Any
 
 from kdctl import console
 from kdctl.records import (
+    CostPlan,
     DistillReport,
     DistributionMetrics,
     Estimate,
     ExportReport,
     MethodResult,
+    Part,
+    Phase,
     QuantizeReport,
+    Room,
     StoreManifest,
     SweepReport,
     TrialRecord,
@@ -28,6 +32,11 @@ def interval(estimate: Estimate, digits: int = 4) -> str:
 def mib(size: int) -> str:
     """Write a size in MiB."""
     return f"{size / 2**20:.1f} MiB"
+
+
+def gib(size: float) -> str:
+    """Write a size in GiB."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def distribution_pairs(found: DistributionMetrics) -> list[tuple[str, str]]:
@@ -217,3 +226,55 @@ def _show_variants(title: str, header: list[str], rows: list[list[str]], trials:
     """Print a sweep's table with the variants' names last."""
     named = [[*row, trial.variant or ""] for row, trial in zip(rows, trials, strict=True)]
     console.show_rows(title, [*header, "variant"], named)
+
+
+def show_plan(plan: CostPlan) -> None:
+    """Show what a run will take, and what to change where it does not fit."""
+    total = plan.quantized_parameters + plan.other_parameters
+    tokens = ", ".join(f"{count:,} by {name}" for name, count in plan.generated_tokens.items())
+    pairs = [
+        (
+            "parameters",
+            f"{total:,}, of them {plan.quantized_parameters:,} quantized; {plan.trained_parameters:,} learn",
+        ),
+        ("tokens to generate, at most", tokens),
+        ("to train on, at most", f"{plan.trained_sequences:,} sequences, {plan.trained_tokens:,} tokens"),
+        *((f"memory, {phase.name}", _phase(phase)) for phase in plan.phases),
+        ("disk", f"{gib(plan.disk.needed_bytes)}: {_sizes(plan.disk_parts)}"),
+        *_pace(plan),
+    ]
+    console.show_pairs("plan", pairs)
+    for room in (plan.memory, plan.disk):
+        for line in room_lines(room):
+            console.show_text(line)
+
+
+def _phase(phase: Phase) -> str:
+    return f"{gib(phase.peak_bytes)}: {_sizes(phase.parts)}; then in turn {_sizes(phase.moments)}"
+
+
+def _sizes(parts: Sequence[Part]) -> str:
+    return ", ".join(f"{part.name} {part.size_bytes / 2**30:.2f}" for part in parts)
+
+
+def _pace(plan: CostPlan) -> list[tuple[str, str]]:
+    """Say how long a step took here, if one was measured."""
+    if plan.pace is None:
+        return []
+    pace = plan.pace
+    return [("measured here", f"{pace.step_seconds_median_s:.2f} s a step, median of {pace.steps} in {pace.variant}")]
+
+
+def room_lines(room: Room) -> list[str]:
+    """Say whether there is enough, and what would need less."""
+    of = f"{room.name}: {gib(room.needed_bytes)} needed, {gib(room.there_bytes)} there"
+    if room.fits:
+        return [f"{of}: fits"]
+    if room.name == "disk":
+        return [f"{of}: does NOT fit", "  distill.keep_last and rollout.keep_states say what is kept, --run where"]
+    changes = [
+        f"  {' '.join(f'--set {setting}' for setting in each.settings)}: {gib(each.peak_bytes)}"
+        + (", fits" if each.peak_bytes <= room.there_bytes else "")
+        for each in room.advice
+    ]
+    return [f"{of}: does NOT fit", *(changes or ["  no setting of this preset makes it smaller"])]

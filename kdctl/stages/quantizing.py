@@ -24,7 +24,6 @@ from kdctl.stages.rollouts import filled
 from kdctl.students import write_student
 
 CALIBRATION_BATCH = 16
-CALIBRATED = ("gptq", "autoround")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
 
 def recipe_of(job: Job, settings: QuantizeSection) -> Recipe:
     """Put together what decides a PTQ student, filling the calibration store where it is missing."""
-    calibration = filled(job, settings.calibration_source) if settings.method in CALIBRATED else None
+    calibration = filled(job, settings.calibration_source) if settings.calibrated else None
     inputs = {"teacher": job.fingerprint} | ({"calibration": calibration.fingerprint()} if calibration else {})
     name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
     return Recipe(settings, name, calibration)

@@ -17,13 +17,8 @@ Stores = dict[Source, RolloutStore]
 
 
 def needed_sources(preset: Preset) -> list[Source]:
-    """List the stores that the preset's λ and off-policy source read; live generation needs no student store."""
-    sources: list[Source] = []
-    if preset.distill.lmbda < 1:
-        sources.append(preset.distill.off_policy_source)
-    if preset.distill.lmbda > 0 and not preset.distill.live and preset.distill.replay is None:
-        sources.append("student")
-    return sources
+    """List the stores that the preset's λ and off-policy source read."""
+    return list(preset.distill.stores)
 
 
 def filled(job: Job, source: Source) -> RolloutStore:

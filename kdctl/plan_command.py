@@ -1,0 +1,50 @@
+"""``kdctl plan``: what a run will take, before anything runs."""
+
+from typing import Annotated
+
+import typer
+
+from kdctl.command import (
+    JsonOption,
+    RunOption,
+    SetOption,
+    Stage,
+    VerboseOption,
+    console_views,
+    guarded,
+    prepare_libraries,
+    show,
+)
+
+
+def plan(
+    preset: Annotated[
+        str | None, typer.Argument(help="Preset name or path. (default: the run folder's own, or quickstart)")
+    ] = None,
+    run: RunOption = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of memory to plan for, on a GPU unless runtime.device=cpu.", min=0.1)
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what a run will take before anything runs: memory, disk, tokens, and what to change if it does not fit.
+
+    Reads the model's configuration only. Example: kdctl plan onpolicy --memory 24
+    """
+    with guarded():
+        stage = Stage(preset, run, settings, verbose)
+        prepare_libraries(stage.preset.runtime.offline, verbose)
+        from kdctl import models
+        from kdctl.distill.divergence import Objective
+        from kdctl.footprint import look_at
+        from kdctl.plan import find_machine, make_plan
+        from kdctl.rundir import RunDir
+
+        teacher, distill = stage.preset.teacher, stage.preset.distill
+        dtype = models.torch_dtype(teacher.dtype)
+        config = models.find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)
+        network = look_at(config, stage.preset.quantize, dtype, Objective(distill.beta))
+        machine = find_machine(stage.preset.runtime.device, stage.folder, memory)
+        show(make_plan(stage.preset, network, machine, RunDir(stage.folder)), as_json, console_views().show_plan)

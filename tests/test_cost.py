@@ -1,0 +1,167 @@
+"""Each size in a plan against the bytes of the tensors that the code really makes."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdctl import models
+from kdctl.cost import Cost
+from kdctl.distill.batch import collate
+from kdctl.distill.checkpoint import checkpoint_bytes
+from kdctl.distill.divergence import Objective
+from kdctl.distill.optimizer import make_optimizer, update
+from kdctl.footprint import Network, look_at
+from kdctl.metrics import predicting_hidden
+from kdctl.preset import Preset
+from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
+from kdctl.quant.checkpoint import packed_tensors, unquantized_tensors
+from kdctl.quant.shadow import Shadow, make_shadow
+from kdctl.records import Rollout
+from kdctl.resolve import load_preset
+
+MODES: list[dict[str, Any]] = [
+    {"distill.train": "weights"},
+    {"distill.train": "weights", "distill.learn_scales": True},
+    {"distill.train": "lora", "distill.lora_rank": 4, "distill.lora_targets": ["*.q_proj", "*.down_proj"]},
+    {"distill.train": "scales", "distill.train_norms": True},
+]
+ROLLOUT = Rollout("a", 0, 0, [1, 2, 3], [4, 5, 6, 7], None, "stop", 0, 0, "teacher")
+
+
+@pytest.fixture(scope="module")
+def network(tiny_dir: Path) -> Network:
+    """Look at the tiny network."""
+    settings = load_preset("smoke").quantize
+    return look_at(models.read_config(tiny_dir), settings, torch.bfloat16, Objective())
+
+
+def preset_with(settings: dict[str, Any]) -> Preset:
+    """Return the smoke preset with other settings."""
+    return load_preset("smoke", settings)
+
+
+def made(teacher: PreTrainedModel, preset: Preset) -> tuple[PreTrainedModel, Weights, Shadow]:
+    """Build what training builds."""
+    weights = quantize_layers(teacher, select_layers(teacher, preset.quantize), preset.quantize)
+    student = build_student(teacher, weights)
+    return student, weights, make_shadow(preset.distill, student, weights, teacher)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Add up storages, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def backward(student: PreTrainedModel) -> None:
+    """Run one micro-batch."""
+    predicting_hidden(student, collate([ROLLOUT])).float().square().sum().backward()
+
+
+def test_models_and_grid(network: Network, teacher: PreTrainedModel) -> None:
+    preset = preset_with({})
+    cost, (student, weights, _) = Cost(preset, network, True), made(teacher, preset)
+    assert cost.model == size(teacher.parameters())
+    assert cost.linears == size([*teacher.parameters(), *student.parameters()]) - cost.model
+    assert cost.grid == size(t for w in weights.values() for t in (w.qparams.scale, w.qparams.zero_point))
+    assert cost.quantized == size(weight.codes for weight in weights.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_trained_and_its_moments(
+    network: Network, teacher: PreTrainedModel, mode: dict[str, Any], optimizer: str
+) -> None:
+    preset = preset_with(mode | {"distill.optimizer": optimizer})
+    cost, (student, _, shadow) = Cost(preset, network, True), made(teacher, preset)
+    made_optimizer = make_optimizer(shadow, preset.distill)
+    backward(student)
+    update(made_optimizer, shadow.parameters(), 1.0)
+    state = [value for kept in made_optimizer.state.values() for key, value in kept.items() if key != "step"]
+    assert cost.trained == sum(parameter.numel() for parameter in shadow.parameters())
+    assert size(parameter.data for parameter in shadow.parameters()) == 4 * cost.trained
+    assert size(state) == cost.moments
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients(network: Network, teacher: PreTrainedModel, mode: dict[str, Any], micro_batches: int) -> None:
+    preset = preset_with(mode | {"distill.gradient_accumulation": micro_batches})
+    student, _, shadow = made(teacher, preset)
+    for _ in range(micro_batches):
+        backward(student)
+    gradients = [parameter.grad for parameter in shadow.parameters()]
+    assert Cost(preset, network, True).gradients == sum(g.nbytes for g in gradients if g is not None)
+    assert None not in gradients
+
+
+@pytest.mark.parametrize("method", ["minmax", "hqq"])
+def test_low_rank_updates_need_no_base_of_their_own(network: Network, teacher: PreTrainedModel, method: str) -> None:
+    preset = preset_with({"distill.train": "lora", "quantize.method": method})
+    _, _, shadow = made(teacher, preset)
+    own = size([*teacher.parameters(), *vars(shadow)["_frozen"].values()]) - size(teacher.parameters())
+    assert Cost(preset, network, True).base == own == 0
+
+
+def test_moved_codes_need_a_base_of_their_own(network: Network, teacher: PreTrainedModel) -> None:
+    preset = preset_with({"distill.train": "lora", "quantize.method": "gptq"})
+    weights = quantize_layers(teacher, list(network.layers), preset_with({}).quantize)
+    for weight in weights.values():
+        weight.codes[:, 0] = 15 - weight.codes[:, 0]
+    shadow = make_shadow(preset.distill, build_student(teacher, weights), weights, teacher)
+    own = size([*teacher.parameters(), *vars(shadow)["_frozen"].values()]) - size(teacher.parameters())
+    assert Cost(preset, network, True).base == own
+
+
+def test_frozen_codes_stay_where_scales_learn(network: Network) -> None:
+    assert Cost(preset_with({"distill.train": "scales"}), network, True).base == network.quantized_parameters
+
+
+@pytest.mark.parametrize("grid", [{"bits": 4}, {"bits": 3, "group_size": 8}, {"bits": 8, "symmetric": True}])
+def test_student_folder(network: Network, teacher: PreTrainedModel, grid: dict[str, Any]) -> None:
+    preset = preset_with({f"quantize.{key}": value for key, value in grid.items()})
+    student, weights, _ = made(teacher, preset)
+    tensors = unquantized_tensors(student, weights)
+    for name, weight in weights.items():
+        tensors |= packed_tensors(name, weight)
+    assert Cost(preset, network, True).folder == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_checkpoints_and_states_on_disk(network: Network, teacher: PreTrainedModel) -> None:
+    preset = preset_with({"distill.keep_last": 2, "distill.stop_early": True, "rollout.keep_states": "exact"})
+    _, _, shadow = made(teacher, preset)
+    found = Cost(preset, network, True).disk()
+    assert found["4 checkpoints"] == 4 * checkpoint_bytes(shadow)
+    rollout = preset.rollout
+    assert found["teacher states"] == rollout.num_prompts * rollout.max_new_tokens * network.hidden * 2
+
+
+def test_tokens_to_generate_follow_lambda_and_sources(network: Network) -> None:
+    def generated(**settings: Any) -> dict[str, int]:
+        changed = {f"distill.{key}": value for key, value in settings.items()} | {"eval.student_written": False}
+        return Cost(preset_with(changed), network, True).generated()
+
+    heldout = {"teacher, held-out": 16 * 32}
+    assert generated(lmbda=0.0) == heldout | {"teacher": 16 * 16}
+    assert generated(lmbda=0.0, off_policy_source="dataset") == heldout
+    assert generated(lmbda=1.0) == heldout | {"student, live": 6 * 4 * 16}
+    assert generated(lmbda=0.5) == heldout | {"teacher": 16 * 16, "student, live": 6 * 2 * 16}
+    assert generated(lmbda=1.0, refresh_every=0) == heldout | {"student": 16 * 16}
+
+
+def test_a_phase_peaks_at_all_its_parts_and_one_moment(network: Network) -> None:
+    for phase in Cost(preset_with({"distill.lmbda": 1.0}), network, True).phases():
+        lasting = sum(part.size_bytes for part in phase.parts)
+        assert phase.peak_bytes == lasting + max(moment.size_bytes for moment in phase.moments)
+
+
+def test_accumulated_gradients_lie_beside_activations_and_lone_ones_take_their_place(network: Network) -> None:
+    def forward_and_backward(micro_batches: int) -> int:
+        training = Cost(preset_with({"distill.gradient_accumulation": micro_batches}), network, True).phases()[1]
+        return next(moment.size_bytes for moment in training.moments if moment.name == "forward and backward")
+
+    assert forward_and_backward(2) - forward_and_backward(1) == 4 * network.quantized_parameters
