@@ -10,6 +10,7 @@ so on describe a network of random weights in place of the quickstart's teacher)
 """
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,8 @@ def main() -> None:
     print(f"products {measured[0] / 1e9:.0f} GFLOP/s, copies {measured[1] / 1e9:.1f} GB/s")
     if device.type == "cuda":
         print(f"peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB on {torch.cuda.get_device_name()}")
+    else:
+        print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB resident")
     show(clock, floors(trainer, batch, measured), clock.median)
 
 
