@@ -89,7 +89,7 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
             model = use_layouts(bare.to_empty(device="cpu").eval())
             model.requires_grad_(False)
             cache, reading = _cache(model), _reading(model)
-            activations = {how: _training(model, names, how) for how in CHECKPOINTING}
+            activations: dict[Checkpointing, Activations] = {how: _training(model, names, how) for how in CHECKPOINTING}
             loss = _loss(vocabulary, objective)
     except DataDependentOutputException as error:
         raise ModelError(f"the network's shapes depend on numbers, so nothing can be planned for it: {error}") from None

@@ -11,6 +11,7 @@ import pytest
 from kdctl.records import QuantizeReport
 from kdctl.resolve import load_preset, preset_names
 from kdctl.rundir import read_record
+from kdctl.sweep.space import sweep_names
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -49,7 +50,8 @@ def source_files() -> set[str]:
     """List what the package consists of, by its path in the wheel."""
     package = {path for path in (ROOT / "kdctl").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     names = {str(path.relative_to(ROOT)) for path in package}
-    return names | {f"kdctl/presets/{name}.toml" for name in preset_names()}
+    sweeps = {f"kdctl/presets/sweeps/{name}.yaml" for name in sweep_names()}
+    return names | sweeps | {f"kdctl/presets/{name}.toml" for name in preset_names()}
 
 
 def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
