@@ -4,7 +4,6 @@ Everything follows from the preset and from what ``footprint`` sees of the netwo
 the code makes; sequences are taken to be as long as the preset allows.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from kdctl.models import pick_device
 from kdctl.preset import Preset
 from kdctl.records import Advice, CostPlan, Pace, Phase, Room
 from kdctl.resolve import build_preset
-from kdctl.rundir import RunDir
+from kdctl.rundir import RunDir, disk_of
 from kdctl.tracking import read_metrics
 
 
@@ -42,7 +41,7 @@ def find_machine(device: str, folder: Path, memory_gib: float | None) -> Machine
 
     Raises ModelError if CUDA is asked for, there is none here and no memory is named.
     """
-    disk = free_disk_bytes(folder)
+    _, disk = disk_of(folder)
     if memory_gib is not None:
         return Machine("RAM" if device == "cpu" else "GPU memory", int(memory_gib * 2**30), disk)
     found = pick_device(device)
@@ -124,10 +123,3 @@ def measured_pace(run: RunDir) -> Pace | None:
     if not seconds:
         return None
     return Pace(variant=found[-1].parent.name, steps=len(seconds), step_seconds_median_s=median(seconds))
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the free space of the disk that a folder lies on or will lie on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

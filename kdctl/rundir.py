@@ -169,11 +169,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def require_free_space(folder: Path, needed_bytes: int, what: str, option: str = "--run") -> None:
-    """Raise StoreError, before any work, if ``folder``'s disk has not ``needed_bytes`` left."""
+def disk_of(folder: Path) -> tuple[Path, int]:
+    """Return the nearest folder that exists, and the free bytes of the disk that it lies on."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    return folder, shutil.disk_usage(folder).free
+
+
+def require_free_space(folder: Path, needed_bytes: int, what: str, option: str = "--run") -> None:
+    """Raise StoreError, before any work, if ``folder``'s disk has not ``needed_bytes`` left."""
+    folder, free = disk_of(folder)
     if free < needed_bytes:
         raise StoreError(
             f"{what} needs {needed_bytes / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; "
