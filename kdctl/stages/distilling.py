@@ -188,7 +188,7 @@ def _finish_variant(
     if removed.high < 0:
         job.reporter.note(
             f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
-            f"→ {metrics.summarize(after).forward_kl.value:.4f}; lower distill.lr"
+            f"→ {described.distribution.forward_kl.value:.4f}; lower distill.lr"
         )
     training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
@@ -204,7 +204,7 @@ def _finish_variant(
         student=job.student_fingerprint,
         stores={source: store.fingerprint() for source, store in stores.items()},
         before=summary,
-        after=metrics.summarize(after),
+        after=described.distribution,
         removed=removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
         steps=outcome.steps,

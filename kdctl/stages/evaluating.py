@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ class Candidate:
     name: str
     folder: Path
     foreign: Foreign | None = None
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the weights, hashed once."""
+        return models.fingerprint(self.folder)
 
 
 def evaluate(
@@ -82,7 +88,7 @@ def _candidates(job: Job, also: Foreign | None) -> dict[str, Candidate]:
 
 def _eval_identity(job: Job, one: Candidate) -> str:
     inputs = {
-        "weights": models.fingerprint(one.folder),
+        "weights": one.weights,
         "teacher": job.fingerprint,
         "heldout": job.heldout_store.fingerprint(),
         "lm_eval": version("lm-eval"),
@@ -113,7 +119,7 @@ def _evaluate_one(job: Job, one: Candidate, tasks: dict[str, Any]) -> None:
     result = EvalResult(
         model=one.name,
         identity=_eval_identity(job, one),
-        weights=models.fingerprint(one.folder),
+        weights=one.weights,
         limit=job.preset.eval.limit,
         tasks=scores,
         distribution=summary["heldout"],
@@ -144,7 +150,7 @@ def _distances(job: Job, one: Candidate, model: PreTrainedModel) -> dict[str, Su
     if settings.student_written and one.name == "teacher":
         found["student_written"] = found["heldout"]
     elif settings.student_written:
-        store = job.student_written(model, models.fingerprint(one.folder), job.run.eval(one.name) / "rollouts")
+        store = job.student_written(model, one.weights, job.run.eval(one.name) / "rollouts")
         own = store.read()
         found["student_written"] = (job.measure(model, one.name, job.yardstick_of(own)), _prompt_ids(own))
     return found | {"text": (metrics.compare(model, job.text_yardstick), ())}
