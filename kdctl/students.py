@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
@@ -25,17 +26,30 @@ def write_student(
     per_document: PerDocument,
     training: Training | None = None,
 ) -> None:
-    """Write a student folder beside its place, verify it there, and only then move it in.
+    """Write a student folder beside its place, where ``accept_student`` finds it.
 
-    Raises StoreError if it does not verify. training: how it was trained, None for a PTQ student.
+    training: how it was trained, None for a PTQ student.
     """
     origin = origin_of(job)
-    pending = folder.with_name(f".{folder.name}.new")
     table = metrics.as_table(per_document)
-    save_student(pending, student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training))
-    give_back()  # verifying loads the model twice more
+    save_student(
+        _pending(folder), student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training)
+    )
+
+
+def accept_student(job: Job, folder: Path) -> None:
+    """Verify a folder that ``write_student`` wrote and move it to its place. Raises StoreError if it does not verify.
+
+    The model is loaded twice more for that, so the caller should hold no student any longer. It is loaded to the CPU:
+    what is compared is the same everywhere, and an accelerator that holds the teacher may have no room left.
+    """
+    give_back()
     with job.reporter.task(f"verifying {folder.name}"):
-        accept(pending, folder, Teacher(job.folder, job.dtype, job.fingerprint), job.device)
+        accept(_pending(folder), folder, Teacher(job.folder, job.dtype, job.fingerprint), torch.device("cpu"))
+
+
+def _pending(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new")
 
 
 def origin_of(job: Job) -> Origin:

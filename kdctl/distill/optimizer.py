@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdctl.memory import give_back
 from kdctl.preset import DistillSection
 from kdctl.quant.shadow import Shadow
 
@@ -67,10 +68,11 @@ def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
 
 
 def _lay_out(parameters: Sequence[nn.Parameter]) -> None:
-    """Move tensors into one block."""
+    """Move tensors into one block, and give back where they were before anything else is made."""
     for parameter, place in zip(parameters, _block(parameters), strict=True):
         place.copy_(parameter.data)
         parameter.data = place
+    give_back()
 
 
 def _start_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

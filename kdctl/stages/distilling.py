@@ -20,7 +20,7 @@ from kdctl.preset import Preset
 from kdctl.quant.apply import share_frozen
 from kdctl.quant.checkpoint import Student, load_student
 from kdctl.quant.shadow import make_shadow
-from kdctl.records import DistillReport
+from kdctl.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.resolve import identity, variant_name
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
@@ -28,16 +28,18 @@ from kdctl.rundir import VariantDir, read_record, write_record
 from kdctl.stages.gates import check_gap
 from kdctl.stages.quantizing import describe_student, ensure_student, grid_record
 from kdctl.stages.rollouts import Stores, filled, needed_sources, teacher_states
-from kdctl.students import write_student
+from kdctl.students import accept_student, write_student
 from kdctl.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A student after training, and how that ended."""
+    """How training ended, and what is said of the student that it left."""
 
-    student: Student
     outcome: Outcome
+    before: DistributionMetrics
+    after: DistributionMetrics
+    removed: Estimate
 
 
 def check_name(name: str, option: str = "--name") -> str:
@@ -70,10 +72,8 @@ def distill(
     name_now = _distill_identity(job, stores)
     if force:
         job.on_main(lambda: shutil.rmtree(variant.path, ignore_errors=True))
-    ptq = load_student(job.run.student, job.device)
-    share_frozen(ptq.model, job.teacher, ptq.weights)
-    trained = _train(job, variant, ptq, stores, name_now, watch)
-    return job.on_main(lambda: _finish_variant(job, variant, trained, before, stores, name_now))
+    trained = _train(job, variant, before, stores, name_now, watch)
+    return job.on_main(lambda: _finish_variant(job, variant, trained, stores, name_now))
 
 
 def measured_ptq(job: Job) -> PerDocument:
@@ -115,14 +115,26 @@ def _distill_identity(job: Job, stores: Stores) -> str:
     return identity("distill", sections, inputs)
 
 
-def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str, watch: Watch | None) -> Trained:
-    """Run the training loop and return the student that it keeps."""
+def _train(
+    job: Job, variant: VariantDir, before: PerDocument, stores: Stores, name: str, watch: Watch | None
+) -> Trained:
+    """Train the PTQ student and write it beside its place. It ends with this call: the gate needs its room."""
+    student = load_student(job.run.student, job.device)
+    share_frozen(student.model, job.teacher, student.weights)
+    outcome = _run_loop(job, variant, student, stores, name, watch)
+    return job.on_main(lambda: _write_trained(job, variant, student, before, outcome, name))
+
+
+def _run_loop(
+    job: Job, variant: VariantDir, student: Student, stores: Stores, name: str, watch: Watch | None
+) -> Outcome:
+    """Run the training loop, which leaves the student as it is to be kept."""
     settings = job.preset.distill
-    shadow = make_shadow(settings, ptq.model, ptq.weights, job.teacher)
-    ptq.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
-    feed, states = _feed(job, variant, ptq, stores, name)
-    set_checkpointing(ptq.model, job.preset.runtime.activation_checkpointing)
-    trainer = Trainer(job.teacher, ptq.model, shadow, feed, settings, states)
+    shadow = make_shadow(settings, student.model, student.weights, job.teacher)
+    student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
+    feed, states = _feed(job, variant, student, stores, name)
+    set_checkpointing(student.model, job.preset.runtime.activation_checkpointing)
+    trainer = Trainer(job.teacher, student.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
     give_back()
 
@@ -136,9 +148,9 @@ def _train(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: st
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
         outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
         outcome = train(trainer, small, outputs)
-    weights = dict(shadow.quantized())
+    student.weights.update(shadow.quantized())
     shadow.detach()
-    return Trained(Student(ptq.model, weights), outcome)
+    return outcome
 
 
 def recorded(job: Job, name: str) -> RolloutStore:
@@ -172,16 +184,10 @@ def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str
     return Feed(settings, off_policy, live, job.processes), states
 
 
-def _finish_variant(
-    job: Job,
-    variant: VariantDir,
-    trained: Trained,
-    before: PerDocument,
-    stores: Stores,
-    name: str,
-) -> DistillReport:
-    """Measure the trained student, write ``final/`` and then ``distill.json``."""
-    student, outcome = trained.student, trained.outcome
+def _write_trained(
+    job: Job, variant: VariantDir, student: Student, before: PerDocument, outcome: Outcome, name: str
+) -> Trained:
+    """Measure the trained student and write it beside its place."""
     after = job.measure(student.model, "distilled student")
     described = describe_student(job, student, name, after)
     summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
@@ -192,6 +198,12 @@ def _finish_variant(
         )
     training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
     write_student(job, variant.final, student, described, after, training)
+    return Trained(outcome, summary, described.distribution, removed)
+
+
+def _finish_variant(job: Job, variant: VariantDir, trained: Trained, stores: Stores, name: str) -> DistillReport:
+    """Verify ``final/`` and move it in, then write ``distill.json``."""
+    accept_student(job, variant.final)
     settings, lines = job.preset.distill, read_metrics(variant.metrics)
     if settings.live:
         stores = {**stores, "student": RolloutStore(variant.rollouts)}
@@ -203,13 +215,13 @@ def _finish_variant(
         settings=settings.model_dump(),
         student=job.student_fingerprint,
         stores={source: store.fingerprint() for source, store in stores.items()},
-        before=summary,
-        after=described.distribution,
-        removed=removed,
+        before=trained.before,
+        after=trained.after,
+        removed=trained.removed,
         final_loss=lines[-1][f"train/{objective_of(settings).name}"],
-        steps=outcome.steps,
-        kept_step=outcome.kept_step,
-        stopped=outcome.stopped,
+        steps=trained.outcome.steps,
+        kept_step=trained.outcome.kept_step,
+        stopped=trained.outcome.stopped,
         train_seconds_s=sum(step_seconds),
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),

@@ -21,7 +21,7 @@ from kdctl.resolve import identity
 from kdctl.rollout.store import RolloutStore
 from kdctl.rundir import read_record, write_record
 from kdctl.stages.rollouts import filled
-from kdctl.students import write_student
+from kdctl.students import accept_student, write_student
 
 CALIBRATION_BATCH = 16
 
@@ -53,11 +53,17 @@ def _quantize(job: Job, recipe: Recipe, report: Path, force: bool) -> QuantizeRe
             job.reporter.note(f"quantize: {job.run.student} is complete, skipped")
             return found
         raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
+    _write_new(job, recipe)
+    accept_student(job, job.run.student)
+    return read_record(report, QuantizeReport)
+
+
+def _write_new(job: Job, recipe: Recipe) -> None:
+    """Make the student, measure it and write it beside its place. It ends with this call: the gate needs its room."""
     student, seconds = make_student(job, recipe)
     per_document = job.measure(student.model, "student")
     described = describe_student(job, student, recipe.identity, per_document, seconds)
     write_student(job, job.run.student, student, described, per_document)
-    return read_record(report, QuantizeReport)
 
 
 def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) -> list[MethodResult]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.special import bdtr
 
 from kdctl.errors import DataError
 from kdctl.findings import Comparison
@@ -79,7 +79,7 @@ def _interval(tasks: Sequence[Task], designs: Sequence[Design]) -> Callable[[flo
 def _mcnemar(beneficial: int, harmful: int) -> float:
     """Return the two-sided exact p of McNemar's test: were flips as likely either way, they would be coin tosses."""
     flips = beneficial + harmful
-    return float(binomtest(harmful, flips).pvalue) if flips else 1.0
+    return min(1.0, 2 * float(bdtr(min(beneficial, harmful), flips, 0.5)))
 
 
 def _comparison(pairs: Mapping[str, Paired], weights: Mapping[str, float], margin: float) -> Comparison:
