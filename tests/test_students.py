@@ -1,0 +1,37 @@
+"""What is in memory when a new student folder is verified, on the tiny model."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kdctl import pipeline, students
+from kdctl.job import open_job
+from kdctl.preset import Preset
+from kdctl.resolve import build_preset
+from kdctl.verify import accept
+
+
+def _living() -> list[object]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
+
+
+@pytest.mark.parametrize("train", ["weights", "lora", "scales"])
+def test_the_student_is_gone_from_memory_when_its_folder_is_verified(
+    smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str
+) -> None:
+    preset = build_preset(smoke.model_dump(), {"distill.train": train, "distill.steps": 1}, "test")
+    job = open_job(preset, tmp_path)
+    held, found = [job.teacher, *_living()], []
+
+    def looked(pending: Path, folder: Path, teacher: students.Teacher, device: torch.device) -> None:
+        found.append([thing for thing in _living() if not any(thing is other for other in held)])
+        assert device == torch.device("cpu")
+        accept(pending, folder, teacher, device)
+
+    monkeypatch.setattr(students, "accept", looked)
+    pipeline.distill(job, name="one")
+    assert found == [[], []], "of quantize and of distill"
