@@ -22,14 +22,15 @@ class Items:
     """Hash of everything that was asked: prompt, few-shot examples and choices."""
     places: NDArray[np.str_]
     """Subtask and number of the document, which stay the same where only the wording of the prompt changes."""
-    subtasks: NDArray[np.str_]
+    labels: NDArray[np.str_]
+    """Equal for items that are not independent."""
     correct: NDArray[np.bool_]
     """Right by the task's headline metric."""
 
     @property
     def clusters(self) -> NDArray[np.str_] | None:
-        """Label each item with its subject, where the task has several; None where items are independent."""
-        return self.subtasks if len(np.unique(self.subtasks)) > 1 else None
+        """Label items by subject or twin sentence, where the task has such; None where items are independent."""
+        return self.labels if len(np.unique(self.labels)) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Documents:
 
 def read_items(path: Path, metric: str) -> Items | None:
     """Read ``samples/<task>.parquet``; None where there is none. Raises StoreError if it is damaged."""
-    table = _read(path, ["item_id", "subtask", "doc_index", metric])
+    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", metric])
     if table is None:
         return None
     ids = np.array(table["item_id"].to_pylist(), np.str_)
@@ -54,8 +55,9 @@ def read_items(path: Path, metric: str) -> Items | None:
     subtasks = np.array(table["subtask"].to_pylist(), np.str_)
     numbers = np.array([str(index) for index in table["doc_index"].to_pylist()], np.str_)
     places = np.char.add(np.char.add(subtasks, " "), numbers)
+    labels = np.array(table["cluster"].to_pylist(), np.str_)
     correct = np.array(table[metric].to_pylist(), np.bool_)
-    return Items(ids[order], places[order], subtasks[order], correct[order])
+    return Items(ids[order], places[order], labels[order], correct[order])
 
 
 def read_documents(path: Path) -> Documents | None:

@@ -83,6 +83,7 @@ def write_items(folder: Path, task: str, correct: np.ndarray, prompt: str = "", 
         {
             "item_id": [f"{task}{prompt}{index:06d}" for index in range(count)],
             "subtask": [f"{task}_{index % subjects}" for index in range(count)],
+            "cluster": [f"{task}_{index % subjects}" for index in range(count)],
             "doc_index": pa.array(range(count), pa.int32()),
             "acc": correct.astype(bool),
             "acc_norm": correct.astype(bool),

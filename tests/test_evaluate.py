@@ -157,6 +157,7 @@ def test_rows_are_complete_and_in_order(scored):
         assert all(column.null_count == 0 for column in table.columns)
     assert scored[1]["mmlu_offline"]["subtask"][0].as_py() == "high_school_world_history"
     assert scored[1]["arc_easy_offline"]["subtask"][0].as_py() == "arc_easy_offline"
+    assert scored[1]["winogrande_offline"]["cluster"].to_pylist()[:2] == ["winogrande_offline 0"] * 2
 
 
 def test_scores_are_repeatable_and_model_and_tokenizer_are_left_alone(scored, tasks, random_llama, byte_tokenizer):

@@ -47,7 +47,7 @@ def legend(results: Results) -> tuple[str, ...]:
     """Explain a table's numbers and marks."""
     margin = f"±{100 * results.contrasts.margin:g} points"
     notes = [
-        "Accuracies in percent ± one standard error (clustered by subject where a task has several); average over "
+        "Accuracies in percent ± one standard error (clustered by subject, and by twin sentences); average over "
         "tasks, unweighted; KL per held-out token in nats with a 95 % interval over documents.",
     ]
     if results.averages or results.single:

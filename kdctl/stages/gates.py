@@ -1,6 +1,6 @@
 """What there is to win before training starts: how far the PTQ student is from the teacher (layer 4)."""
 
-import pyarrow.parquet as pq
+import numpy as np
 
 from kdctl import metrics, stats
 from kdctl.errors import TrainingError
@@ -9,6 +9,7 @@ from kdctl.job import Job
 from kdctl.metrics import PerDocument
 from kdctl.records import DistributionMetrics, EvalResult
 from kdctl.rundir import RunDir, read_record
+from kdctl.samples import read_items
 from kdctl.stats import Paired
 
 KL_NOISE = 1e-3
@@ -65,7 +66,8 @@ def accuracy_gap(job: Job) -> Comparison | None:
         return None
     common = [name for name in ptq.tasks if name in teacher.tasks]
     pairs = {name: _paired(job.run, name, ptq.tasks[name].metric) for name in common}
-    return stats.compare_average(pairs) if pairs else None
+    known = {name: pair for name, pair in pairs.items() if pair is not None}
+    return stats.compare_average(known) if known else None
 
 
 def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
@@ -74,13 +76,10 @@ def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
     return found if found is not None and found.weights == weights else None
 
 
-def _paired(run: RunDir, task: str, metric: str) -> Paired:
-    """Read the items of a task that both models answered."""
-    ptq, teacher = (_answers(run, model, task, metric) for model in ("ptq", "teacher"))
-    items = [item for item in ptq if item in teacher]
-    return Paired([ptq[item] for item in items], [teacher[item] for item in items])
-
-
-def _answers(run: RunDir, model: str, task: str, metric: str) -> dict[str, bool]:
-    table = pq.read_table(run.eval(model) / "samples" / f"{task}.parquet", columns=["item_id", metric])
-    return dict(zip(table["item_id"].to_pylist(), table[metric].to_pylist(), strict=True))
+def _paired(run: RunDir, task: str, metric: str) -> Paired | None:
+    """Read the items of a task that both models answered; None where those of one are not kept."""
+    ptq, teacher = (read_items(run.eval(model) / "samples" / f"{task}.parquet", metric) for model in ("ptq", "teacher"))
+    if ptq is None or teacher is None:
+        return None
+    _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)
+    return Paired(ptq.correct[own], teacher.correct[theirs], None if ptq.clusters is None else ptq.clusters[own])

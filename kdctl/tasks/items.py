@@ -1,5 +1,6 @@
 """Per-item tables: what lm-eval logs about each document, as one Arrow row (layer 2)."""
 
+import difflib
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ SCHEMA = pa.schema(
     {
         "task": pa.string(),
         "subtask": pa.string(),
+        "cluster": pa.string(),
         "item_id": pa.string(),
         "doc_index": pa.int32(),
         "gold": pa.int32(),
@@ -29,6 +31,8 @@ SCHEMA = pa.schema(
 )
 
 Sample = Mapping[str, Any]
+TWINS = 0.7
+"""Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.72 or more."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Run:
 def items_table(name: str, runs: Iterable[Run]) -> pa.Table:
     """Make the table of a task or group from the runs of its subtasks, one row a document.
 
-    ``subtask`` is the document's subject where it has one (MMLU), else the lm-eval task.
+    ``subtask`` is the document's subject where it has one (MMLU), else the lm-eval task. Items of one ``cluster`` are
+    not independent.
     """
     rows = [row for run in runs for row in _rows(run)]
     ids = item_ids(row.pop("requests") for row in rows)
@@ -64,15 +69,41 @@ def item_ids(requests: Iterable[str]) -> Iterator[str]:
 
 def _rows(run: Run) -> Iterator[dict[str, Any]]:
     """Turn each logged document into a row."""
-    for sample in run.samples:
+    clusters = cluster_labels(run.name, [sample["doc"] for sample in run.samples])
+    for sample, cluster in zip(run.samples, clusters, strict=True):
         doc = sample["doc"]
         contexts, continuations = zip(*(arguments[:2] for arguments in sample["arguments"]), strict=True)
         yield {
             "subtask": str(doc.get("subject", run.name)),
+            "cluster": cluster,
             "requests": canonical({"context": contexts, "choices": continuations}),
             "doc_index": sample["doc_id"],
             **_verdict(run.task, doc, [value for value, _ in sample["filtered_resps"]]),
         }
+
+
+def cluster_labels(name: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Label the documents of a task so that those which are not independent share a label.
+
+    These are a subject's, where documents have one, and WinoGrande's twins, which differ in a word or two that turn the
+    answer over (Sakaguchi et al. 2020, section 2) and follow each other. All others have the task's name.
+    """
+    labels: list[str] = []
+    before: Mapping[str, Any] | None = None
+    for number, doc in enumerate(docs):
+        if "sentence" in doc and "option1" in doc:
+            twin = before is not None and _are_twins(before, doc)
+            labels.append(labels[-1] if twin else f"{name} {number}")
+            before = doc
+        else:
+            labels.append(str(doc.get("subject", name)))
+    return labels
+
+
+def _are_twins(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    same = {first["option1"], first["option2"]} == {second["option1"], second["option2"]}
+    words = (doc["sentence"].split() for doc in (first, second))
+    return same and difflib.SequenceMatcher(None, *words, autojunk=False).ratio() >= TWINS
 
 
 def _verdict(task: ConfigurableTask, doc: Mapping[str, Any], loglikelihoods: list[float]) -> dict[str, Any]:

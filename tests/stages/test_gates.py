@@ -36,19 +36,21 @@ def opened(preset: Preset, folder: Path) -> tuple[Job, list[str]]:
     return open_job(preset, folder, notes), notes.lines
 
 
-def answer(job: Job, model: str, answers: Answers) -> None:
-    """Put made-up answers by task and item into a model's evaluation."""
+def answer(job: Job, model: str, answers: Answers, cluster: int = 0) -> None:
+    """Put made-up answers by task and item into a model's evaluation; so many items in a row are a cluster."""
     folder = job.run.eval(model)
     score = TaskScore(version="1", metric="acc", value=0.5, stderr=0.1, items=2, num_fewshot=0, metrics={})
     result = read_record(folder / "results.json", EvalResult)
     write_record(folder / "results.json", result.model_copy(update={"tasks": dict.fromkeys(answers, score)}))
     for task, items in answers.items():
-        table = pa.table({"item_id": list(items), "acc": list(items.values())})
+        labels = [f"{task} {place // cluster}" if cluster else task for place in range(len(items))]
+        columns = {"subtask": [task] * len(items), "cluster": labels, "doc_index": list(range(len(items)))}
+        table = pa.table({"item_id": list(items), "acc": list(items.values()), **columns})
         pq.write_table(table, folder / "samples" / f"{task}.parquet")
 
 
 def items(count: int, wrong: int) -> dict[str, bool]:
-    return {f"i{item}": item >= wrong for item in range(count)}
+    return {f"i{item:03d}": item >= wrong for item in range(count)}
 
 
 @pytest.fixture
@@ -114,6 +116,18 @@ def test_the_accuracy_gap_is_that_of_the_items_of_both(evaluated: tuple[Job, lis
     pipeline.distill(job)
     assert any(line.startswith("PTQ gap: teacher − ptq +24.04 [") and "460 items" in line for line in lines)
     assert not [line for line in lines if line.startswith("warning")]
+
+
+def test_the_accuracy_gap_knows_items_that_are_not_independent(evaluated: tuple[Job, list[str]]) -> None:
+    job, _ = evaluated
+    gaps = []
+    for cluster in (0, 10):
+        answer(job, "teacher", {"a": items(300, 30)}, cluster)
+        answer(job, "ptq", {"a": items(300, 90)}, cluster)
+        gaps.append(accuracy_gap(job))
+    alone, together = (gap.difference for gap in gaps if gap is not None)
+    assert together.value == alone.value
+    assert together.high - together.low > 2 * (alone.high - alone.low)
 
 
 def test_an_accuracy_gap_within_noise_warns(evaluated: tuple[Job, list[str]]) -> None:
