@@ -87,7 +87,8 @@ class Cost:
 
     def phases(self) -> tuple[Phase, ...]:
         """Return what is in memory in each stretch of a run."""
-        models = {"process": PROCESS_BYTES, "teacher": self.model, "student": self.linears, "grid": self.grid}
+        always = {"process": PROCESS_BYTES, "teacher": self.model}
+        models = always | {"student": self.linears, "grid": self.grid}
         training = {
             "trained in float32": FLOAT32 * self.trained,
             "optimizer state": self.moments,
@@ -98,7 +99,7 @@ class Cost:
         return (
             _phase("generating", models | codes, {"keys, values and prompts": self._generating()}),
             _phase("training", models | training, self._training_moments()),
-            _phase("writing a student", models | codes, {"checking the folder": self._checking()}),
+            _phase("writing a student", always, self._writing()),
         )
 
     def _training_moments(self) -> dict[str, int]:
@@ -148,9 +149,14 @@ class Cost:
         tokens = self.preset.heldout.num_prompts * self.preset.heldout.max_new_tokens
         return tokens * self.network.hidden * self.itemsize
 
-    def _checking(self) -> int:
-        """What was stored, and the folder as kdctl and as transformers load it."""
-        return (self.folder if self.cpu else 0) + 2 * self.model + self.grid + self.quantized
+    def _writing(self) -> dict[str, int]:
+        """The student while it is measured and saved; then what was stored, as kdctl and as transformers load it.
+
+        The folder is checked on the CPU, whatever the run's device.
+        """
+        student = self.grid + self.quantized
+        checking = {"checking the folder": self.folder + 2 * self.model + student} if self.cpu else {}
+        return {"measuring and saving": self.linears + student + self.network.loss_bytes(self.cpu), **checking}
 
     # --- disk and tokens --------------------------------------------------------------------------------------------
 
