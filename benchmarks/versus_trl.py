@@ -81,7 +81,8 @@ def arguments() -> argparse.Namespace:
 
 def prepare(folder: Path, data: Path | None) -> Job:
     """Make a run folder with the PTQ student and a small yardstick, and the data files that both sides read."""
-    preset = load_preset("quickstart", {"heldout.num_prompts": 8, "heldout.min_completion_tokens": 1})
+    settings = {"heldout.num_prompts": 8, "heldout.min_completion_tokens": 1, "quantize.method": "minmax"}
+    preset = load_preset("quickstart", settings)
     job = open_job(preset, folder / "run")
     pipeline.quantize(job)
     rows = _fitting(job, data) if data else _teacher_written(job)

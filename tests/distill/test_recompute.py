@@ -1,5 +1,7 @@
 """Activation checkpointing changes nothing but what is kept."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class Products(TorchDispatchMode):
 
 def model_of(kind: str, dropout: float = 0.0) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = KINDS[kind]
+    config = copy.deepcopy(KINDS[kind])  # a model built from a configuration leaves its dtype there
     config.attention_dropout = dropout
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
