@@ -30,7 +30,7 @@ from kdctl.tracking import read_metrics
 
 BATCH, MAX_TOKENS, NEW_TOKENS = 4, 256, 64
 PROMPT_TOKENS = MAX_TOKENS - 32
-SHORT, LONG = 128, 1024
+SHORT, LONG, SLOPE_PROMPT = 128, 1024, 64
 Settings = dict[str, object]
 
 
@@ -87,7 +87,8 @@ def prepare(folder: Path, data: Path | None) -> Job:
     pipeline.quantize(job)
     rows = _fitting(job, data) if data else _teacher_written(job)
     _write(folder / "data.jsonl", rows)
-    _write(folder / "long.jsonl", _long(job))
+    for tokens in (SHORT, LONG):
+        _write(folder / f"{tokens}.jsonl", _filling(job, tokens))
     return job
 
 
@@ -120,10 +121,11 @@ def _teacher_written(job: Job) -> list[list[dict[str, str]]]:
     ]
 
 
-def _long(job: Job) -> list[list[dict[str, str]]]:
-    """Ask for answers longer than any sequence; both sides cut them to theirs."""
-    decode = job.tokenizer.decode
-    texts = [str(decode(ids * (LONG // len(ids) + 2))) for ids in metrics.text_documents(job.tokenizer, 4 * LONG)]
+def _filling(job: Job, tokens: int) -> list[list[dict[str, str]]]:
+    """Make conversations that nearly fill sequences of ``tokens``; the peer refuses answers that leave no prompt."""
+    ids = [token for document in metrics.text_documents(job.tokenizer, 8192) for token in document]
+    size = tokens - SLOPE_PROMPT
+    texts = [str(job.tokenizer.decode(ids[i * size : (i + 1) * size])) for i in range(len(ids) // size)]
     return [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in texts * 8]
 
 
@@ -207,8 +209,8 @@ class Bench:
                     "slope",
                     None,
                     steps=2,
-                    prompts__train=str(self.folder / "long.jsonl"),
-                    prompts__max_prompt_tokens=64,
+                    prompts__train=str(self.folder / f"{tokens}.jsonl"),
+                    prompts__max_prompt_tokens=SLOPE_PROMPT,
                     rollout__num_prompts=16,
                     rollout__max_new_tokens=tokens,
                     max_tokens=tokens,
@@ -217,7 +219,7 @@ class Bench:
                 for tokens in (SHORT, LONG)
             )
         if self.peer_python:
-            pairs["TRL"] = tuple(self.peer(0, "long.jsonl", 2, tokens) for tokens in (SHORT, LONG))
+            pairs["TRL"] = tuple(self.peer(0, f"{tokens}.jsonl", 2, tokens) for tokens in (SHORT, LONG))
         return pairs
 
 
