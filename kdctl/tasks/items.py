@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
 
 Sample = Mapping[str, Any]
 TWINS = 0.7
-"""Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.72 or more."""
+"""Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.76 or more."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def cluster_labels(name: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
     """Label the documents of a task so that those which are not independent share a label.
 
     These are a subject's, where documents have one, and WinoGrande's twins, which differ in a word or two that turn the
-    answer over (Sakaguchi et al. 2020, section 2) and follow each other. All others have the task's name.
+    answer over (Sakaguchi et al. 2020) and follow each other. All others have the task's name.
     """
     labels: list[str] = []
     before: Mapping[str, Any] | None = None

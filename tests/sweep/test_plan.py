@@ -30,11 +30,8 @@ def test_every_shipped_sweep_can_be_planned(name: str) -> None:
     sweep = read_sweep(name)
     plan = plan_sweep(sweep, sweep.preset or "", {}, None, True)
     names = {plan.variant(values, plan.preset) for values in plan.trials}
-    assert (
-        len(names)
-        == plan.total
-        == {"beta_lambda_grid": 9, "quickstart_grid": 4, "quickstart_study": 12}.get(name, len(plan.trials))
-    )
+    grids = {"beta_lambda_grid": 9, "quickstart_grid": 4, "quickstart_study": 12}
+    assert len(names) == plan.total == grids.get(name, len(plan.trials))
 
 
 def test_batch_sizes_are_those_of_the_study() -> None:
