@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import GgufConfig, QuantizationConfi
 from kdctl.architecture import check_architecture
 from kdctl.distill.divergence import Head
 from kdctl.errors import ModelError
+from kdctl.products import widen_products
 from kdctl.rundir import atomic_folder, sha256
 from kdctl.tokens import open_gguf_tokenizer, open_tokenizer
 
@@ -204,7 +205,9 @@ def from_tensors(config: PretrainedConfig, tensors: Mapping[str, Tensor], dtype:
 
 
 def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a model to its device, in evaluation mode and frozen."""
+    """Move a model to its device, in evaluation mode and frozen; on a CPU see to its products."""
+    if device.type == "cpu":
+        widen_products()
     return model.to(device).eval().requires_grad_(False)  # pyright: ignore
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "resolve": 0,
     "rundir": 0,
     "card": 1,
+    "products": 1,
     "processes": 1,
     "stats.averages": 1,
     "stats.bootstrap": 1,

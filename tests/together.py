@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kdctl.processes import Processes
+from kdctl.products import widen_products
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -29,6 +30,7 @@ if __name__ == "__main__":
     file, function, folder, rank = sys.argv[1:]
     load("tiny", Path(__file__).parent / "tiny.py")
     torch.set_num_threads(1)
+    widen_products()
     dist.init_process_group("gloo", init_method=f"file://{folder}/{function}.rendezvous", rank=int(rank), world_size=2)
     vars(load("test_file", Path(file)))[function](Processes(int(rank), 2), Path(folder))
     dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""Half-precision products on CPUs without instructions for them (layer 1).
+
+There torch multiplies bfloat16 numbers seven times (a linear layer's gradients forty times) more slowly than float32
+ones. Here operands are widened to float32, which is exact, and the result is rounded once, which is what torch's own
+kernels do on CPUs that can.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+STATISTICS = {"aten::_scaled_dot_product_flash_attention_for_cpu": 1}
+"""Results that stay float32: the logarithm of the sum, which the backward pass reads."""
+BLOCK = 2**22
+"""Numbers of a product's second factor that are float32 at once: an output head as a whole is a large copy."""
+
+
+def slow_dtypes() -> frozenset[torch.dtype]:
+    """List the half-precision formats that this machine's CPU cannot multiply by itself."""
+    able = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return frozenset(d for d, can in zip((torch.bfloat16, torch.float16), able, strict=True) if not can)
+
+
+Kernel = Callable[..., Any]
+
+
+@cache
+def widen_products() -> torch.library.Library | None:
+    """Replace torch's CPU kernels for such products in this process, once, and leave all others alone."""
+    return register(slow_dtypes())
+
+
+def register(dtypes: frozenset[torch.dtype]) -> torch.library.Library | None:
+    """Put widening kernels in front of torch's own; they go when what is returned is destroyed."""
+    if not dtypes:
+        return None
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of each kernel that is replaced
+        for name in PRODUCTS:
+            kernel = torch.library.get_kernel(name, "CPU").call_boxed
+            wide = _in_blocks(kernel) if name == "aten::mm" else _widened(kernel, STATISTICS.get(name))
+            library.impl(name, _only(dtypes, wide, kernel), "CPU", with_keyset=True)
+    return library
+
+
+def _only(dtypes: frozenset[torch.dtype], wide: Kernel, kernel: Kernel) -> Kernel:
+    def choose(keys: torch.DispatchKeySet, first: Tensor, *others: object, **options: object) -> Any:
+        return (wide if first.dtype in dtypes else kernel)(keys, first, *others, **options)
+
+    return choose
+
+
+def _widened(kernel: Kernel, statistic: int | None) -> Kernel:
+    def product(keys: torch.DispatchKeySet, first: Tensor, *others: object, **options: object) -> Any:
+        dtype = first.dtype
+        wide = {name: _wide(value) for name, value in options.items()}
+        found = kernel(keys, first.float(), *map(_wide, others), **wide)
+        if isinstance(found, Tensor):
+            return found.to(dtype)
+        return tuple(part if i == statistic else part.to(dtype) for i, part in enumerate(found))
+
+    return product
+
+
+def _in_blocks(kernel: Kernel) -> Kernel:
+    """Multiply by one block of a large second factor after the other; sums over blocks stay float32 to their end."""
+
+    def product(keys: torch.DispatchKeySet, first: Tensor, second: Tensor) -> Tensor:
+        inner, columns = second.shape
+        size = max(1, BLOCK // max(1, min(inner, columns)))
+        if columns > inner:
+            found, rows = first.new_empty(len(first), columns), first.float()
+            for place, block in zip(found.split(size, 1), second.split(size, 1), strict=True):
+                place.copy_(kernel(keys, rows, _wide(block)))
+            return found
+        total = torch.zeros(len(first), columns)
+        for rows, block in zip(first.split(size, 1), second.split(size), strict=True):
+            total += kernel(keys, rows.float(), _wide(block))
+        return total.to(first.dtype)
+
+    return product
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
