@@ -56,6 +56,7 @@ LAYERS = {
     "models": 2,
     "prompts": 2,
     "metrics": 2,
+    "packed": 2,
     "report.charts": 1,
     "report.tables": 1,
     "report.contrasts": 2,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kdctl.attention import Layout, RowCache, forward
 from kdctl.distill.divergence import ROWS_IN_CACHE
 from kdctl.keyed import uniform
-from kdctl.models import head_of
+from kdctl.packed import packed
 from kdctl.preset import RolloutSection
 from kdctl.records import Prompt, Rollout, SamplingRecord
 
@@ -86,7 +86,6 @@ class Generator:
         self, model: PreTrainedModel, stop: Sequence[int], sampling: Sampling, source: str, batch_size: int = 64
     ):
         self.model = model
-        self.head = head_of(model)
         self.stop = set(stop)
         self.sampling = sampling
         self.source = source
@@ -97,7 +96,7 @@ class Generator:
     ) -> list[Rollout]:
         """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights."""
         rows = [Row(prompt, sample) for prompt, sample in items]
-        with torch.inference_mode():
+        with torch.inference_mode(), packed(self.model):
             self._run(rows, policy_step, progress)
         return [self._rollout(row, policy_step) for row in rows]
 
@@ -139,7 +138,7 @@ class Generator:
         hidden = forward(self.model, torch.tensor(tokens, device=device), place, layout)
         for slots, length in shared:
             cache.copy(slots[0], slots[1:], length)
-        return self.head(hidden[ends])
+        return self.model.get_output_embeddings()(hidden[ends])
 
     def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> None:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
