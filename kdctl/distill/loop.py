@@ -106,6 +106,7 @@ class Trainer:
         parts = split(self.processes.share(rollouts), settings.micro_batch_size)
         batches = [collate(part, settings.max_tokens) for part in parts]
         tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
+        self.shadow.spend = len(batches) == 1
         total = 0.0
         for part, batch in zip(parts, batches, strict=True):
             loss = self.loss(part, batch.to(self.student.device))

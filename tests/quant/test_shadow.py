@@ -116,6 +116,26 @@ def test_two_backward_passes_add_up(teacher_fp32: PreTrainedModel, quantized: Qu
         assert torch.equal(master.grad, first + second)
 
 
+def test_a_gradient_may_take_the_place_of_its_weight_until_write_back(teacher: PreTrainedModel, quantized: Quantized):
+    found = []
+    for spend in (False, True):
+        student = quantized(teacher, SETTINGS)
+        shadow = ShadowWeights(student.model, student.weights, teacher)
+        shadow.spend = spend
+        before = {name: student.model.get_parameter(f"{name}.weight").clone() for name in shadow.masters}
+        loss_of(student.model(token_ids(0)).logits, 0).backward()
+        gradients = {name: master.grad for name, master in shadow.masters.items()}
+        for name, gradient in gradients.items():
+            weight = student.model.get_parameter(f"{name}.weight")
+            assert gradient is not None
+            assert (gradient.data_ptr() == weight.data_ptr()) == spend
+        found.append({name: gradient.clone() for name, gradient in gradients.items() if gradient is not None})
+        shadow.write_back()
+        assert all(torch.equal(student.model.get_parameter(f"{name}.weight"), q) for name, q in before.items())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_only_masters_and_quantized_layers_take_gradients(teacher: PreTrainedModel, quantized: Quantized):
     student = quantized(teacher, SETTINGS)
     student.model.requires_grad_(True)
