@@ -7,7 +7,8 @@ from kdctl.preset import DistillSection
 from kdctl.records import DistributionMetrics, Estimate, QuantizeReport
 
 LICENSE = re.compile(r"[\w.-]+")
-VLLM_BITS = (4, 8)
+VLLM_BITS = {True: (4, 8), False: (4,)}
+"""Widths of symmetric and of asymmetric grids."""
 VLLM_GROUP_SIZES = (32, 64, 128)
 
 
@@ -127,17 +128,20 @@ def _loading(report: QuantizeReport) -> str:
 
 
 def _vllm(report: QuantizeReport) -> str:
-    name = f"W{report.bits}A16 with group size {report.group_size}"
-    if report.bits in VLLM_BITS and report.group_size in VLLM_GROUP_SIZES:
+    kind = "symmetric" if report.symmetric else "asymmetric"
+    name = f"W{report.bits}A16, {kind}, with group size {report.group_size}"
+    if report.bits in VLLM_BITS[report.symmetric] and report.group_size in VLLM_GROUP_SIZES:
         return f"vLLM documents this format ({name}): `vllm serve FOLDER`. vLLM was not run when this folder was made."
     return (
-        f"transformers only: vLLM documents weight-only `pack-quantized` folders of {_listed(VLLM_BITS)} bits and "
-        f"group sizes {_listed(VLLM_GROUP_SIZES)}, not {name}; vLLM was not run when this folder was made."
+        f"transformers only: vLLM documents weight-only `pack-quantized` folders of {_listed(VLLM_BITS[True])} bits "
+        f"(asymmetric: {_listed(VLLM_BITS[False])}) and group sizes {_listed(VLLM_GROUP_SIZES)}, not {name}; vLLM was "
+        "not run when this folder was made."
     )
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _interval(estimate: Estimate, digits: int = 4) -> str:

@@ -67,14 +67,24 @@ def test_a_distilled_student_says_how_it_was_trained(report: QuantizeReport) -> 
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "claimed"), [(4, 32, True), (4, 128, True), (8, 64, True), (3, 64, False), (4, 16, False)]
+    ("bits", "group_size", "symmetric", "claimed"),
+    [
+        (4, 32, False, True),
+        (4, 128, True, True),
+        (8, 64, True, True),
+        (8, 64, False, False),
+        (3, 64, True, False),
+        (4, 16, False, False),
+    ],
 )
 def test_vllm_is_named_only_for_what_it_documents(
-    report: QuantizeReport, bits: int, group_size: int, claimed: bool
+    report: QuantizeReport, bits: int, group_size: int, symmetric: bool, claimed: bool
 ) -> None:
-    text = model_card(report.model_copy(update={"bits": bits, "group_size": group_size}), HUB)
+    grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    text = model_card(report.model_copy(update=grid), HUB)
     assert ("vllm serve" in text) == claimed
     assert ("transformers only" in text) != claimed
+    assert ("symmetric" if symmetric else "asymmetric") in text
     assert "vLLM was not run" in text
 
 
