@@ -88,6 +88,7 @@ def test_vllm_is_named_only_for_what_it_documents(
     assert "vLLM was not run" in text
 
 
+@pytest.mark.slow
 def test_every_student_folder_carries_its_card_under_the_sums(smoke: Preset, tmp_path: Path) -> None:
     job = open_job(smoke, tmp_path)
     variant = job.run.variant(pipeline.distill(job).variant)

@@ -53,6 +53,7 @@ def swapped(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
+@pytest.mark.slow
 def test_a_plain_folder_is_a_row_after_ptq(job: Job, tmp_path: Path) -> None:
     pipeline.distill(job, name="mine")
     other = tiny.build(tmp_path / "other", seed=3)
@@ -82,6 +83,7 @@ def test_an_untied_wider_model_is_measured_with_its_own_head(job: Job, tmp_path:
     assert result.distribution.perplexity.value == pytest.approx(math.exp(nll / tokens), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_compressed_tensors_folder_is_what_kdctl_measures(
     job: Job, smoke: Preset, tiny_dir: Path, tmp_path: Path, symmetric: bool
@@ -143,6 +145,7 @@ def test_a_format_without_its_package_is_refused_by_name(tiny_dir: Path, tmp_pat
         foreign.load_foreign(model, torch.bfloat16, CPU)
 
 
+@pytest.mark.slow
 def test_names_that_are_taken_or_no_names_are_refused(job: Job, tiny_dir: Path) -> None:
     pipeline.distill(job, name="mine")
     with pytest.raises(PresetError, match=r"--as 'mine' is the name of a variant"):

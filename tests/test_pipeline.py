@@ -53,6 +53,7 @@ def notes(job: Job) -> list[str]:
     return job.reporter.lines
 
 
+@pytest.mark.slow
 def test_distill_makes_what_it_lacks_and_says_so(smoke: Preset, tmp_path: Path) -> None:
     job = job_for(smoke, tmp_path)
     report = pipeline.distill(job)
@@ -85,6 +86,7 @@ def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: 
     assert "alpha: limit None and 9" in pipeline.report(job)
 
 
+@pytest.mark.slow
 def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tmp_path: Path) -> None:
     first = pipeline.distill(job_for(smoke, tmp_path))
     on_policy = with_settings(smoke, distill__lmbda=1.0, distill__beta=1.0)
@@ -105,6 +107,7 @@ def test_variant_names_carry_what_differs_in_schema_order() -> None:
     assert pipeline.variant_name(other, base) == "lambda0_beta0_lr2e-05_seed0_steps7_temperature2"
 
 
+@pytest.mark.slow
 def test_final_is_a_student_folder_whose_codes_are_those_of_its_weights(smoke: Preset, tmp_path: Path) -> None:
     job = job_for(smoke, tmp_path)
     report = pipeline.distill(job)
@@ -123,6 +126,7 @@ def test_final_is_a_student_folder_whose_codes_are_those_of_its_weights(smoke: P
     assert changed > 0
 
 
+@pytest.mark.slow
 def test_replayed_student_rollouts_train_too(smoke: Preset, tmp_path: Path) -> None:
     replay = with_settings(smoke, distill__lmbda=1.0, distill__refresh_every=0)
     job = job_for(replay, tmp_path)
@@ -147,6 +151,7 @@ def test_dataset_completions_train_too(smoke: Preset, tmp_path: Path) -> None:
     assert all(r.logprobs is None and r.source == "dataset" for r in stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["minmax", "hqq", "gptq"])
 @pytest.mark.parametrize("mode", [{"train": "lora", "lora_rank": 4}, {"train": "scales"}, {"learn_scales": True}])
 def test_every_mode_trains_from_every_method_and_starts_at_the_student(

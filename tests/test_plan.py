@@ -76,18 +76,21 @@ def training_gib(plan: CostPlan) -> float:
     return next(phase.peak_bytes for phase in plan.phases if phase.name == "training") / GIB
 
 
+@pytest.mark.slow
 def test_parameters_of_qwen3_4b(qwen: Network) -> None:
     assert qwen.quantized_parameters == 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728)
     assert qwen.quantized_parameters + qwen.other_parameters == 4_022_468_096
     assert qwen.cache == 36 * 2 * 8 * 128 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "on_24", "on_80"), [("lora", True, True), ("scales", False, True)])
 def test_training_few_numbers_of_qwen3_4b(qwen: Network, train: str, on_24: bool, on_80: bool) -> None:
     gib = training_gib(planned(qwen, onpolicy(train=train), gpu(24)))
     assert (gib < 24, gib < 80) == (on_24, on_80)
 
 
+@pytest.mark.slow
 def test_training_all_weights_of_qwen3_4b_is_for_80_gib(qwen: Network) -> None:
     plan = planned(qwen, onpolicy(train="weights"), gpu(80))
     training = next(phase for phase in plan.phases if phase.name == "training")
@@ -99,6 +102,7 @@ def test_training_all_weights_of_qwen3_4b_is_for_80_gib(qwen: Network) -> None:
     assert not planned(qwen, onpolicy(train="weights"), gpu(24)).memory.fits
 
 
+@pytest.mark.slow
 def test_advice_names_settings_and_what_they_save(qwen: Network) -> None:
     plan = planned(qwen, onpolicy(train="weights"), gpu(24))
     alone = {each.settings: each.peak_bytes for each in plan.memory.advice[:-1]}

@@ -19,6 +19,7 @@ def _living() -> list[object]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["weights", "lora", "scales"])
 def test_the_student_is_gone_from_memory_when_its_folder_is_verified(
     smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str

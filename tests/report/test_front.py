@@ -90,6 +90,7 @@ def test_a_damaged_result_is_refused_by_path(tmp_path: Path) -> None:
         write_report([run])
 
 
+@pytest.mark.slow
 def test_several_folders_are_joined_beside_the_first_or_where_asked(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "runs" / name, {f"v{name}": {}}, ["alpha"]) for name in ("a", "b")]
     text = write_report(folders)

@@ -67,6 +67,7 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
     assert ((kept["states"].float() * kept["scale"] - states).abs() <= kept["scale"] * 0.501).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 def test_training_on_kept_states_is_near_training_with_a_live_teacher(smoke: Preset, tmp_path: Path, kind: str) -> None:
     kept = build_preset(smoke.model_dump(), {"rollout.keep_states": kind}, "test")

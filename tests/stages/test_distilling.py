@@ -24,6 +24,7 @@ def test_replay_of_a_variant_without_live_rollouts_is_refused_before_any_work(sm
     assert not job.run.student.exists()
 
 
+@pytest.mark.slow
 def test_replay_with_more_steps_than_were_recorded_names_the_slot(smoke: Preset, tmp_path: Path) -> None:
     preset = build_preset(smoke.model_dump(), LIVE | {"distill.steps": 2}, "test")
     pipeline.distill(open_job(preset, tmp_path), name="first")
@@ -33,6 +34,7 @@ def test_replay_with_more_steps_than_were_recorded_names_the_slot(smoke: Preset,
         pipeline.distill(open_job(longer, tmp_path), name="longer")
 
 
+@pytest.mark.slow
 def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, tmp_path: Path) -> None:
     constant = {"distill.lr": 0.01, "distill.schedule": "constant", "distill.warmup_ratio": 0.0, "distill.steps": 30}
     early = {
@@ -55,6 +57,7 @@ def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, 
     assert all(torch.equal(weight.codes, other[name].codes) for name, weight in kept.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "harmful"), [(1.0, True), (1e-3, False)])
 def test_training_that_only_does_harm_is_said(smoke: Preset, tmp_path: Path, lr: float, harmful: bool) -> None:
     class Notes(Silent):

@@ -117,6 +117,7 @@ def test_text_perplexity_is_the_same_wherever_it_stands(brief: Preset, tmp_path:
     assert results["ptq"].text == pipeline.quantize(job).text
 
 
+@pytest.mark.slow
 def test_a_variant_and_a_model_made_elsewhere_write_their_own(brief: Preset, tiny_dir: Path, tmp_path: Path) -> None:
     job = open_job(brief, tmp_path / "run")
     pipeline.distill(job, name="mine")

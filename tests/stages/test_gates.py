@@ -78,6 +78,7 @@ def test_the_gap_is_said_before_training(smoke: Preset, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines] == ["distill"]
 
 
+@pytest.mark.slow
 def test_a_gap_below_the_asked_one_stops_before_any_work(smoke: Preset, tmp_path: Path) -> None:
     job, _ = opened(smoke, tmp_path)
     low = pipeline.quantize(job).distribution.forward_kl.low
@@ -148,6 +149,7 @@ def test_results_of_other_weights_say_nothing(evaluated: tuple[Job, list[str]]) 
     assert accuracy_gap(job) is None
 
 
+@pytest.mark.slow
 def test_a_kl_within_noise_warns(smoke: Preset, tmp_path: Path) -> None:
     from kdctl.resolve import build_preset
 

@@ -17,6 +17,7 @@ from kdctl.quant.checkpoint import load_student
 METHODS = ("minmax", "hqq", "gptq")
 
 
+@pytest.mark.slow
 def test_compare_measures_what_quantize_measures_and_makes_no_student(smoke: Preset, tmp_path: Path) -> None:
     job = open_job(smoke, tmp_path / "compared")
     found = {one.method: one for one in pipeline.compare(job, cli.with_methods(smoke, METHODS))}

@@ -82,6 +82,7 @@ def test_a_repeated_sweep_does_nothing_twice(swept: Board) -> None:
     assert files == {path: before[path] for path in files}
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_does_not_end_the_sweep_and_is_tried_again(
     tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_trial_that_diverges_does_not_end_the_sweep_and_is_tried_again(
     assert statuses(board) == ["complete", "complete"]
 
 
+@pytest.mark.slow
 def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     assert statuses(board) == ["complete"] * 2
 
 
+@pytest.mark.slow
 def test_no_trial_starts_once_the_target_is_reached(tmp_path: Path, tiny_dir: Path) -> None:
     metric = {"name": "eval/forward_kl", "goal": "minimize", "target": 1e9}
     board, notes = board_of(tmp_path, tiny_dir, {"beta": {"values": [0.0, 1.0]}}, False, metric=metric), Notes()
@@ -126,6 +129,7 @@ def test_no_trial_starts_once_the_target_is_reached(tmp_path: Path, tiny_dir: Pa
     assert notes.said[-1] == "metric.target=1e+09 is reached, no further trial starts"
 
 
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_for_good(tmp_path: Path, tiny_dir: Path) -> None:
     early = {"type": "hyperband", "min_iter": 1, "eta": 2}
     entries = {"distill.lr": {"values": [1e-12, 1e-3]}}
