@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from kdctl.distill.optimizer import TOGETHER
 from kdctl.footprint import Activations, Network
 from kdctl.metrics import BATCH
+from kdctl.models import torch_dtype
+from kdctl.packed import packed_bytes
 from kdctl.preset import Preset
 from kdctl.records import Part, Phase
 from kdctl.rollout.generate import PROMPT_TOKENS
@@ -78,10 +80,10 @@ class Cost:
 
     @property
     def gradients(self) -> int:
-        """Gradients of a step: weights' as backward made them where there is one micro-batch, all others float32."""
+        """Gradients of a step, float32; weights' take their weights' place where there is one micro-batch."""
         if self.distill.train != "weights" or self.distill.gradient_accumulation > 1:
             return FLOAT32 * self.trained
-        return self.linears + FLOAT32 * (self.trained - self.quantized)
+        return FLOAT32 * (self.trained - self.quantized)
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -95,9 +97,9 @@ class Cost:
             "base or codes of what is trained": self.base,
             "held-out states": self._heldout_states(),
         }
-        codes = {"codes": self.quantized}
+        codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
         return (
-            _phase("generating", models | codes, {"keys, values and prompts": self._generating()}),
+            _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
             _phase("training", models | training, self._training_moments()),
             _phase("writing a student", always, self._writing()),
         )
@@ -108,7 +110,7 @@ class Cost:
         loss = self.network.loss_bytes(self.cpu)
         largest = max(map(math.prod, self.shapes))
         return {
-            "generating": self._cache(self._live_rows()) if self.distill.live else 0,
+            "generating": self._cache(self._live_rows()) + self._packed() if self.distill.live else 0,
             "forward and backward": int(tokens * seen.peak) + loss + earlier,
             "end of backward": self.gradients + int(tokens * (seen.peak - seen.kept)) + self._receiving(),
             "update": self.gradients + TOGETHER * FLOAT32 * largest,
@@ -129,6 +131,11 @@ class Cost:
         """Keys and values of rollouts in the making."""
         capacity = self.preset.prompts.max_prompt_tokens + self.preset.rollout.max_new_tokens
         return int(rows * capacity * self.network.cache)
+
+    def _packed(self) -> int:
+        """The copies of linear layers and output head that a block of completions is written with."""
+        weights = self.quantized + self.network.vocabulary * self.network.hidden
+        return packed_bytes(weights, torch_dtype(self.preset.teacher.dtype)) if self.cpu else 0
 
     def _generating(self) -> int:
         """The largest cache of any store, beside the prompts that are read at once."""

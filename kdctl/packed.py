@@ -33,6 +33,13 @@ def packed(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+def packed_bytes(weights: int, dtype: torch.dtype) -> int:
+    """Return what so many weights of linear layers on a CPU take beside themselves."""
+    if dtype in slow_dtypes():
+        return weights * torch.float32.itemsize
+    return weights * dtype.itemsize if dtype == torch.bfloat16 else 0
+
+
 def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     weight = layer.weight.detach()
     if type(weight) is not Tensor or weight.device.type != "cpu":

@@ -17,6 +17,7 @@ from kdctl.distill.divergence import Objective
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.footprint import Network, look_at
 from kdctl.metrics import predicting_hidden
+from kdctl.packed import packed
 from kdctl.preset import Preset
 from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
 from kdctl.quant.checkpoint import packed_tensors, unquantized_tensors
@@ -92,11 +93,28 @@ def test_what_is_trained_and_its_moments(
 def test_gradients(network: Network, teacher: PreTrainedModel, mode: dict[str, Any], micro_batches: int) -> None:
     preset = preset_with(mode | {"distill.gradient_accumulation": micro_batches})
     student, _, shadow = made(teacher, preset)
+    shadow.spend = micro_batches == 1
     for _ in range(micro_batches):
         backward(student)
     gradients = [parameter.grad for parameter in shadow.parameters()]
-    assert Cost(preset, network, True).gradients == sum(g.nbytes for g in gradients if g is not None)
     assert None not in gradients
+    own = list(student.parameters())
+    beside = size([*own, *(gradient for gradient in gradients if gradient is not None)]) - size(own)
+    assert Cost(preset, network, True).gradients == beside
+
+
+def test_weights_ready_for_products(network: Network, teacher: PreTrainedModel) -> None:
+    preset = preset_with({"distill.lmbda": 1.0})
+    student, weights, _ = made(teacher, preset)
+    with packed(student):
+        linear = [student.get_submodule(name) for name in weights] + [student.get_output_embeddings()]
+        copies = [argument for layer in linear for argument in vars(layer)["forward"].args]
+        stored = sum(copy.nbytes for copy in copies if copy is not None)
+    (found,) = (
+        part for part in Cost(preset, network, True).phases()[0].parts if part.name == "weights ready for products"
+    )
+    assert found.size_bytes == stored
+    assert all("ready" not in part.name for phase in Cost(preset, network, False).phases() for part in phase.parts)
 
 
 @pytest.mark.parametrize("method", ["minmax", "hqq"])
