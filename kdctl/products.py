@@ -1,8 +1,8 @@
-"""Half-precision products on CPUs without instructions for them (layer 1).
+"""Half-precision products on CPUs that torch has no fast kernels for: on x86, those without AVX-512 (layer 1).
 
-There torch multiplies bfloat16 numbers seven times (a linear layer's gradients forty times) more slowly than float32
-ones. Here operands are widened to float32, which is exact, and the result is rounded once, which is what torch's own
-kernels do on CPUs that can.
+There a linear layer takes torch eight times as long in bfloat16 as in float32, and fifty times with its gradients
+(benchmarks/products.py). Here operands are widened to float32, which is exact, and the result is rounded once, as by
+torch's own kernels elsewhere.
 """
 
 import warnings
@@ -27,7 +27,7 @@ BLOCK = 2**22
 
 
 def slow_dtypes() -> frozenset[torch.dtype]:
-    """List the half-precision formats that this machine's CPU cannot multiply by itself."""
+    """List the half-precision formats that torch cannot multiply fast on this CPU."""
     able = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return frozenset(d for d, can in zip((torch.bfloat16, torch.float16), able, strict=True) if not can)
 
