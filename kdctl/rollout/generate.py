@@ -138,7 +138,7 @@ class Generator:
         hidden = forward(self.model, torch.tensor(tokens, device=device), place, layout)
         for slots, length in shared:
             cache.copy(slots[0], slots[1:], length)
-        return self.model.get_output_embeddings()(hidden[ends])
+        return self.model.get_output_embeddings()(hidden[ends])  # pyright: ignore[reportOptionalCall]
 
     def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> None:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
