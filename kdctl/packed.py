@@ -19,9 +19,9 @@ from kdctl.products import slow_dtypes
 def packed(model: nn.Module) -> Iterator[None]:
     """Let a model's linear layers use copies of their weights in that form; until the end these must not change.
 
-    Layers on other devices, in float32 or with weights that are no plain tensors stay as they are.
+    Layers of other kinds, on other devices, in float32 or with weights that are no plain tensors stay as they are.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     try:
         for layer in layers:
             product = _product(layer)

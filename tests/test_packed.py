@@ -48,6 +48,18 @@ def test_half_precision_layers_are_packed_and_float32_ones_are_not() -> None:
             ]
 
 
+def test_a_linear_layer_with_a_product_of_its_own_keeps_it() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    layer = Doubled(48, 8, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = layer(inputs(3, torch.bfloat16))
+        with packed(layer):
+            assert torch.equal(layer(inputs(3, torch.bfloat16)), expected)
+
+
 def test_packed_weights_are_used() -> None:
     network = Network(torch.bfloat16)
     values = inputs(4, torch.bfloat16)
