@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -418,7 +419,8 @@ def test_a_full_disk_is_a_message_and_a_missing_file_is_a_bug(
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kdctl", "run", "smoke", "--run", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # also where these tests do not
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while not (tmp_path / "student" / "quantize.json").exists():
         assert time.monotonic() < deadline
