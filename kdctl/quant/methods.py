@@ -26,7 +26,7 @@ def minmax(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
 def hqq(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
     """Take scale and float zero point from HQQ's solver, then repair what rounding the zero point costs.
 
-    The solver minimises |W − Q(W)|^0.7 (Badri & Shaji, Half-Quadratic Quantization, 2023, eq. 2) over a *float* zero
+    The solver minimises |W − Q(W)|^0.7 (Badri & Shaji, Half-Quadratic Quantization, 2023) over a *float* zero
     point. The shipping grid has integer ones, so scale × {0.8 .. 1.2} and zero ± 1 are searched per group. The search
     minimises the squared error: with the solver's own norm it clips large weights, which on a grid with integer zero
     points nearly doubles the KL to the teacher. HQQ moves the zero point only; a symmetric grid has none to move, and
