@@ -7,7 +7,7 @@ torch's own kernels elsewhere.
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -85,10 +85,8 @@ def _in_blocks(kernel: Kernel) -> Kernel:
             for place, block in zip(found.split(size, 1), second.split(size, 1), strict=True):
                 place.copy_(kernel(keys, rows, _wide(block)))
             return found
-        total = torch.zeros(len(first), columns)
-        for rows, block in zip(first.split(size, 1), second.split(size), strict=True):
-            total += kernel(keys, rows.float(), _wide(block))
-        return total.to(first.dtype)
+        blocks = zip(first.split(size, 1), second.split(size), strict=True)
+        return reduce(Tensor.add_, (kernel(keys, rows.float(), _wide(block)) for rows, block in blocks)).to(first.dtype)
 
     return product
 
