@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ def _stop(message: str, code: int) -> NoReturn:
     if process_count() > 1:
         from kdctl.processes import first_to_report
 
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would cut the message off
         if not first_to_report():
             raise typer.Exit(code) from None
     console.fail(message)
@@ -142,6 +144,7 @@ class Stage:
         processes = connect(self.preset.runtime.device)
         if trains:
             processes.check_rows(self.preset.distill.rows_per_step)
+            processes.check_trainable(self.preset.distill)
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
