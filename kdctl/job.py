@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl import __version__, metrics, models
 from kdctl.errors import DataError, StoreError
+from kdctl.memory import give_back
 from kdctl.metrics import PerDocument, Yardstick
 from kdctl.preset import Preset
 from kdctl.processes import ALONE, Processes
@@ -133,6 +134,11 @@ class Job:
     def teacher(self) -> PreTrainedModel:
         """The teacher in memory."""
         return models.load_model(self.folder, self.dtype, self.device)
+
+    def forget_teacher(self) -> None:
+        """Let go of the teacher; it is loaded again when it is asked for."""
+        self.__dict__.pop("teacher", None)
+        give_back()
 
     @cached_property
     def prompts(self) -> PromptReader:

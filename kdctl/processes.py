@@ -1,7 +1,8 @@
 """Several processes that work on one run: who does what, and what they tell each other (layer 1).
 
-``accelerate launch`` or ``torchrun`` starts them; each has its own copy of the models. What is divided is divided by
-position, what is not is done by the main process while the others wait. All of them see the same run folder.
+``accelerate launch`` or ``torchrun`` starts them; each has its own copy of the models, or, where accelerate's
+configuration asks for FSDP2, its rows of them while they train. What is divided is divided by position, what is not is
+done by the main process while the others wait. All of them see the same run folder.
 """
 
 import os
@@ -18,9 +19,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from kdctl.errors import PresetError, ProcessError
+from kdctl.preset import DistillSection
 
 T = TypeVar("T")
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "TP"}
+OTHER_SHARDING = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 LONGEST_WAIT = timedelta(days=7)
 """While the main process quantizes, the others wait; that one is dead is seen by its closed connection, at once."""
 PIECE = 2**25
@@ -29,10 +31,16 @@ PIECE = 2**25
 
 @dataclass(frozen=True)
 class Processes:
-    """One of ``count`` processes; alone, nothing here costs anything."""
+    """One of ``count`` processes; alone, nothing here costs anything.
+
+    sharded: models in training are divided by rows (FSDP2), not copied; freed: rows of others are freed between a
+    layer's forward and backward pass.
+    """
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
+    freed: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -48,6 +56,37 @@ class Processes:
                 f"evenly among {self.count} processes, so one would wait for another in every step; launch "
                 f"{fitting} processes, or change one of the two"
             )
+
+    def check_trainable(self, settings: DistillSection) -> None:
+        """Raise PresetError for training that works on whole models only, where they are divided."""
+        if not self.sharded:
+            return
+        for unfit, what, instead in (
+            (settings.train != "weights", f"distill.train={settings.train}", "launch copies with --multi_gpu"),
+            (settings.optimizer != "adamw", f"distill.optimizer={settings.optimizer}", "use adamw"),
+            (settings.live, "live generation", "fill the store with kdctl rollout and set distill.refresh_every=0"),
+        ):
+            if unfit:
+                raise PresetError(f"the models are to be divided by FSDP2, and {what} needs them whole; {instead}")
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return this process's rows of a whole tensor where models are divided, else the tensor."""
+        if not self.sharded:
+            return tensor
+        parts = tensor.chunk(self.count)
+        return parts[self.rank] if self.rank < len(parts) else tensor[:0]
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Undo ``rows`` in the main process, on the CPU; the others get what they gave."""
+        if not self.sharded:
+            return rows
+        counts = self.merge([len(rows)])
+        mine = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype)
+        mine[: len(rows)] = rows
+        parts = [torch.empty_like(mine) for _ in counts] if self.is_main else None
+        with _peers():
+            dist.gather(mine, parts)
+        return rows if parts is None else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's part of a sequence that is the same in all."""
@@ -111,14 +150,10 @@ ALONE = Processes()
 def connect(device: str) -> Processes:
     """Join the processes that a launcher started with this one. device: ``cpu``, ``cuda`` or ``auto``.
 
-    Raises PresetError for a launch that would shard the models, or with more processes than GPUs on a machine.
+    Raises PresetError for a launch that shards models in another way than FSDP2, or with more processes than GPUs on a
+    machine.
     """
-    for variable, what in SHARDING.items():
-        if os.environ.get(variable, "").lower() == "true":
-            raise PresetError(
-                f"the accelerate configuration asks for {what}, and kdctl trains with a whole copy of both models in "
-                "each process; launch it with --multi_gpu and without a configuration that shards"
-            )
+    sharded = _asks_for_shards()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     cpu = device == "cpu" or not torch.cuda.is_available()
@@ -132,7 +167,26 @@ def connect(device: str) -> Processes:
     backend = {} if cpu else {"backend": "cpu:gloo,cuda:nccl"}
     state = PartialState(cpu=cpu, timeout=LONGEST_WAIT, **backend)
     signal.signal(signal.SIGTERM, _stopped)
-    return Processes(state.process_index, state.num_processes)
+    freed = _says("FSDP_RESHARD_AFTER_FORWARD", "true")
+    return Processes(state.process_index, state.num_processes, sharded, freed)
+
+
+def _asks_for_shards() -> bool:
+    """Tell whether accelerate's configuration asks for FSDP2. Raises PresetError where it asks for what is not here."""
+    fsdp = _says("ACCELERATE_USE_FSDP")
+    others = [what for variable, what in OTHER_SHARDING.items() if _says(variable)]
+    others += ["FSDP version 1"] * (fsdp and os.environ.get("FSDP_VERSION", "1") != "2")
+    others += ["parameters kept in CPU memory"] * (fsdp and _says("FSDP_OFFLOAD_PARAMS"))
+    if others:
+        raise PresetError(
+            f"the accelerate configuration asks for {others[0]}, which kdctl does not have: it trains whole copies "
+            "(--multi_gpu) or row shards (--use_fsdp --fsdp_version 2 --fsdp_offload_params false)"
+        )
+    return fsdp
+
+
+def _says(variable: str, default: str = "false") -> bool:
+    return os.environ.get(variable, default).lower() == "true"
 
 
 def started_too_few() -> bool:

@@ -51,6 +51,6 @@ def test_every_sweep_is_documented(name: str) -> None:
 
 def test_options_in_the_readme_exist() -> None:
     known = {option for _, option in OPTIONS} | {"--version", "--help", "--constraint", "--no-deps", "--peer-python"}
-    known |= {"--num_processes", "--multi_gpu", "--config_file", "--nproc-per-node"}
+    known |= {"--num_processes", "--multi_gpu", "--config_file", "--nproc-per-node", "--use_fsdp", "--fsdp_version"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= known
     assert "@@" not in README

@@ -22,14 +22,15 @@ from kdctl.resolve import build_preset
 from kdctl.rundir import VariantDir, read_record
 from kdctl.tracking import read_metrics
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+SHARDS = "--use_fsdp --fsdp_version 2"
 MIXED = {"distill.lmbda": 0.5, "distill.refresh_every": 2, "distill.checkpoint_every": 2, "teacher.dtype": "float32"}
 
 
-def launch(command: str, preset: Path, run: Path) -> "subprocess.Popen[str]":
+def launch(command: str, preset: Path, run: Path, how: str = "--multi_gpu") -> "subprocess.Popen[str]":
     """Start two processes of a command."""
-    words = [*LAUNCH, "-m", "kdctl", command, *([] if command == "run" else ["--preset"]), str(preset)]
+    words = [*LAUNCH, *how.split(), "-m", "kdctl", command, *([] if command == "run" else ["--preset"]), str(preset)]
     return subprocess.Popen([*words, "--run", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -134,12 +135,13 @@ def ranks(launcher: int) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes of a launcher in /proc")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "how"), [(0, "--multi_gpu"), (1, "--multi_gpu"), (0, SHARDS), (1, SHARDS)])
 def test_a_killed_process_ends_all_and_one_or_two_go_on(
-    smoke: Preset, tiny_dir_fp32: Path, tmp_path: Path, victim: int
+    smoke: Preset, tiny_dir_fp32: Path, tmp_path: Path, victim: int, how: str
 ) -> None:
-    preset, file = settings(smoke, tiny_dir_fp32, tmp_path, distill__steps=40)
-    started = launch("distill", file, tmp_path / "killed")
+    replayed = {"distill__refresh_every": 0} if how == SHARDS else {}
+    preset, file = settings(smoke, tiny_dir_fp32, tmp_path, distill__steps=40, **replayed)
+    started = launch("distill", file, tmp_path / "killed", how)
     while not list(tmp_path.glob("killed/distill/*/checkpoints/step_00000[4-9]")):
         assert started.poll() is None, started.communicate()[1]
         time.sleep(0.02)
@@ -152,7 +154,7 @@ def test_a_killed_process_ends_all_and_one_or_two_go_on(
     assert not only_variant(tmp_path / "killed").final.exists()
 
     if victim:
-        assert launch("distill", file, tmp_path / "killed").wait(timeout=120) == 0
+        assert launch("distill", file, tmp_path / "killed", how).wait(timeout=120) == 0
     else:
         pipeline.distill(open_job(preset, tmp_path / "killed"))
     pipeline.distill(open_job(preset, tmp_path / "whole"))

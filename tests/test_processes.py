@@ -1,30 +1,40 @@
 """Several processes: what is divided comes back in order, and training is that of one process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
 from kdctl import models
+from kdctl.distill.checkpoint import load_checkpoint, save_checkpoint
 from kdctl.distill.feed import Feed, Live
-from kdctl.distill.loop import Trainer
+from kdctl.distill.loop import Trainer, heldout_metrics
+from kdctl.distill.recompute import Checkpointing, set_checkpointing
 from kdctl.errors import PresetError, ProcessError
+from kdctl.metrics import Yardstick, make_yardstick
 from kdctl.preset import DistillSection, PromptsSection, QuantizeSection
 from kdctl.processes import ALONE, PIECE, Processes, _pieces, connect
 from kdctl.progress import Silent
 from kdctl.prompts import PromptReader
-from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
+from kdctl.quant.rows import local_rows, shard
 from kdctl.quant.shadow import ShadowWeights
-from kdctl.records import Rollout
+from kdctl.records import CheckpointMeta, Rollout
 from kdctl.rollout.generate import Generator, Sampling
 from kdctl.rollout.plan import Plan, fill
 from kdctl.rollout.states import TeacherStates
 from kdctl.rollout.store import RolloutStore
+from kdctl.rundir import read_record
 
 Together = Callable[[str, str], None]
 GRID = QuantizeSection(group_size=32, method="minmax")
 SETTINGS = DistillSection(steps=3, lr=1e-3, warmup_ratio=0.0, max_tokens=64, micro_batch_size=2)
+REPLAYED = {"optimizer": "adamw", "refresh_every": 0}
 SAMPLING = Sampling(1.0, 1.0, 0, 6, 0, 0)
 
 
@@ -50,11 +60,49 @@ def test_rows_that_cannot_be_divided_are_refused_with_what_can() -> None:
         Processes(1, 4).check_rows(6)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_configuration_that_shards_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(PresetError, match="a whole copy of both models in each process"):
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for FSDP version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "kept in CPU memory"),
+    ],
+)
+def test_what_shards_in_another_way_is_refused(
+    found: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in found.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(PresetError, match=f"{words}.*--use_fsdp --fsdp_version 2"):
         connect("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": "lora"}, "train=lora needs them whole; launch copies with --multi_gpu"),
+        ({"optimizer": "adafactor"}, "optimizer=adafactor needs them whole; use adamw"),
+        ({"lmbda": 0.5}, "live generation needs them whole; fill the store with kdctl rollout"),
+    ],
+)
+def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str, Any], words: str) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    Processes(0, 2).check_trainable(settings)
+    Processes(0, 2, sharded=True).check_trainable(SETTINGS)
+    Processes(0, 2, sharded=True).check_trainable(settings.model_copy(update={"train": "weights"} | REPLAYED))
+    with pytest.raises(PresetError, match=words):
+        Processes(0, 2, sharded=True).check_trainable(settings)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 5), (2, 5), (3, 2), (4, 9)])
+def test_rows_are_those_that_fsdp_gives(count: int, length: int) -> None:
+    tensor = torch.arange(2 * length).view(length, 2)
+    parts = [Processes(rank, count, sharded=True).rows(tensor) for rank in range(count)]
+    assert torch.equal(torch.cat(parts), tensor)
+    found, _ = Shard(0)._split_tensor(tensor, count, with_padding=False)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in found]
+    assert Processes(0, count).rows(tensor) is tensor
 
 
 def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +162,23 @@ def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **setting
     student = build_student(teacher, weights)
     section = SETTINGS.model_copy(update=settings)
     feed = Feed(section, rollouts(13), processes=processes)
-    return Trainer(teacher, student, ShadowWeights(student, weights, teacher), feed, section)
+    if processes.sharded:
+        for model in (teacher, student):
+            shard(model, weights.keys(), processes)
+    shadow = ShadowWeights(student, local_rows(student, weights), teacher, section.learn_scales)
+    return Trainer(teacher, student, shadow, feed, section)
 
 
-def compare_training(folder: Path, processes: Processes, dtype: torch.dtype, **settings) -> tuple[Trainer, Trainer]:
-    """Do three steps in two processes, and the same alone with all rows at once; compare losses."""
-    divided = trainer_on(folder, processes, dtype, gradient_accumulation=2, **settings)
+def compare_training(
+    folder: Path, processes: Processes, dtype: torch.dtype, how: Checkpointing = "none", **settings
+) -> tuple[Trainer, Trainer]:
+    """Do three steps in two processes, and the same alone with twice the rows at once; compare losses."""
+    settings = {"gradient_accumulation": 2} | settings
+    divided = trainer_on(folder, processes, dtype, **settings)
+    settings["gradient_accumulation"] //= 2
     whole = trainer_on(folder, ALONE, dtype, micro_batch_size=4, **settings)
+    for trainer in (divided, whole):
+        set_checkpointing(trainer.student, how)
     for step in range(3):
         found, expected = divided.step(step), whole.step(step)
         assert found["train/forward_kl"] == pytest.approx(expected["train/forward_kl"], rel=2e-2)
@@ -153,6 +211,83 @@ def train_in_float32(processes: Processes, folder: Path) -> None:
         torch.testing.assert_close(master.grad, alone.shadow.trained[name].grad, rtol=1e-3, atol=1e-6)
     divided, whole = compare_training(folder / "model", processes, torch.float32)
     assert differing(divided, whole) <= 1e-4
+
+
+@pytest.mark.slow
+def test_row_shards_train_what_one_process_trains(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_dir_fp32)
+    together(__file__, "train_row_shards")
+
+
+def train_row_shards(processes: Processes, folder: Path) -> None:
+    ways: list[tuple[bool, Checkpointing, dict[str, Any]]] = [
+        (True, "selective", {}),
+        (True, "full", {"gradient_accumulation": 4, "learn_scales": True}),
+        (False, "none", {"gradient_accumulation": 4}),
+    ]
+    for freed, how, changes in ways:
+        shards = replace(processes, sharded=True, freed=freed)
+        divided, whole = compare_training(folder / "model", shards, torch.float32, how, **changes)
+        matches_whole(divided, whole)
+        compare_gradients(divided, whole)
+        compare_checkpoints(folder / f"{how}", divided, whole)
+        student = yardstick(whole.teacher), yardstick(divided.teacher)
+        found, expected = heldout_metrics(divided.student, student[1]), heldout_metrics(whole.student, student[0])
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def yardstick(teacher: PreTrainedModel) -> Yardstick:
+    return make_yardstick(teacher, rollouts(5))
+
+
+def matches_whole(divided: Trainer, whole: Trainer) -> None:
+    """Check that shards are half of each tensor, the codes of the whole and what the model computes with."""
+    expected, cut = dict(whole.shadow.quantized()), divided.processes.rows
+    different = 0
+    for name, weight in divided.shadow.quantized():
+        parameter = divided.student.get_parameter(f"{name}.weight")
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(parameter.to_local(), dense(weight))
+        assert len(weight.codes) * 2 == len(expected[name].codes)
+        different += int((weight.codes != cut(expected[name].codes)).sum())
+    assert different <= 1e-4 * sum(weight.codes.numel() for weight in expected.values())
+    assert sum(p.numel() for p in divided.shadow.parameters()) * 2 == sum(p.numel() for p in whole.shadow.parameters())
+
+
+def compare_gradients(divided: Trainer, whole: Trainer) -> None:
+    """Check that what backward leaves on shards is the whole gradient's rows."""
+    for trainer in (divided, whole):
+        trainer.accumulate(rollouts(trainer.settings.rows_per_step))
+    for name, tensor in divided.shadow.trained.items():
+        expected = whole.shadow.trained[name].grad
+        assert expected is not None
+        torch.testing.assert_close(tensor.grad, divided.processes.rows(expected), rtol=1e-3, atol=1e-6)
+    for trainer in (divided, whole):
+        trainer.optimizer.zero_grad()
+        trainer.shadow.write_back()
+
+
+def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
+    """Check that shards and whole models write one file and read each other's."""
+    meta = CheckpointMeta(identity="", step=3, sha256="")
+    shards = divided.processes
+    kept = {name: tensor.detach().clone() for name, tensor in divided.shadow.trained.items()}
+    path = save_checkpoint(folder, divided.shadow, divided.optimizer, meta, 1, None, shards)
+    shards.wait()
+    found = path, read_record(path / "meta.json", CheckpointMeta)
+    load_checkpoint(*found, whole.shadow, whole.optimizer)
+    with torch.no_grad():
+        for name, tensor in divided.shadow.trained.items():
+            tensor.zero_()
+            assert torch.equal(shards.rows(whole.shadow.trained[name]), kept[name])
+    load_checkpoint(*found, divided.shadow, divided.optimizer, shards)
+    for name, tensor in divided.shadow.trained.items():
+        assert torch.equal(tensor, kept[name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = [trainer.optimizer.state[trainer.shadow.trained[name]][key] for trainer in (divided, whole)]
+            assert torch.equal(moments[0], shards.rows(moments[1]))
+            assert moments[0].count_nonzero() > 0
+    matches_whole(divided, whole)
 
 
 @pytest.mark.slow

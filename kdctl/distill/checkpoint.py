@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdctl.errors import StoreError
+from kdctl.processes import ALONE, Processes
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta
 from kdctl.rundir import atomic_folder, read_record, require_free_space, sha256, write_record
@@ -34,15 +35,15 @@ def checkpoint_bytes(shadow: Shadow) -> int:
     return sum(3 * 4 * tensor.numel() for tensor in shadow.parameters())
 
 
-def require_room(root: Path, shadow: Shadow, kept: int) -> str:
-    """Raise StoreError if the disk has no room for ``kept`` checkpoints and one more while it is written.
+def require_room(root: Path, size: int, kept: int) -> str:
+    """Raise StoreError if the disk has no room for ``kept`` checkpoints of ``size`` bytes and one more being written.
 
     Returns what they take at most, in words. Removes what a killed run left half-written; checkpoints that are there
     count as room.
     """
     for path in root.glob(".step_*"):
         shutil.rmtree(path)
-    most = (kept + 1) * checkpoint_bytes(shadow)
+    most = (kept + 1) * size
     there = sum(path.stat().st_size for path in root.glob("step_*/*"))
     require_free_space(root, most - there, f"training ({kept} checkpoint(s) and the one being written)")
     return f"checkpoints: {most / 2**20:,.1f} MiB at most, {kept} and the one being written, in {root}"
@@ -55,13 +56,20 @@ def save_checkpoint(
     meta: CheckpointMeta,
     keep_last: int,
     best: int | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
-    """Write a checkpoint atomically, then remove all but the ``keep_last`` newest and that of step ``best``."""
+    """Write a checkpoint atomically, then remove all but the ``keep_last`` newest and that of step ``best``.
+
+    The main process writes; where rows are divided it gets those of the others, which must call this too.
+    """
+    path = checkpoint_path(root, meta.step)
     tensors = {}
     for name, trained in shadow.trained.items():
-        tensors[f"trained.{name}"] = trained.detach()
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[trained].items() if key != STEP}
-    path = checkpoint_path(root, meta.step)
+        state = {key: value for key, value in optimizer.state[trained].items() if key != STEP}
+        for key, value in {"trained": trained.detach(), **state}.items():
+            tensors[f"{key}.{name}"] = processes.whole(value)
+    if not processes.is_main:
+        return path
     with atomic_folder(path) as temporary:
         save_file(tensors, temporary / TENSORS)
         write_record(temporary / META, meta.model_copy(update={"sha256": sha256(temporary / TENSORS)}))
@@ -83,7 +91,13 @@ def open_checkpoint(root: Path, step: int) -> tuple[Path, CheckpointMeta]:
     return path, read_record(path / META, CheckpointMeta)
 
 
-def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: Shadow, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(
+    path: Path,
+    meta: CheckpointMeta,
+    shadow: Shadow,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes = ALONE,
+) -> None:
     """Put what is trained and the optimizer's tensors back and write Q(W) into the student.
 
     Raises StoreError if the file is not the one that was written.
@@ -94,10 +108,11 @@ def load_checkpoint(path: Path, meta: CheckpointMeta, shadow: Shadow, optimizer:
     kinds = {name.partition(".")[0] for name in tensors} - {"trained"}
     with torch.no_grad():
         for name, trained in shadow.trained.items():
-            trained.copy_(tensors[f"trained.{name}"])
+            trained.copy_(processes.rows(tensors[f"trained.{name}"]))
             state = optimizer.state[trained]
             state[STEP] = torch.tensor(float(meta.step), device=trained.device)
             for kind in kinds:
                 if (saved := tensors.get(f"{kind}.{name}")) is not None:
+                    saved = processes.rows(saved)
                     state[kind] = state[kind].copy_(saved) if kind in state else saved.to(trained.device)
     shadow.write_back()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdctl.distill.batch import Batch, collate, split
 from kdctl.distill.checkpoint import (
+    checkpoint_bytes,
     latest_checkpoint,
     load_checkpoint,
     open_checkpoint,
@@ -112,7 +113,8 @@ class Trainer:
             loss = self.loss(part, batch.to(self.student.device))
             (loss / tokens).backward()
             total += float(loss.detach())
-        self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
+        if not self.processes.sharded:  # FSDP2 has added them
+            self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
         return self.processes.total(total) / tokens, tokens
 
     def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
@@ -131,6 +133,8 @@ class Trainer:
     def clip(self) -> tuple[float, float]:
         """Return the gradient's norm and the factor that scales it down to ``max_grad_norm``."""
         norm = gradient_norm(self.shadow.parameters())
+        if self.processes.sharded:
+            norm = math.sqrt(self.processes.total(norm**2))
         limit = self.settings.max_grad_norm or math.inf
         return norm, min(1.0, limit / (norm + 1e-6))
 
@@ -154,7 +158,9 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     """
     settings, processes, root = trainer.settings, trainer.processes, outputs.checkpoints
     room = settings.keep_last + settings.stop_early
-    outputs.note(processes.on_main(lambda: require_room(root, trainer.shadow, room)))
+    size = checkpoint_bytes(trainer.shadow)
+    size = int(processes.total(size)) if processes.sharded else size
+    outputs.note(processes.on_main(lambda: require_room(root, size, room)))
     done = resume(trainer, outputs)
     tracker = outputs.tracker(done)
     try:
@@ -163,19 +169,20 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
             metrics = _guarded_step(trainer, done, root)
             done += 1
             if _measures(settings, done):
-                metrics |= processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
+                metrics |= _measured(trainer, yardstick)
             tracker.log(done, metrics)
             for warning in monitor.see({"step": done, **metrics}):
                 outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
-            if processes.is_main and _saves(settings, done, monitor):
+            if _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
-                save_checkpoint(root, trainer.shadow, trainer.optimizer, meta, settings.keep_last, monitor.best)
+                state, kept = (trainer.shadow, trainer.optimizer), (settings.keep_last, monitor.best)
+                save_checkpoint(root, *state, meta, *kept, processes)
     finally:
         tracker.close()
     outcome = monitor.outcome(done)
     if outcome.kept_step != done:
-        load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer)
+        load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer, processes)
     return outcome
 
 
@@ -183,6 +190,14 @@ def _measures(settings: DistillSection, done: int) -> bool:
     """Tell whether held-out KL is measured after a step; the last one too where the lowest is to be kept."""
     every = settings.heldout_every
     return every > 0 and (done % every == 0 or (settings.stop_early and done == settings.steps))
+
+
+def _measured(trainer: Trainer, yardstick: Yardstick) -> dict[str, float]:
+    """Measure the student in the main process; where it is divided in all of them, whose results are equal."""
+    if not trainer.processes.sharded:
+        return trainer.processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
+    found = heldout_metrics(trainer.student, yardstick)
+    return trainer.processes.on_main(lambda: found)
 
 
 def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
@@ -218,7 +233,7 @@ def resume(trainer: Trainer, outputs: Outputs) -> int:
             f"{path} was trained with other settings or from other inputs than are given now; --force starts the "
             "variant again, --name keeps both"
         )
-    load_checkpoint(path, meta, trainer.shadow, trainer.optimizer)
+    load_checkpoint(path, meta, trainer.shadow, trainer.optimizer, trainer.processes)
     if isinstance(trainer.feed.on_policy, Live):
         trainer.feed.on_policy.resume(meta.step)
     outputs.note(f"going on from step {meta.step} of {trainer.settings.steps}")

@@ -17,8 +17,9 @@ from kdctl.job import Job, versions
 from kdctl.memory import give_back
 from kdctl.metrics import PerDocument
 from kdctl.preset import Preset
-from kdctl.quant.apply import share_frozen
+from kdctl.quant.apply import build_student, share_frozen
 from kdctl.quant.checkpoint import Student, load_student
+from kdctl.quant.rows import local_rows, shard, whole_rows
 from kdctl.quant.shadow import make_shadow
 from kdctl.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.resolve import identity, variant_name
@@ -59,6 +60,7 @@ def distill(
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
     job.processes.check_rows(job.preset.distill.rows_per_step)
+    job.processes.check_trainable(job.preset.distill)
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
     if job.preset.distill.replay is not None:
@@ -122,7 +124,15 @@ def _train(
     student = load_student(job.run.student, job.device)
     share_frozen(student.model, job.teacher, student.weights)
     outcome = _run_loop(job, variant, student, stores, name, watch)
-    return job.on_main(lambda: _write_trained(job, variant, student, before, outcome, name))
+    if not job.processes.sharded:
+        return job.on_main(lambda: _write_trained(job, variant, student, before, outcome, name))
+    job.forget_teacher()
+    return job.on_main(lambda: _write_trained(job, variant, _rebuilt(job, student), before, outcome, name))
+
+
+def _rebuilt(job: Job, divided: Student) -> Student:
+    """Build a student whose model is divided anew from its weights, which the main process has whole."""
+    return Student(build_student(job.teacher, divided.weights), divided.weights)
 
 
 def _run_loop(
@@ -130,9 +140,12 @@ def _run_loop(
 ) -> Outcome:
     """Run the training loop, which leaves the student as it is to be kept."""
     settings = job.preset.distill
-    shadow = make_shadow(settings, student.model, student.weights, job.teacher)
-    student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     feed, states = _feed(job, variant, student, stores, name)
+    if job.processes.sharded:
+        for model in (job.teacher, student.model):
+            shard(model, student.weights.keys(), job.processes)
+    shadow = make_shadow(settings, student.model, local_rows(student.model, student.weights), job.teacher)
+    student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     set_checkpointing(student.model, job.preset.runtime.activation_checkpointing)
     trainer = Trainer(job.teacher, student.model, shadow, feed, settings, states)
     small = job.small_yardstick(settings.heldout_documents)
@@ -148,7 +161,7 @@ def _run_loop(
     with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
         outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
         outcome = train(trainer, small, outputs)
-    student.weights.update(shadow.quantized())
+    student.weights.update(whole_rows(shadow.quantized(), job.processes))
     shadow.detach()
     return outcome
 

@@ -424,9 +424,9 @@ def test_checkpoints_that_are_there_do_not_need_their_room_again(
     outputs = outputs_in(tmp_path)
     train(trainer, make_yardstick(teacher, rollouts(2)), outputs)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9 * size, 8 * size, size + 9))  # pyright: ignore
-    require_room(outputs.checkpoints, trainer.shadow, 1)
+    require_room(outputs.checkpoints, size, 1)
     with pytest.raises(StoreError, match="GiB free"):
-        require_room(tmp_path / "elsewhere", trainer.shadow, 1)
+        require_room(tmp_path / "elsewhere", size, 1)
 
 
 def test_a_checkpoint_without_the_metrics_behind_it_is_refused(teacher: PreTrainedModel, tmp_path: Path) -> None:

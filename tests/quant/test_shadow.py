@@ -2,24 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from kdctl import models
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.preset import DistillSection, QuantizeSection
-from kdctl.processes import Processes
 from kdctl.quant.affine import QParams, QuantizedWeight, dequantize, grouped, inside, quantize
-from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
+from kdctl.quant.apply import build_student, dense
 from kdctl.quant.checkpoint import Student
-from kdctl.quant.rows import local, local_rows
 from kdctl.quant.shadow import ShadowWeights
 
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
@@ -254,55 +248,3 @@ def test_detach_removes_the_hooks_and_freezes_the_student(teacher: PreTrainedMod
     loss_of(student.model(token_ids(0)).logits, 0).backward()
     assert all(master.grad is None for master in shadow.parameters())
     assert all(student.model.get_parameter(f"{name}.weight").grad is not None for name in student.weights)
-
-
-@pytest.mark.slow
-def test_row_shards_train_to_the_codes_of_the_whole(
-    together: Callable[[str, str], None], tiny_dir_fp32: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "model").symlink_to(tiny_dir_fp32)
-    together(__file__, "train_row_shards")
-
-
-def sharded(model: PreTrainedModel) -> PreTrainedModel:
-    """Divide a copy of a model by rows; gradients are summed over processes."""
-    model = copy.deepcopy(model)
-    for part in [*(module for module in model.modules() if isinstance(module, nn.Linear)), model]:
-        if part is not model.get_output_embeddings():  # tied: it goes with the embeddings, in the root
-            shards = fully_shard(part)
-            shards.set_gradient_divide_factor(1.0)
-            shards.set_force_sum_reduction_for_comms(True)  # gloo has nothing else
-    return model
-
-
-def train_row_shards(processes: Processes, folder: Path) -> None:
-    """Two processes with half the rows and half the batch each, and one with everything, do three steps."""
-    teacher = models.load_model(folder / "model", torch.float32, torch.device("cpu"))
-    weights = quantize_layers(teacher, select_layers(teacher, SETTINGS), SETTINGS)
-    whole = build_student(teacher, weights)
-    half, half_teacher = sharded(whole), sharded(teacher)
-    mine = local_rows(half, weights)
-    shadows = [ShadowWeights(half, mine, half_teacher), ShadowWeights(whole, weights, teacher)]
-    optimizers = [torch.optim.AdamW(shadow.parameters(), lr=1e-3) for shadow in shadows]
-    for name in weights:
-        assert isinstance(half.get_parameter(f"{name}.weight"), DTensor)
-        assert mine[name].codes.shape[0] * 2 == weights[name].codes.shape[0]
-    for step in range(3):
-        loss_of(half(token_ids(2 * step + processes.rank)).logits, 2 * step + processes.rank).backward()
-        for seed in (2 * step, 2 * step + 1):
-            loss_of(whole(token_ids(seed)).logits, seed).backward()
-        for name in weights:
-            gradients = [shadow.masters[name].grad for shadow in shadows]
-            assert gradients[0] is not None
-            assert gradients[1] is not None
-            expected = gradients[1].chunk(2)[processes.rank]
-            torch.testing.assert_close(gradients[0], expected, rtol=1e-3, atol=1e-5)
-        for shadow, optimizer in zip(shadows, optimizers, strict=True):
-            update(optimizer, shadow.parameters(), 1.0)
-            shadow.write_back()
-    both = dict(shadows[1].quantized())
-    parts = {name: (weight.codes, both[name].codes.chunk(2)[processes.rank]) for name, weight in shadows[0].quantized()}
-    different = sum(int((a != b).sum()) for a, b in parts.values())
-    assert different <= 1e-4 * sum(a.numel() for a, _ in parts.values())
-    for name, weight in shadows[0].quantized():
-        assert torch.equal(local(half.get_parameter(f"{name}.weight")), dense(weight))
