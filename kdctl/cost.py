@@ -13,6 +13,7 @@ from kdctl.metrics import BATCH
 from kdctl.models import torch_dtype
 from kdctl.packed import packed_bytes
 from kdctl.preset import Preset
+from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.records import Part, Phase
 from kdctl.rollout.generate import PROMPT_TOKENS
 
@@ -22,10 +23,17 @@ FLOAT32 = 4
 
 
 class Cost:
-    """What one run takes, in bytes. cpu: memory is RAM, not that of a GPU."""
+    """What one run takes, in bytes. cpu: memory is RAM, not that of a GPU.
 
-    def __init__(self, preset: Preset, network: Network, cpu: bool):
+    shards: FSDP2 divides training among so many processes, and this is one of them.
+    """
+
+    def __init__(self, preset: Preset, network: Network, cpu: bool, shards: int = 1):
         self.preset, self.distill, self.network, self.cpu = preset, preset.distill, network, cpu
+        self.shards = shards
+        rows = preset.distill.rows_per_step // shards
+        self.rows_at_once = min(preset.distill.micro_batch_size, rows)
+        self.accumulates = rows > preset.distill.micro_batch_size
         self.quantized, self.itemsize = network.quantized_parameters, network.itemsize
         allowed = preset.prompts.max_prompt_tokens + preset.rollout.max_new_tokens
         self.longest = min(preset.distill.max_tokens, allowed)
@@ -81,7 +89,7 @@ class Cost:
     @property
     def gradients(self) -> int:
         """Gradients of a step, float32; weights' take their weights' place where there is one micro-batch."""
-        if self.distill.train != "weights" or self.distill.gradient_accumulation > 1:
+        if self.distill.train != "weights" or self.accumulates:
             return FLOAT32 * self.trained
         return FLOAT32 * (self.trained - self.quantized)
 
@@ -92,28 +100,34 @@ class Cost:
         always = {"process": PROCESS_BYTES, "teacher": self.model}
         models = always | {"student": self.linears, "grid": self.grid}
         training = {
-            "trained in float32": FLOAT32 * self.trained,
-            "optimizer state": self.moments,
+            "process": PROCESS_BYTES,
+            "teacher": self.model - self.linears + self.linears // self.shards,
+            "student": self.linears // self.shards,
+            "grid": self.grid // self.shards,
+            "layers gathered": self._gathered(),
+            "trained in float32": FLOAT32 * self.trained // self.shards,
+            "optimizer state": self.moments // self.shards,
             "base or codes of what is trained": self.base,
             "held-out states": self._heldout_states(),
         }
         codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
         return (
             _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
-            _phase("training", models | training, self._training_moments()),
+            _phase("training", training, self._training_moments()),
             _phase("writing a student", always, self._writing()),
         )
 
     def _training_moments(self) -> dict[str, int]:
-        tokens, seen = self.distill.micro_batch_size * self.longest, self._activations()
-        earlier = self.gradients if self.distill.gradient_accumulation > 1 or self.distill.train != "weights" else 0
+        tokens, seen = self.rows_at_once * self.longest, self._activations()
+        gradients = self.gradients // self.shards
+        earlier = gradients if self.accumulates or self.distill.train != "weights" else 0
         loss = self.network.loss_bytes(self.cpu)
-        largest = max(map(math.prod, self.shapes))
+        largest = max(map(math.prod, self.shapes)) // self.shards
         return {
             "generating": self._cache(self._live_rows()) + self._packed() if self.distill.live else 0,
             "forward and backward": int(tokens * seen.peak) + loss + earlier,
-            "end of backward": self.gradients + int(tokens * (seen.peak - seen.kept)) + self._receiving(),
-            "update": self.gradients + TOGETHER * FLOAT32 * largest,
+            "end of backward": gradients + int(tokens * (seen.peak - seen.kept)) + self._receiving(),
+            "update": gradients + TOGETHER * FLOAT32 * largest,
             "measuring": self._reading() + loss,
         }
 
@@ -122,7 +136,15 @@ class Cost:
 
     def _receiving(self) -> int:
         """Float32 copies of one layer while its gradient is handed on: weight, position and gradient."""
-        return 3 * FLOAT32 * self.network.largest_layer
+        return 3 * FLOAT32 * self.network.largest_layer // self.shards
+
+    def _gathered(self) -> int:
+        """Two decoder layers of a divided model, whole, and one's gradient before and while it is summed."""
+        if self.shards == 1:
+            return 0
+        layers = by_decoder_layer(list(self.network.layers)).values()
+        largest = max(sum(math.prod(self.network.layers[name]) for name in names) for names in layers)
+        return largest * (2 * self.itemsize + self.itemsize + FLOAT32)
 
     def _live_rows(self) -> int:
         return min(self.preset.rollout.batch_size, self.distill.refresh_every * self.distill.rows_per_step)

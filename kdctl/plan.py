@@ -16,6 +16,7 @@ from kdctl.footprint import Network
 from kdctl.memory import machine_bytes
 from kdctl.models import pick_device
 from kdctl.preset import Preset
+from kdctl.processes import Processes
 from kdctl.records import Advice, CostPlan, Pace, Phase, Room
 from kdctl.resolve import build_preset
 from kdctl.rundir import RunDir, disk_of
@@ -50,14 +51,20 @@ def find_machine(device: str, folder: Path, memory_gib: float | None) -> Machine
     return Machine("GPU memory", torch.cuda.get_device_properties(found).total_memory, disk)
 
 
-def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir) -> CostPlan:
-    """Work out what a run of a preset takes, and what to change where it does not fit."""
-    cost = Cost(preset, network, machine.cpu)
+def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, shards: int = 1) -> CostPlan:
+    """Work out what a run of a preset takes, and what to change where it does not fit.
+
+    Raises PresetError if so many shards cannot train as the preset says.
+    """
+    processes = Processes(0, shards, sharded=shards > 1)
+    processes.check_rows(preset.distill.rows_per_step)
+    processes.check_trainable(preset.distill)
+    cost = Cost(preset, network, machine.cpu, shards)
     phases, disk = cost.phases(), as_parts(cost.disk())
     peak, sequences = peak_bytes(phases), preset.distill.steps * preset.distill.rows_per_step
     memory = Room(name=machine.memory_name, needed_bytes=peak, there_bytes=machine.memory_bytes)
     if not memory.fits:
-        memory = memory.model_copy(update={"advice": tuple(advice(preset, network, machine))})
+        memory = memory.model_copy(update={"advice": tuple(advice(preset, network, machine, shards))})
     needed = sum(part.size_bytes for part in disk)
     return CostPlan(
         quantized_parameters=network.quantized_parameters,
@@ -79,29 +86,32 @@ def peak_bytes(phases: tuple[Phase, ...]) -> int:
     return max(phase.peak_bytes for phase in phases)
 
 
-def advice(preset: Preset, network: Network, machine: Machine) -> Iterator[Advice]:
+def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1) -> Iterator[Advice]:
     """Yield settings that lower the peak, each alone and then all together."""
     rows = preset.distill.rows_per_step
     candidates: list[dict[str, object]] = [
         {"runtime.activation_checkpointing": "full"},
         {"distill.micro_batch_size": 1, "distill.gradient_accumulation": rows},
-        {"distill.optimizer": "adafactor"},
-        {"distill.train": "lora", "distill.learn_scales": False, "distill.train_norms": False},
         {"rollout.batch_size": 8},
     ]
-    best, together = peak_bytes(Cost(preset, network, machine.cpu).phases()), {}
+    if shards == 1:
+        candidates[2:2] = [
+            {"distill.optimizer": "adafactor"},
+            {"distill.train": "lora", "distill.learn_scales": False, "distill.train_norms": False},
+        ]
+
+    def peak_with(settings: dict[str, object]) -> int:
+        changed = build_preset(preset.model_dump(), settings, "advice")
+        return peak_bytes(Cost(changed, network, machine.cpu, shards).phases())
+
+    best, together = peak_with({}), {}
     for settings in candidates:
-        peak = _peak_with(preset, network, machine, settings)
+        peak = peak_with(settings)
         if peak < best:
             together |= settings
             yield _advice(preset, settings, peak)
     if len(together) > 1:
-        yield _advice(preset, together, _peak_with(preset, network, machine, together))
-
-
-def _peak_with(preset: Preset, network: Network, machine: Machine, settings: dict[str, object]) -> int:
-    changed = build_preset(preset.model_dump(), settings, "advice")
-    return peak_bytes(Cost(changed, network, machine.cpu).phases())
+        yield _advice(preset, together, peak_with(together))
 
 
 def _advice(preset: Preset, settings: dict[str, object], peak: int) -> Advice:

@@ -25,6 +25,9 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(help="GiB of memory to plan for, on a GPU unless runtime.device=cpu.", min=0.1)
     ] = None,
+    shards: Annotated[
+        int, typer.Option(help="Processes that FSDP2 divides training among; what each of them takes.", min=1)
+    ] = 1,
     settings: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -47,4 +50,5 @@ def plan(
         config = models.find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)
         network = look_at(config, stage.preset.quantize, dtype, Objective(distill.beta))
         machine = find_machine(stage.preset.runtime.device, stage.folder, memory)
-        show(make_plan(stage.preset, network, machine, RunDir(stage.folder)), as_json, console_views().show_plan)
+        found = make_plan(stage.preset, network, machine, RunDir(stage.folder), shards)
+        show(found, as_json, console_views().show_plan)

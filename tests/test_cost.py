@@ -22,7 +22,7 @@ from kdctl.preset import Preset
 from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
 from kdctl.quant.checkpoint import packed_tensors, unquantized_tensors
 from kdctl.quant.shadow import Shadow, make_shadow
-from kdctl.records import Rollout
+from kdctl.records import Phase, Rollout
 from kdctl.resolve import load_preset
 
 MODES: list[dict[str, Any]] = [
@@ -183,3 +183,32 @@ def test_accumulated_gradients_lie_beside_activations_and_lone_ones_take_their_p
         return next(moment.size_bytes for moment in training.moments if moment.name == "forward and backward")
 
     assert forward_and_backward(2) - forward_and_backward(1) == 4 * network.quantized_parameters
+
+
+def test_shards_divide_what_training_keeps_and_gather_two_layers(network: Network) -> None:
+    preset = preset_with({"distill.gradient_accumulation": 1})
+    one, two = ({part.name: part.size_bytes for part in training(preset, network, count).parts} for count in (1, 2))
+    for name in ("student", "grid", "trained in float32", "optimizer state"):
+        assert two[name] * 2 == one[name], name
+    whole = network.other_parameters * network.itemsize
+    assert (two["teacher"] - whole) * 2 == one["teacher"] - whole
+    layer = sum(rows * columns for name, (rows, columns) in network.layers.items() if ".layers.0." in name)
+    assert two["layers gathered"] == layer * (2 * 2 + 2 + 4)
+    assert one["process"] == two["process"]
+    assert "layers gathered" not in one
+
+
+def test_shards_divide_the_rows_of_a_step(network: Network) -> None:
+    def peak(shards: int, rows: int, micro_batches: int) -> int:
+        settings = {"distill.micro_batch_size": rows, "distill.gradient_accumulation": micro_batches}
+        moments = training(preset_with(settings), network, shards).moments
+        return next(moment.size_bytes for moment in moments if moment.name == "forward and backward")
+
+    assert peak(2, 4, 1) == peak(1, 2, 1) < peak(1, 4, 1)
+    assert peak(2, 2, 2) == peak(1, 2, 1)
+    assert peak(2, 2, 4) == peak(1, 2, 1) + 4 * network.quantized_parameters // 2
+
+
+def training(preset: Preset, network: Network, shards: int) -> Phase:
+    """Plan the training of one of so many processes."""
+    return Cost(preset, network, True, shards).phases()[1]

@@ -103,6 +103,15 @@ def test_training_all_weights_of_qwen3_4b_is_for_80_gib(qwen: Network) -> None:
 
 
 @pytest.mark.slow
+def test_four_gpus_of_24_gib_train_all_weights_of_qwen3_4b_in_shards(qwen: Network) -> None:
+    preset = load_preset("onpolicy", {"distill.train": "weights", "distill.refresh_every": 0, "rollout.batch_size": 8})
+    fits = {shards: make_plan(preset, qwen, gpu(24), RunDir("nowhere"), shards).memory.fits for shards in (1, 2, 4)}
+    assert fits == {1: False, 2: False, 4: True}
+    advised = make_plan(preset, qwen, gpu(16), RunDir("nowhere"), 4).memory.advice
+    assert not any("adafactor" in setting or "lora" in setting for each in advised for setting in each.settings)
+
+
+@pytest.mark.slow
 def test_advice_names_settings_and_what_they_save(qwen: Network) -> None:
     plan = planned(qwen, onpolicy(train="weights"), gpu(24))
     alone = {each.settings: each.peak_bytes for each in plan.memory.advice[:-1]}

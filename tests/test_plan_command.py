@@ -54,3 +54,25 @@ def test_a_grid_that_does_not_fit_is_refused(tiny_dir: Path) -> None:
     done = plan("smoke", "--set", f"teacher.model={tiny_dir}", "--set", "quantize.group_size=48")
     assert done.exit_code == 2
     assert "quantize.group_size=48" in done.output
+
+
+def test_shards_plan_for_one_of_several_processes(tiny_dir: Path) -> None:
+    common = ("smoke", "--set", f"teacher.model={tiny_dir}")
+    found = [json.loads(plan(*common, "--shards", str(count), "--json").stdout) for count in (1, 2)]
+    training = [phase["peak_bytes"] for each in found for phase in each["phases"] if phase["name"] == "training"]
+    assert training[1] < training[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shards", "3"), "cannot be divided evenly among 3 processes"),
+        (("--shards", "2", "--set", "distill.train=lora"), "distill.train=lora needs them whole"),
+        (("--shards", "2", "--set", "distill.lmbda=1"), "live generation needs them whole"),
+        (("--shards", "0"), "--shards"),
+    ],
+)
+def test_shards_that_cannot_train_are_refused(tiny_dir: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = plan("smoke", "--set", f"teacher.model={tiny_dir}", *arguments)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.replace("│", " ").split())
