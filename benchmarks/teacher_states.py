@@ -1,0 +1,61 @@
+"""Measure what keeping the teacher's final hidden states as 8-bit integers changes, on held-out completions.
+
+    python benchmarks/teacher_states.py runs/quickstart [--documents 64]
+
+Printed, per completion token: KL between the teacher and the distribution that its rounded states give, how often the
+likeliest token stays, and a student's KL to either, which is the loss that training would see.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from kdctl import models
+from kdctl.job import open_job
+from kdctl.metrics import Yardstick, compare, summarize
+from kdctl.preset import Preset
+from kdctl.quant.checkpoint import load_student
+from kdctl.rollout.states import int8
+from kdctl.rundir import RunDir, read_record
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder with a student")
+    parser.add_argument("--documents", type=int, default=64)
+    return parser.parse_args()
+
+
+def rounded(yardstick: Yardstick) -> Yardstick:
+    """Return a yardstick whose states went through 8 bits."""
+    kept = [int8(states) for states in yardstick.states]
+    states = [
+        (each["states"].float() * each["scale"]).to(like) for each, like in zip(kept, yardstick.states, strict=True)
+    ]
+    return replace(yardstick, states=states)
+
+
+def main() -> None:
+    """Compare the teacher with its rounded states, and a student with both."""
+    args = arguments()
+    models.quiet()
+    job = open_job(read_record(RunDir(args.run).preset, Preset), args.run)
+    exact = job.small_yardstick(args.documents)
+    coarse, student = rounded(exact), load_student(job.run.student, job.device).model
+    teacher = summarize(compare(job.teacher, coarse))
+    found = {name: summarize(compare(student, each)) for name, each in (("exact", exact), ("int8", coarse))}
+    hidden, size = exact.states[0].shape[-1], exact.states[0].itemsize
+    print(f"{teacher.tokens} completion tokens of {teacher.documents} documents\n")
+    print("| states | bytes a token | KL(teacher‖states) | top-1 | KL(states‖student) | KL(student‖states) |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, count, own, same in (
+        ("exact", hidden * size, 0.0, 1.0),
+        ("int8", hidden + 4, teacher.reverse_kl.value, teacher.top1_agreement.value),
+    ):
+        to, back = found[name].forward_kl.value, found[name].reverse_kl.value
+        print(f"| {name} | {count:,} | {own:.6f} | {100 * same:.2f} % | {to:.4f} | {back:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
