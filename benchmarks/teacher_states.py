@@ -15,7 +15,7 @@ from kdctl.job import open_job
 from kdctl.metrics import Yardstick, compare, summarize
 from kdctl.preset import Preset
 from kdctl.quant.checkpoint import load_student
-from kdctl.rollout.states import int8
+from kdctl.rollout.states import from_int8, int8
 from kdctl.rundir import RunDir, read_record
 
 
@@ -29,10 +29,7 @@ def arguments() -> argparse.Namespace:
 
 def rounded(yardstick: Yardstick) -> Yardstick:
     """Return a yardstick whose states went through 8 bits."""
-    kept = [int8(states) for states in yardstick.states]
-    states = [
-        (each["states"].float() * each["scale"]).to(like) for each, like in zip(kept, yardstick.states, strict=True)
-    ]
+    states = [from_int8(int8(states)).to(states.dtype) for states in yardstick.states]
     return replace(yardstick, states=states)
 
 
@@ -45,16 +42,16 @@ def main() -> None:
     coarse, student = rounded(exact), load_student(job.run.student, job.device).model
     teacher = summarize(compare(job.teacher, coarse))
     found = {name: summarize(compare(student, each)) for name, each in (("exact", exact), ("int8", coarse))}
-    hidden, size = exact.states[0].shape[-1], exact.states[0].itemsize
+    sizes = {"exact": exact.states[0][:1].nbytes, "int8": sum(t.nbytes for t in int8(exact.states[0][:1]).values())}
     print(f"{teacher.tokens} completion tokens of {teacher.documents} documents\n")
     print("| states | bytes a token | KL(teacher‖states) | top-1 | KL(states‖student) | KL(student‖states) |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, count, own, same in (
-        ("exact", hidden * size, 0.0, 1.0),
-        ("int8", hidden + 4, teacher.reverse_kl.value, teacher.top1_agreement.value),
+    for name, own, same in (
+        ("exact", 0.0, 1.0),
+        ("int8", teacher.reverse_kl.value, teacher.top1_agreement.value),
     ):
         to, back = found[name].forward_kl.value, found[name].reverse_kl.value
-        print(f"| {name} | {count:,} | {own:.6f} | {100 * same:.2f} % | {to:.4f} | {back:.4f} |")
+        print(f"| {name} | {sizes[name]:,} | {own:.6f} | {100 * same:.2f} % | {to:.4f} | {back:.4f} |")
 
 
 if __name__ == "__main__":

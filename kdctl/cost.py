@@ -16,6 +16,7 @@ from kdctl.preset import Preset
 from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.records import Part, Phase
 from kdctl.rollout.generate import PROMPT_TOKENS
+from kdctl.rollout.states import GROUP
 
 PROCESS_BYTES = 2**29
 """Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""
@@ -216,9 +217,9 @@ class Cost:
         return sum(tokens + count * prompt for count, tokens in self._completions().values())
 
     def _states(self) -> int:
-        """Teacher states of what is trained on, a scale with each token as int8."""
+        """Teacher states of what is trained on, as int8 with scales of two bytes."""
         kept, hidden = self.preset.rollout.keep_states, self.network.hidden
-        a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + FLOAT32}[kept]
+        a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + 2 * (hidden // GROUP)}[kept]
         return a_token * sum(tokens for name, (_, tokens) in self._completions().items() if "held-out" not in name)
 
     def _completions(self) -> dict[str, tuple[int, int]]:

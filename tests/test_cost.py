@@ -24,6 +24,7 @@ from kdctl.quant.checkpoint import packed_tensors, unquantized_tensors
 from kdctl.quant.shadow import Shadow, make_shadow
 from kdctl.records import Phase, Rollout
 from kdctl.resolve import load_preset
+from kdctl.rollout.states import int8
 
 MODES: list[dict[str, Any]] = [
     {"distill.train": "weights"},
@@ -154,8 +155,10 @@ def test_checkpoints_and_states_on_disk(network: Network, teacher: PreTrainedMod
     _, _, shadow = made(teacher, preset)
     found = Cost(preset, network, True).disk()
     assert found["4 checkpoints"] == 4 * checkpoint_bytes(shadow)
-    rollout = preset.rollout
-    assert found["teacher states"] == rollout.num_prompts * rollout.max_new_tokens * network.hidden * 2
+    tokens, hidden = preset.rollout.num_prompts * preset.rollout.max_new_tokens, network.hidden
+    assert found["teacher states"] == tokens * hidden * 2
+    coarse = Cost(preset_with({"rollout.keep_states": "int8"}), network, True).disk()
+    assert coarse["teacher states"] == tokens * sum(t.nbytes for t in int8(torch.ones(1, hidden)).values())
 
 
 def test_tokens_to_generate_follow_lambda_and_sources(network: Network) -> None:

@@ -16,7 +16,7 @@ from kdctl.progress import Silent
 from kdctl.quant.checkpoint import load_student
 from kdctl.records import Rollout, StoreManifest
 from kdctl.resolve import build_preset
-from kdctl.rollout.states import TeacherStates, int8
+from kdctl.rollout.states import TeacherStates, from_int8, int8
 from kdctl.rollout.store import RolloutStore
 
 ROWS = [
@@ -59,12 +59,30 @@ def test_states_of_another_shard_or_teacher_are_made_again(teacher_fp32: PreTrai
         assert opened.keys() == ["states"]
 
 
-def test_int8_is_off_by_half_a_step_at_most() -> None:
-    states = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * 3
+@pytest.mark.parametrize(("hidden", "group"), [(64, 32), (48, 16), (7, 1)])
+def test_int8_is_off_by_half_a_step_of_its_group_at_most(hidden: int, group: int) -> None:
+    states = torch.randn(9, hidden, generator=torch.Generator().manual_seed(0)) * 3
+    states[:, 0] *= 40
     states[4] = 0
     kept = int8(states)
-    assert kept["states"].dtype == torch.int8
-    assert ((kept["states"].float() * kept["scale"] - states).abs() <= kept["scale"] * 0.501).all()
+    assert (kept["states"].dtype, kept["scale"].dtype) == (torch.int8, torch.float16)
+    assert kept["scale"].shape == (9, hidden // group)
+    step = kept["scale"].float().repeat_interleave(group, -1)
+    assert ((from_int8(kept) - states).abs() <= step * 0.56).all()  # 0.5, and the scale's own rounding 127 times
+    assert not from_int8(kept)[4].any()
+
+
+def test_states_kept_as_int8_are_read_back_and_take_half(teacher_fp32: PreTrainedModel, tmp_path: Path) -> None:
+    exact, coarse = TeacherStates("teacher"), TeacherStates("teacher", "int8")
+    counts = collate(ROWS).counts
+    exact.fill(filled(tmp_path / "exact"), teacher_fp32, Silent())
+    coarse.fill(filled(tmp_path / "int8"), teacher_fp32, Silent())
+    wanted, found = exact.of(ROWS, counts), coarse.of(ROWS, counts)
+    assert torch.equal(found, from_int8(int8(wanted)))
+    with safe_open(tmp_path / "int8" / "shard-00000.states.safetensors", "pt") as file:
+        kept = [file.get_tensor(name) for name in ("states", "scale")]
+    tokens, hidden = kept[0].shape
+    assert sum(tensor.nbytes for tensor in kept) == tokens * (hidden + 2 * hidden // 32)
 
 
 @pytest.mark.slow
