@@ -64,6 +64,7 @@ def test_a_plain_folder_is_a_row_after_ptq(job: Job, tmp_path: Path) -> None:
     assert [model.name for model in read_study([job.run]).models] == ["teacher", "ptq", "other", "mine"]
 
 
+@pytest.mark.slow
 def test_the_teacher_itself_from_elsewhere_has_no_divergence(job: Job, tiny_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_dir, tmp_path / "copy")
     result = evaluated(job, "copy", copy)
@@ -71,6 +72,7 @@ def test_the_teacher_itself_from_elsewhere_has_no_divergence(job: Job, tiny_dir:
     assert result.text == job.teacher_text
 
 
+@pytest.mark.slow
 def test_an_untied_wider_model_is_measured_with_its_own_head(job: Job, tmp_path: Path) -> None:
     other = tiny.build(tmp_path / "other", seed=3, hidden_size=96, tie_word_embeddings=False)
     result = evaluated(job, "other", other)
@@ -105,6 +107,7 @@ def test_a_compressed_tensors_folder_is_what_kdctl_measures(
     assert result.size_bytes == report.student_bytes
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_is_skipped_and_other_weights_are_not(job: Job, tmp_path: Path) -> None:
     other = tiny.build(tmp_path / "other", seed=3)
     first = evaluated(job, "other", other)

@@ -64,6 +64,7 @@ def test_distill_makes_what_it_lacks_and_says_so(smoke: Preset, tmp_path: Path) 
     check_sums(job.run.variant(report.variant).final)
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: Path) -> None:
     pipeline.run_all(job_for(smoke, tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -136,6 +137,7 @@ def test_replayed_student_rollouts_train_too(smoke: Preset, tmp_path: Path) -> N
     assert not job.run.variant(report.variant).rollouts.exists()
 
 
+@pytest.mark.slow
 def test_dataset_completions_train_too(smoke: Preset, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]}
@@ -170,6 +172,7 @@ def test_every_mode_trains_from_every_method_and_starts_at_the_student(
     assert all(same) == (preset.distill.train == "scales")
 
 
+@pytest.mark.slow
 def test_gptq_comes_closer_to_the_teacher_than_min_max(smoke: Preset, tmp_path: Path) -> None:
     found = {
         method: pipeline.quantize(

@@ -117,6 +117,7 @@ def test_pieces_hold_every_tensor_once_and_no_more_than_they_may() -> None:
     assert [len(part) for part in parts] == [2, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_the_end_of_one_is_an_error_at_once(together: Together) -> None:
     together(__file__, "agree")
 

@@ -157,6 +157,7 @@ def logged(path: Path) -> tuple[dict[str, object], list[dict[str, object]]]:
     return config, history
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_what_metrics_jsonl_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))

@@ -122,6 +122,7 @@ def test_a_good_folder_passes_every_check(made: RunOf, kind: str) -> None:
     assert "equal to its record" in details(report)["KL to the teacher"]
 
 
+@pytest.mark.slow
 def test_a_distilled_folder_passes_every_check(smoke: Preset, tmp_path: Path) -> None:
     job = open_job(smoke, tmp_path)
     final = job.run.variant(pipeline.distill(job).variant).final
@@ -405,6 +406,7 @@ def test_a_failed_student_leaves_the_earlier_one_where_it_was(
     assert (run / "student.failed").is_dir()
 
 
+@pytest.mark.slow
 def test_the_gate_keeps_a_failed_variant_under_another_name(
     run: Path, tiny_dir: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -360,6 +360,7 @@ def test_early_stop_leaves_the_student_of_the_lowest_held_out_kl(teacher: PreTra
     assert all(torch.equal(tensor, codes(straight)[name]) for name, tensor in codes(trainer).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 7, 9])
 def test_early_stop_does_not_depend_on_where_training_was_cut(
     teacher: PreTrainedModel, tmp_path: Path, cut: int

@@ -96,6 +96,7 @@ def test_training_on_kept_states_is_near_training_with_a_live_teacher(smoke: Pre
     assert cached.after.forward_kl.value == pytest.approx(live.after.forward_kl.value, rel=0.05)
 
 
+@pytest.mark.slow
 def test_replaying_a_live_run_on_its_kept_states_gives_its_weights_to_the_bit(smoke: Preset, tmp_path: Path) -> None:
     changes = {"rollout.keep_states": "exact", "distill.lmbda": 0.5, "distill.refresh_every": 2}
     preset = build_preset(smoke.model_dump(), changes, "test")

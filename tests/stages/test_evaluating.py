@@ -108,6 +108,7 @@ def test_the_teachers_own_completions_are_the_yardstick(brief: Preset, tmp_path:
     assert next(iter(table(job, "ptq", "heldout"))) == "prompt_id"
 
 
+@pytest.mark.slow
 def test_text_perplexity_is_the_same_wherever_it_stands(brief: Preset, tmp_path: Path) -> None:
     job, results = evaluated(brief, tmp_path)
     for result in results.values():
@@ -132,6 +133,7 @@ def test_a_variant_and_a_model_made_elsewhere_write_their_own(brief: Preset, tin
     assert RolloutStore(job.run.eval("mine") / "rollouts").manifest().writer == results["mine"].weights
 
 
+@pytest.mark.slow
 def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_other_weights(
     brief: Preset, tiny_dir: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_othe
     assert RolloutStore(job.run.eval("copy") / "rollouts").manifest().writer == job.fingerprint
 
 
+@pytest.mark.slow
 def test_student_written_completions_can_be_left_out(brief: Preset, tmp_path: Path) -> None:
     off = build_preset(brief.model_dump(), {"eval.student_written": False}, "test")
     job, results = evaluated(off, tmp_path)

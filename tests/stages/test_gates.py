@@ -63,6 +63,7 @@ def evaluated(smoke: Preset, tmp_path: Path) -> tuple[Job, list[str]]:
     return job, lines
 
 
+@pytest.mark.slow
 def test_the_gap_is_said_before_training(smoke: Preset, tmp_path: Path) -> None:
     job, lines = opened(smoke, tmp_path)
     report = pipeline.distill(job)
@@ -103,6 +104,7 @@ def test_the_command_exits_2_with_one_message(smoke: Preset, tmp_path: Path, mon
     assert CliRunner().invoke(cli.app, ["distill", "--run", str(tmp_path), "--min-gap", "-1"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_accuracy_gap_is_that_of_the_items_of_both(evaluated: tuple[Job, list[str]]) -> None:
     job, lines = evaluated
     assert accuracy_gap(job) is None
@@ -119,6 +121,7 @@ def test_the_accuracy_gap_is_that_of_the_items_of_both(evaluated: tuple[Job, lis
     assert not [line for line in lines if line.startswith("warning")]
 
 
+@pytest.mark.slow
 def test_the_accuracy_gap_knows_items_that_are_not_independent(evaluated: tuple[Job, list[str]]) -> None:
     job, _ = evaluated
     gaps = []
@@ -131,6 +134,7 @@ def test_the_accuracy_gap_knows_items_that_are_not_independent(evaluated: tuple[
     assert together.high - together.low > 2 * (alone.high - alone.low)
 
 
+@pytest.mark.slow
 def test_an_accuracy_gap_within_noise_warns(evaluated: tuple[Job, list[str]]) -> None:
     job, lines = evaluated
     answer(job, "teacher", {"a": items(100, 40)})

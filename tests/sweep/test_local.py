@@ -53,6 +53,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Board:
     return board
 
 
+@pytest.mark.slow
 def test_every_trial_is_a_variant_with_its_evaluation_and_the_best_is_the_lowest(swept: Board) -> None:
     report = swept.report(swept.journal())
     assert [trial.status for trial in report.trials] == ["complete"] * 4
@@ -65,6 +66,7 @@ def test_every_trial_is_a_variant_with_its_evaluation_and_the_best_is_the_lowest
     assert {path.parent.name for path in swept.run.eval_root.glob("*/results.json")} == {"teacher", "ptq", *found}
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_what_distill_trains(swept: Board, tmp_path: Path) -> None:
     preset = swept.plan.trial_preset(swept.plan.trials[3])
     alone = pipeline.distill(open_job(preset, tmp_path / "alone"))
@@ -72,6 +74,7 @@ def test_a_sweep_trains_what_distill_trains(swept: Board, tmp_path: Path) -> Non
     assert (alone.after, alone.identity) == (together.after, together.identity)
 
 
+@pytest.mark.slow
 def test_a_repeated_sweep_does_nothing_twice(swept: Board) -> None:
     before = {path: path.stat().st_mtime_ns for path in swept.run.path.rglob("*") if "sweeps" not in path.parts}
     notes = Notes()
@@ -184,6 +187,7 @@ def test_a_folder_of_another_teacher_is_refused_before_the_first_trial(
         run_shard(other, Shard(), Silent())
 
 
+@pytest.mark.slow
 def test_metrics_are_found_by_their_names(swept: Board) -> None:
     report = read_record(swept.run.variants()[0].report, DistillReport)
     assert metric_value("eval/top1_agreement", report, None) == report.after.top1_agreement.value
