@@ -213,10 +213,24 @@ def first_to_report() -> bool:
 
 
 @contextmanager
+def passes() -> Iterator[None]:
+    """Say what it means when a pass of a divided model fails because another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            with _peers():
+                raise
+        raise
+
+
+@contextmanager
 def _peers() -> Iterator[None]:
     """Say what it means when talking to the others fails."""
     try:
         yield
+    except ProcessError:
+        raise
     except RuntimeError as error:
         raise ProcessError(
             "another process of this run has ended, so this one cannot go on "

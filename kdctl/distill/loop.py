@@ -27,6 +27,7 @@ from kdctl.errors import StoreError, TrainingError
 from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
 from kdctl.models import head_of
 from kdctl.preset import DistillSection
+from kdctl.processes import passes
 from kdctl.quant.shadow import Shadow
 from kdctl.records import CheckpointMeta, Rollout
 from kdctl.rollout.states import TeacherStates
@@ -196,7 +197,8 @@ def _measured(trainer: Trainer, yardstick: Yardstick) -> dict[str, float]:
     """Measure the student in the main process; where it is divided in all of them, whose results are equal."""
     if not trainer.processes.sharded:
         return trainer.processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
-    found = heldout_metrics(trainer.student, yardstick)
+    with passes():
+        found = heldout_metrics(trainer.student, yardstick)
     return trainer.processes.on_main(lambda: found)
 
 
@@ -209,7 +211,8 @@ def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
 def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, float]:
     """Do a step; if it is not finite, say where the last good state is."""
     try:
-        return trainer.step(step)
+        with passes():
+            return trainer.step(step)
     except TrainingError as error:
         kept = latest_checkpoint(checkpoints)
         where = f"the state after step {kept[1].step} is kept in {kept[0]}" if kept else "no checkpoint was written yet"
