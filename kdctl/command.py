@@ -143,7 +143,6 @@ class Stage:
 
         processes = connect(self.preset.runtime.device)
         if trains:
-            processes.check_rows(self.preset.distill.rows_per_step)
             processes.check_trainable(self.preset.distill)
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():

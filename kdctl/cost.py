@@ -16,7 +16,7 @@ from kdctl.preset import Preset
 from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.records import Part, Phase
 from kdctl.rollout.generate import PROMPT_TOKENS
-from kdctl.rollout.states import GROUP
+from kdctl.rollout.states import group_size
 
 PROCESS_BYTES = 2**29
 """Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""
@@ -100,8 +100,7 @@ class Cost:
         """Return what is in memory in each stretch of a run."""
         always = {"process": PROCESS_BYTES, "teacher": self.model}
         models = always | {"student": self.linears, "grid": self.grid}
-        training = {
-            "process": PROCESS_BYTES,
+        training = always | {
             "teacher": self.model - self.linears + self.linears // self.shards,
             "student": self.linears // self.shards,
             "grid": self.grid // self.shards,
@@ -219,7 +218,7 @@ class Cost:
     def _states(self) -> int:
         """Teacher states of what is trained on, as int8 with scales of two bytes."""
         kept, hidden = self.preset.rollout.keep_states, self.network.hidden
-        a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + 2 * (hidden // GROUP)}[kept]
+        a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + 2 * (hidden // group_size(hidden))}[kept]
         return a_token * sum(tokens for name, (_, tokens) in self._completions().items() if "held-out" not in name)
 
     def _completions(self) -> dict[str, tuple[int, int]]:

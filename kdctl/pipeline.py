@@ -50,7 +50,6 @@ def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
 
 def run_all(job: Job) -> str:
     """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
-    job.processes.check_rows(job.preset.distill.rows_per_step)
     job.processes.check_trainable(job.preset.distill)
     if not job.processes.on_main(job.run.eval_root.exists):
         from kdctl.evaluate import build_tasks

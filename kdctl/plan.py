@@ -56,9 +56,7 @@ def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, s
 
     Raises PresetError if so many shards cannot train as the preset says.
     """
-    processes = Processes(0, shards, sharded=shards > 1)
-    processes.check_rows(preset.distill.rows_per_step)
-    processes.check_trainable(preset.distill)
+    Processes(0, shards, sharded=shards > 1).check_trainable(preset.distill)
     cost = Cost(preset, network, machine.cpu, shards)
     phases, disk = cost.phases(), as_parts(cost.disk())
     peak, sequences = peak_bytes(phases), preset.distill.steps * preset.distill.rows_per_step

@@ -58,7 +58,8 @@ class Processes:
             )
 
     def check_trainable(self, settings: DistillSection) -> None:
-        """Raise PresetError for training that works on whole models only, where they are divided."""
+        """Raise PresetError if a step's rows do not divide evenly, or if models do and training needs them whole."""
+        self.check_rows(settings.rows_per_step)
         if not self.sharded:
             return
         for unfit, what, instead in (
@@ -217,10 +218,11 @@ def passes() -> Iterator[None]:
     """Say what it means when a pass of a divided model fails because another process has ended."""
     try:
         yield
+    except ProcessError:
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            with _peers():
-                raise
+            raise _ended(error) from error
         raise
 
 
@@ -229,14 +231,16 @@ def _peers() -> Iterator[None]:
     """Say what it means when talking to the others fails."""
     try:
         yield
-    except ProcessError:
-        raise
     except RuntimeError as error:
-        raise ProcessError(
-            "another process of this run has ended, so this one cannot go on "
-            f"({str(error).splitlines()[0]}); what was finished is on disk, and the same command goes on from there, "
-            "with any number of processes"
-        ) from error
+        raise _ended(error) from error
+
+
+def _ended(error: RuntimeError) -> ProcessError:
+    return ProcessError(
+        "another process of this run has ended, so this one cannot go on "
+        f"({str(error).splitlines()[0]}); what was finished is on disk, and the same command goes on from there, "
+        "with any number of processes"
+    )
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -231,9 +231,8 @@ def train_row_shards(processes: Processes, folder: Path) -> None:
         divided, whole = compare_training(folder / "model", shards, torch.float32, how, **changes)
         matches_whole(divided, whole)
         compare_gradients(divided, whole)
-        compare_checkpoints(folder / f"{how}", divided, whole)
-        student = yardstick(whole.teacher), yardstick(divided.teacher)
-        found, expected = heldout_metrics(divided.student, student[1]), heldout_metrics(whole.student, student[0])
+        compare_checkpoints(folder / how, divided, whole)
+        found, expected = (heldout_metrics(each.student, yardstick(each.teacher)) for each in (divided, whole))
         assert found == pytest.approx(expected, rel=1e-3)
 
 

@@ -103,12 +103,14 @@ class TeacherStates:
         return {"states": states} if self.kind == "exact" else int8(states)
 
 
-def int8(states: Tensor) -> dict[str, Tensor]:
-    """Round states, (M, H), to 8-bit integers, with a half-precision scale for every group of 32 numbers, (M, H/32).
+def group_size(hidden: int) -> int:
+    """Return how many numbers share a scale: 32, or the largest power of two that divides ``hidden``."""
+    return math.gcd(GROUP, hidden)
 
-    Where 32 does not divide H, groups are the largest power of two that does.
-    """
-    groups = states.float().unflatten(-1, (-1, math.gcd(GROUP, states.shape[-1])))
+
+def int8(states: Tensor) -> dict[str, Tensor]:
+    """Round states, (M, H), to 8-bit integers, with a half-precision scale for every group, (M, groups)."""
+    groups = states.float().unflatten(-1, (-1, group_size(states.shape[-1])))
     scale = (groups.abs().amax(-1) / 127).clamp(min=SMALLEST).half()
     rounded = (groups / scale.float().unsqueeze(-1)).round_().clamp_(-127, 127)
     return {"states": rounded.flatten(-2).to(torch.int8), "scale": scale}

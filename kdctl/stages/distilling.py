@@ -59,7 +59,6 @@ def distill(
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
-    job.processes.check_rows(job.preset.distill.rows_per_step)
     job.processes.check_trainable(job.preset.distill)
     base = read_record(job.run.preset, Preset).distill
     variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
