@@ -1,10 +1,11 @@
 """The peer: TRL's GKDTrainer with a torchao fake-quantized student. Prints one JSON line.
 
 Runs in an environment of its own, with torch, transformers, datasets, accelerate, trl and torchao; ``versus_trl.py``
-starts it. Imports nothing of kdctl.
+starts it. Imports nothing of kdctl but, on request, its products for CPUs that torch has no fast ones for.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -49,13 +50,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--products", type=Path, help="kdctl/products.py, so that neither side has faster products")
     return parser.parse_args()
+
+
+def widen_products(file: Path) -> None:
+    """Run kdctl's replacement of slow half-precision products, which needs torch alone; elsewhere it does nothing."""
+    spec = importlib.util.spec_from_file_location("products", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.widen_products()
 
 
 def main() -> None:
     """Train and print the mean step."""
     args = arguments()
     torch.manual_seed(0)
+    if args.products:
+        widen_products(args.products)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]

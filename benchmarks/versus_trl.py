@@ -6,7 +6,8 @@ The peer's environment: ``pip install torch transformers datasets accelerate trl
 quickstart's teacher writes the completions that both train on. Each measurement is a process of its own and takes the
 mean over all its steps, generation included; peak memory is that of the whole process, loading, measuring and saving
 included. A third pair of rows has sequences of 128 and of 1,024 tokens: the slope is what one more token of a batch
-costs. Tables have medians over rounds. Run it on an idle machine: any other busy process distorts both sides.
+costs. Where torch has no fast bf16 products, both sides have kdctl's. Tables have medians over rounds. Run it on an
+idle machine: any other busy process distorts both sides.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from kdctl import metrics, models, pipeline
+from kdctl import metrics, models, pipeline, products
 from kdctl.job import Job, open_job
 from kdctl.prompts import messages_of
 from kdctl.resolve import load_preset
@@ -75,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3, help="0: only memory per token")
-    parser.add_argument("--slope-rounds", type=int, default=1, help="rounds of the rows about memory per token")
+    parser.add_argument("--slope-rounds", type=int, default=1, help="rounds of memory per token; 0: none")
     return parser.parse_args()
 
 
@@ -173,7 +174,7 @@ class Bench:
         if self.peer_python is None:
             return None
         options = {"model": self.job.folder, "data": self.folder / data, "lmbda": lmbda, "beta": lmbda}
-        options |= {"steps": steps or self.steps, "max-tokens": tokens}
+        options |= {"steps": steps or self.steps, "max-tokens": tokens, "products": products.__file__}
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         script = str(Path(__file__).with_name("peer_gkd.py").resolve())
         return Case(f"TRL λ={lmbda:g}, ≤ {tokens} tokens", [str(self.peer_python), script, *flags])
@@ -263,7 +264,8 @@ def main() -> None:
         f"{args.rounds} rounds of {args.steps} steps; torch {version('torch')}, transformers {version('transformers')}"
     )
     tables = [step_table(cases)] if args.rounds else []
-    tables = "\n".join([about + "\n", *tables, slope_table(pairs)])
+    tables += [slope_table(pairs)] if args.slope_rounds else []
+    tables = "\n".join([about + "\n", *tables])
     print(tables)
     if args.out:
         args.out.write_text(tables)
