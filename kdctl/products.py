@@ -22,7 +22,7 @@ PRODUCTS = (
 )
 STATISTICS = {"aten::_scaled_dot_product_flash_attention_for_cpu": 1}
 """Results that stay float32: the logarithm of the sum, which the backward pass reads."""
-BLOCK = 2**22
+BLOCK = 2**20
 """Numbers of a product's second factor that are float32 at once: an output head as a whole is a large copy."""
 
 
