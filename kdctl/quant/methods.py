@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, grouped, quantize, round_scale
@@ -36,6 +35,8 @@ def hqq(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
     if grid.symmetric:
         start = minmax(weight, grid, torch.float32)
         return search(weight, start, grid, dtype, shifts=(0,))
+    from hqq.core.quantize import Quantizer  # takes seconds to import
+
     _, meta = Quantizer.quantize(
         weight.float(),
         nbits=grid.bits,

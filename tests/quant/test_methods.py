@@ -4,9 +4,9 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils import calculate_qparams
+from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from kdctl.quant import methods
 from kdctl.quant.affine import Grid, QParams, dequantize, grouped, quantize
 from kdctl.quant.methods import METHODS, ZERO_SHIFTS, hqq, minmax, quantize_weight, search
 
@@ -149,13 +149,13 @@ def test_search_is_never_worse_than_its_start(grid: Grid):
 
 
 def test_asymmetric_hqq_asks_the_hqq_library_along_in_features(monkeypatch: pytest.MonkeyPatch):
-    calls, original = [], methods.Quantizer.quantize
+    calls, original = [], Quantizer.quantize
 
     def spy(weight: Tensor, **options):
         calls.append((weight, options))
         return original(weight, **options)
 
-    monkeypatch.setattr(methods.Quantizer, "quantize", spy)
+    monkeypatch.setattr(Quantizer, "quantize", spy)
     weight = normal()
     hqq(weight, Grid(3, GROUP, True), torch.bfloat16)
     assert not calls
@@ -174,7 +174,7 @@ def test_asymmetric_hqq_searches_around_the_scale_of_the_hqq_library(monkeypatch
     def answer(*_, **__):
         return None, {"scale": truth.scale.view(-1, 1), "zero": truth.zero_point.float().view(-1, 1) + 0.3}
 
-    monkeypatch.setattr(methods.Quantizer, "quantize", answer)
+    monkeypatch.setattr(Quantizer, "quantize", answer)
     found = hqq(weight, grid, torch.bfloat16)
     assert torch.equal(found.scale.float(), truth.scale)
     assert torch.equal(dequantize(quantize(weight, found, grid), found, grid), weight)
