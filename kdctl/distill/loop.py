@@ -109,14 +109,14 @@ class Trainer:
         batches = [collate(part, settings.max_tokens) for part in parts]
         tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
         self.shadow.spend = len(batches) == 1
-        total = 0.0
+        losses: list[Tensor] = []
         for part, batch in zip(parts, batches, strict=True):
             loss = self.loss(part, batch.to(self.student.device))
             (loss / tokens).backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())  # reading it here would make the next micro-batch wait for a GPU
         if not self.processes.sharded:  # FSDP2 has added them
             self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
-        return self.processes.total(total) / tokens, tokens
+        return self.processes.total(sum(map(float, losses))) / tokens, tokens
 
     def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
