@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kdctl.distill.divergence import Head, Objective, Scale, divergence, token_chunk, value_and_gradient
 
@@ -201,6 +202,18 @@ def test_teacher_and_head_get_no_gradient():
     assert student.grad is not None
     assert teacher.grad is None
     assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_host_reads_nothing_so_that_a_gpu_never_waits(beta: float):
+    student, teacher, head = setup(600)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        hidden, states, weight = (mode.from_tensor(tensor.detach()) for tensor in (student, teacher, head.weight))
+        loss = divergence(hidden.requires_grad_(), states, Head(weight), Objective(beta))
+        loss.backward()
+        assert hidden.grad is not None
+        with pytest.raises(DataDependentOutputException):
+            loss.detach().item()
 
 
 @pytest.mark.parametrize("vocabulary", [264, 32_000, 49_152, 151_936, 10_000_000])
