@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_hqq_is_imported_where_it_quantizes_and_nowhere_before() -> None:
     code = (
         "import sys\n"

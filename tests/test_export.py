@@ -50,7 +50,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True, rope_parameters=rope(1000000.0)),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=128, tie_word_embeddings=True),
 }
-SLOW = pytest.mark.slow
 GRIDS = [(2, False), (2, True), (3, False), (3, True), (4, False), (4, True), (8, True)]
 EXACT_GRIDS = [grid for grid in GRIDS if grid != (4, False)]
 TEXTS = ["the hen\n  then 12345", "<|im_start|>user\nhe said<|im_end|>\n", "Ünïcode ☃ the"]
@@ -551,7 +550,8 @@ def test_dense_is_the_student_without_quantization_code(student_of: Callable[...
     assert models.load_tokenizer(tmp_path / "out").chat_template == tiny.TEMPLATE
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=SLOW) for f in ("llama_untied", "qwen3"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "qwen3"])
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
 def test_hqq_opens_the_student_to_the_bit(
     student_of: Callable[..., Path], tmp_path: Path, family: str, bits: int, symmetric: bool

@@ -179,6 +179,7 @@ def test_rollout_lengths_are_variants_of_their_own(tmp_path: Path, tiny_dir: Pat
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_teacher_is_refused_before_the_first_trial(
     swept: Board, tmp_path: Path, tiny_dir_fp32: Path
 ) -> None:
