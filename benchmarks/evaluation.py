@@ -25,12 +25,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
-from kdctl import models
-from kdctl.evaluate import build_tasks
-from kdctl.preset import EvalSection
-from kdctl.resolve import load_preset
-from kdctl.tasks.harness import quiet
-from kdctl.tasks.likelihood import LikelihoodModel
+from kdctl.config.preset import EvalSection
+from kdctl.config.resolve import load_preset
+from kdctl.eval.harness import quiet
+from kdctl.eval.likelihood import LikelihoodModel
+from kdctl.eval.tasks import build_tasks
+from kdctl.model import load as models
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationConfig
 
-from kdctl import models
-from kdctl.metrics import text_documents
-from kdctl.records import Prompt
-from kdctl.resolve import load_preset
-from kdctl.rollout.generate import Generator, Sampling
+from kdctl.config.resolve import load_preset
+from kdctl.eval.distribution import text_documents
+from kdctl.model import load as models
+from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.run.records import Prompt
 
 SHORTEST, LONGEST = 16, 128
 

@@ -57,8 +57,8 @@ def read_documents(model: Path, rollouts: Path, count: int) -> tuple[list[dict],
     """Return documents (ids, length of the prompt, text and its tokens) and the model's logits on each."""
     import torch
 
-    from kdctl import models
-    from kdctl.quant.checkpoint import load_student
+    from kdctl.formats.student import load_student
+    from kdctl.model import load as models
     from kdctl.rollout.store import RolloutStore
 
     cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from kdctl import products
+from kdctl.system import cpu_products
 
 HIDDEN, INNER, HEADS, KEY_HEADS, WIDTH, LENGTH = 576, 1536, 9, 3, 64, 256
 
@@ -59,7 +59,7 @@ def both(work: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
 
 def seconds(run: Callable[[], None], kind: str) -> float:
     """Time one run with the kernels that a kind names, after one that is not timed."""
-    library = products.register(frozenset([torch.bfloat16])) if kind == "widened" else None
+    library = cpu_products.register(frozenset([torch.bfloat16])) if kind == "widened" else None
     try:
         run()
         started = time.perf_counter()
@@ -73,7 +73,7 @@ def seconds(run: Callable[[], None], kind: str) -> float:
 def main() -> None:
     """Time all kinds in turn and print medians."""
     args = arguments()
-    able = "no" if torch.bfloat16 in products.slow_dtypes() else "yes"
+    able = "no" if torch.bfloat16 in cpu_products.slow_dtypes() else "yes"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; bfloat16 instructions: {able}")
     print("\n| ms | torch | widened | float32 | torch / widened |\n|---|---:|---:|---:|---:|")
     for name, (work, wide) in works(args.tokens).items():

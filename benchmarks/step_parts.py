@@ -20,19 +20,19 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from kdctl import models
-from kdctl.distill.batch import Batch, collate
+from kdctl.config.preset import DistillSection, QuantizeSection
+from kdctl.config.resolve import load_preset
 from kdctl.distill.divergence import divergence
 from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Trainer
 from kdctl.distill.optimizer import update
-from kdctl.distill.recompute import recomputed, set_checkpointing
-from kdctl.metrics import predicting_hidden
-from kdctl.preset import DistillSection, QuantizeSection
+from kdctl.distill.shadow import make_shadow
+from kdctl.eval.distribution import predicting_hidden
+from kdctl.model import load as models
+from kdctl.model.activation_checkpointing import recomputed, set_checkpointing
+from kdctl.model.batch import Batch, collate
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.quant.shadow import make_shadow
-from kdctl.records import Rollout
-from kdctl.resolve import load_preset
+from kdctl.run.records import Rollout
 
 GIB = 2**30
 

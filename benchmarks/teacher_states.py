@@ -10,13 +10,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from kdctl import models
-from kdctl.job import open_job
-from kdctl.metrics import Yardstick, compare, summarize
-from kdctl.preset import Preset
-from kdctl.quant.checkpoint import load_student
-from kdctl.rollout.states import from_int8, int8
-from kdctl.rundir import RunDir, read_record
+from kdctl.config.preset import Preset
+from kdctl.eval.distribution import Yardstick, compare, summarize
+from kdctl.formats.student import load_student
+from kdctl.model import load as models
+from kdctl.rollout.teacher_states import from_int8, int8
+from kdctl.run.paths import RunDir, read_record
+from kdctl.stages.context import open_job
 
 
 def arguments() -> argparse.Namespace:

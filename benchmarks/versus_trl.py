@@ -23,11 +23,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from kdctl import metrics, models, pipeline, products
-from kdctl.job import Job, open_job
-from kdctl.prompts import messages_of
-from kdctl.resolve import load_preset
-from kdctl.tracking import read_metrics
+from kdctl.config.resolve import load_preset
+from kdctl.data.prompts import messages_of
+from kdctl.eval import distribution
+from kdctl.model import load as models
+from kdctl.run.tracking import read_metrics
+from kdctl.stages import pipeline
+from kdctl.stages.context import Job, open_job
+from kdctl.system import cpu_products
 
 BATCH, MAX_TOKENS, NEW_TOKENS = 4, 256, 64
 PROMPT_TOKENS = MAX_TOKENS - 32
@@ -124,7 +127,7 @@ def _teacher_written(job: Job) -> list[list[dict[str, str]]]:
 
 def _filling(job: Job, tokens: int) -> list[list[dict[str, str]]]:
     """Make conversations that nearly fill sequences of ``tokens``; the peer refuses answers that leave no prompt."""
-    ids = [token for document in metrics.text_documents(job.tokenizer, 8192) for token in document]
+    ids = [token for document in distribution.text_documents(job.tokenizer, 8192) for token in document]
     size = tokens - SLOPE_PROMPT
     texts = [str(job.tokenizer.decode(ids[i * size : (i + 1) * size])) for i in range(len(ids) // size)]
     return [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in texts * 8]
@@ -174,7 +177,7 @@ class Bench:
         if self.peer_python is None:
             return None
         options = {"model": self.job.folder, "data": self.folder / data, "lmbda": lmbda, "beta": lmbda}
-        options |= {"steps": steps or self.steps, "max-tokens": tokens, "products": products.__file__}
+        options |= {"steps": steps or self.steps, "max-tokens": tokens, "products": cpu_products.__file__}
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         script = str(Path(__file__).with_name("peer_gkd.py").resolve())
         return Case(f"TRL λ={lmbda:g}, ≤ {tokens} tokens", [str(self.peer_python), script, *flags])

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdctl import models
-from kdctl.preset import Preset
-from kdctl.products import widen_products
-from kdctl.resolve import load_preset
+from kdctl.config.preset import Preset
+from kdctl.config.resolve import load_preset
+from kdctl.model import load as models
+from kdctl.system.cpu_products import widen_products
 
 
 def _helper(name: str) -> ModuleType:

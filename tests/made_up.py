@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdctl.preset import DistillSection
-from kdctl.records import (
+from kdctl.config.preset import DistillSection
+from kdctl.config.resolve import load_preset
+from kdctl.run.paths import RunDir, write_record
+from kdctl.run.records import (
     DistillReport,
     DistributionMetrics,
     Estimate,
@@ -22,8 +24,6 @@ from kdctl.records import (
     TextMetrics,
     Versions,
 )
-from kdctl.resolve import load_preset
-from kdctl.rundir import RunDir, write_record
 
 VERSIONS = Versions(kdctl="0", torch="0", transformers="0", compressed_tensors="0", hqq="0")
 TEACHER = "t" * 64

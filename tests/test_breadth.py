@@ -25,15 +25,16 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdctl import models, pipeline
-from kdctl.errors import ModelError
-from kdctl.job import open_job
-from kdctl.preset import Preset
-from kdctl.quant.checkpoint import load_student
-from kdctl.records import Prompt
-from kdctl.resolve import load_preset
-from kdctl.rollout.generate import Generator, Sampling
-from kdctl.verify import find_teacher, verify
+from kdctl.base.errors import ModelError
+from kdctl.config.preset import Preset
+from kdctl.config.resolve import load_preset
+from kdctl.formats.student import load_student
+from kdctl.formats.verify import find_teacher, verify
+from kdctl.model import load as models
+from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.run.records import Prompt
+from kdctl.stages import pipeline
+from kdctl.stages.context import open_job
 
 CPU = torch.device("cpu")
 WINDOW = 16

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from kdctl.cli import app
-from kdctl.resolve import preset_names
+from kdctl.cli.app import app
+from kdctl.config.resolve import preset_names
 from kdctl.sweep.space import sweep_names
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

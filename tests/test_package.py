@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kdctl.records import QuantizeReport
-from kdctl.resolve import load_preset, preset_names
-from kdctl.rundir import read_record
+from kdctl.config.resolve import load_preset, preset_names
+from kdctl.run.paths import read_record
+from kdctl.run.records import QuantizeReport
 from kdctl.sweep.space import sweep_names
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def source_files() -> set[str]:
 def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == source_files()
-    for part in ("presets/smoke.toml", "data/prompts.jsonl", "data/tiny/model.safetensors", "tasks/mmlu_offline.yaml"):
+    for part in ("presets/smoke.toml", "data/prompts.jsonl", "data/tiny/model.safetensors", "eval/task_files/mmlu_offline.yaml"):
         assert f"kdctl/{part}" in names
 
 
@@ -66,7 +66,7 @@ def test_what_runs_is_the_installed_package(target: Path, tmp_path: Path) -> Non
         Path(installed(target, tmp_path, "-c", "import kdctl; print(kdctl.__file__, end='')")).parent
         == target / "kdctl"
     )
-    code = "from kdctl.resolve import presets_dir; print(presets_dir(), end='')"
+    code = "from kdctl.config.resolve import presets_dir; print(presets_dir(), end='')"
     assert Path(installed(target, tmp_path, "-c", code)) == target / "kdctl" / "presets"
 
 
@@ -92,8 +92,8 @@ def test_it_quantizes_its_own_tiny_model(target: Path, tmp_path: Path) -> None:
 
 def test_its_bundled_tasks_are_found(target: Path, tmp_path: Path) -> None:
     code = (
-        "from kdctl.evaluate import build_tasks\n"
-        "from kdctl.preset import EvalSection\n"
+        "from kdctl.eval.tasks import build_tasks\n"
+        "from kdctl.config.preset import EvalSection\n"
         "print(*build_tasks(EvalSection(tasks=('arc_easy_offline',)), offline=True))"
     )
     assert installed(target, tmp_path, "-c", code).split() == ["arc_easy_offline"]

@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-from kdctl.processes import Processes
-from kdctl.products import widen_products
+from kdctl.system.cpu_products import widen_products
+from kdctl.system.distributed import Processes
 
 
 def load(name: str, path: Path) -> ModuleType:

@@ -1,1 +1,1 @@
-"""Distillation: divergences, batches, training state and the loop."""
+"""Distillation: divergences, shadow weights, what each row of a step is, and the loop."""

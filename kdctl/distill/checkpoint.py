@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdctl.errors import StoreError
-from kdctl.processes import ALONE, Processes
-from kdctl.quant.shadow import Shadow
-from kdctl.records import CheckpointMeta
-from kdctl.rundir import atomic_folder, read_record, require_free_space, sha256, write_record
+from kdctl.base.errors import StoreError
+from kdctl.distill.shadow import Shadow
+from kdctl.run.paths import atomic_folder, read_record, require_free_space, sha256, write_record
+from kdctl.run.records import CheckpointMeta
+from kdctl.system.distributed import ALONE, Processes
 
 TENSORS = "state.safetensors"
 META = "meta.json"

@@ -6,13 +6,13 @@ The loop asks for the rows of a step and never knows where they come from.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kdctl.distill.batch import on_policy_rows, slot_index
-from kdctl.errors import StoreError
-from kdctl.preset import DistillSection
-from kdctl.processes import ALONE, Processes
-from kdctl.records import Prompt, Rollout, ShardEntry, StoreManifest
-from kdctl.rollout.generate import Generator
+from kdctl.base.errors import StoreError
+from kdctl.config.preset import DistillSection
+from kdctl.model.batch import on_policy_rows, slot_index
+from kdctl.rollout.sampler import Generator
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
+from kdctl.system.distributed import ALONE, Processes
 
 Source = Callable[[int], Rollout]
 """Maps a slot to its rollout."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import Batch, collate, split
+from kdctl.base.errors import StoreError, TrainingError
+from kdctl.config.preset import DistillSection
 from kdctl.distill.checkpoint import (
     checkpoint_bytes,
     latest_checkpoint,
@@ -22,16 +23,15 @@ from kdctl.distill.divergence import Objective, divergence, token_chunk
 from kdctl.distill.feed import Feed, Live
 from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
-from kdctl.distill.recompute import recomputed
-from kdctl.errors import StoreError, TrainingError
-from kdctl.metrics import Yardstick, compare, predicting_hidden, predicting_states, summarize
-from kdctl.models import head_of
-from kdctl.preset import DistillSection
-from kdctl.processes import passes
-from kdctl.quant.shadow import Shadow
-from kdctl.records import CheckpointMeta, Rollout
-from kdctl.rollout.states import TeacherStates
-from kdctl.tracking import Tracker
+from kdctl.distill.shadow import Shadow
+from kdctl.eval.distribution import Yardstick, compare, predicting_hidden, predicting_states, summarize
+from kdctl.model.activation_checkpointing import recomputed
+from kdctl.model.batch import Batch, collate, split
+from kdctl.model.load import head_of
+from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.records import CheckpointMeta, Rollout
+from kdctl.run.tracking import Tracker
+from kdctl.system.distributed import passes
 
 Progress = Callable[[int, int], None]
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kdctl.errors import StoreError
-from kdctl.preset import DistillSection
-from kdctl.records import Rollout, StopReason
+from kdctl.base.errors import StoreError
+from kdctl.config.preset import DistillSection
+from kdctl.run.records import Rollout, StopReason
 
 WINDOW = 64
 """Completions whose mean is held against that of the first as many."""

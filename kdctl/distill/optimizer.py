@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdctl.memory import give_back
-from kdctl.preset import DistillSection
-from kdctl.quant.shadow import Shadow
+from kdctl.config.preset import DistillSection
+from kdctl.distill.shadow import Shadow
+from kdctl.system.memory import give_back
 
 TOGETHER = 8
 """Tensors whose float32 gradients exist at once."""

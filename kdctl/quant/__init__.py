@@ -1,1 +1,1 @@
-"""Quantization: the grid, the methods that choose it, shadow weights and the checkpoint format."""
+"""Post-training quantization: the grid and the methods that choose it."""

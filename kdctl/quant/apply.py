@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import Batch
-from kdctl.errors import ModelError, PresetError
-from kdctl.models import from_tensors, linear_shapes
-from kdctl.preset import QuantizeSection
+from kdctl.base.errors import ModelError, PresetError
+from kdctl.config.preset import QuantizeSection
+from kdctl.model.batch import Batch
+from kdctl.model.load import from_tensors, linear_shapes
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
 from kdctl.quant.calibrate import quantize_in_order
 from kdctl.quant.gptq import gptq
 from kdctl.quant.methods import quantize_weight
-from kdctl.records import LayerError
+from kdctl.run.records import LayerError
 
 Weights = dict[str, QuantizedWeight]
 Progress = Callable[[int, int], None]

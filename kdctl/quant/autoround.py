@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdctl.distill.batch import Batch
-from kdctl.errors import ModelError, PresetError
-from kdctl.models import linear_shapes, load_model, torch_dtype
-from kdctl.preset import Dtype, QuantizeSection
+from kdctl.base.errors import ModelError, PresetError
+from kdctl.config.preset import Dtype, QuantizeSection
+from kdctl.model.batch import Batch
+from kdctl.model.load import linear_shapes, load_model, torch_dtype
+from kdctl.model.tokenizer import open_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize, quantize
 from kdctl.quant.calibrate import by_decoder_layer
-from kdctl.tokens import open_tokenizer
 
 INSTALL = 'pip install "kdctl[autoround]"'
 TASK, TOKENS, RESULT = "task.json", "tokens.safetensors", "result.safetensors"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdctl.attention import Layout, forward
-from kdctl.distill.batch import Batch
-from kdctl.errors import ModelError
+from kdctl.base.errors import ModelError
+from kdctl.model.attention import Layout, forward
+from kdctl.model.batch import Batch
 from kdctl.quant.affine import QuantizedWeight, dequantize
 
 Quantizer = Callable[[str, Tensor, Tensor], QuantizedWeight]

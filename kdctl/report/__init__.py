@@ -1,1 +1,1 @@
-"""What a study says: tables with error bars, comparisons and verdicts."""
+"""What run folders say: tables with error bars, comparisons, figures and verdicts."""

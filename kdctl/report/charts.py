@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kdctl.records import Estimate
+from kdctl.run.records import Estimate
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from kdctl.report.contrasts import (
     per_token_difference,
     rows_of,
 )
+from kdctl.report.study import Kind, Study
 from kdctl.report.tables import Block, Cell, Column, Style
-from kdctl.study import Kind, Study
 
 AVERAGE = "average"
 TIED = "≈"

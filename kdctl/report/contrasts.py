@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdctl import stats
-from kdctl.findings import Comparison, SeedComparison
-from kdctl.records import Estimate
-from kdctl.samples import Documents
+from kdctl.report.samples import Documents
+from kdctl.report.study import Kind, Model, Settings, Study
+from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated
-from kdctl.study import Kind, Model, Settings, Study
+from kdctl.stats.findings import Comparison, SeedComparison
 
 Found = Comparison | SeedComparison
 Measure = Literal["forward_kl", "nll"]

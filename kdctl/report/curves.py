@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from kdctl.records import StoreManifest
 from kdctl.report.charts import Band, Mark, Panel, Planes, Point, Series, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline
 from kdctl.report.marks import accuracy_mark, by_method, kl_mark, method_of, short, telling, values, varied
-from kdctl.rundir import read_record
-from kdctl.study import Model
-from kdctl.study_reader import LOSSES, distill_section
+from kdctl.report.study import Model
+from kdctl.report.study_reader import LOSSES, distill_section
+from kdctl.run.paths import read_record
+from kdctl.run.records import StoreManifest
 
 KL = "KL to teacher, nats/token"
 RATE = "learning rate"

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kdctl import stats
-from kdctl.findings import Comparison, Recovery
-from kdctl.records import Estimate
 from kdctl.report.columns import AVERAGE, BASELINES, Results
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
+from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table
+from kdctl.run.records import Estimate
 from kdctl.stats import Trio
-from kdctl.study import Kind
+from kdctl.stats.findings import Comparison, Recovery
 
 NAMES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "teacher"}
 

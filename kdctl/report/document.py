@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdctl import __version__
+from kdctl.base.version import __version__
 from kdctl.report.charts import Chart
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Contrasts
@@ -12,9 +12,9 @@ from kdctl.report.details import detail_tables
 from kdctl.report.gallery import link
 from kdctl.report.layouts import lay_out
 from kdctl.report.reproduce import commands, provenance, settings
+from kdctl.report.study import Model, Study
 from kdctl.report.tables import Table, document, markdown
 from kdctl.report.verdicts import sentences
-from kdctl.study import Model, Study
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from kdctl.findings import Recovery
-from kdctl.records import Estimate
 from kdctl.report.charts import Cell, Chart, Entry, Forest, ForestPanel, Map, Maps, Mark, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline, differs, per_token_difference
 from kdctl.report.curves import costs, learning_rates, training
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.marks import PERCENT, accuracy_mark, by_method, short, telling, values, varied
-from kdctl.study import Model
+from kdctl.report.study import Model
+from kdctl.run.records import Estimate
+from kdctl.stats.findings import Recovery
 
 OVER_ITEMS = "95 % intervals over items, and over seeds where a setting has several"
 OVER_DOCUMENTS = "95 % intervals over documents"

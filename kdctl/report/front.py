@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from kdctl.errors import PresetError
-from kdctl.preset import TrackingSection
+from kdctl.base.errors import PresetError
+from kdctl.config.preset import TrackingSection
 from kdctl.report.document import Report, as_json, as_markdown, make_report, verdict_parts
 from kdctl.report.figures import figures
 from kdctl.report.gallery import illustrate
 from kdctl.report.layouts import LAYOUTS, lay_out
 from kdctl.report.page import page
+from kdctl.report.study_reader import read_study
 from kdctl.report.tables import RENDERERS, Form, Table, as_csv, records
-from kdctl.rundir import RunDir, write_text
-from kdctl.study_reader import read_study
-from kdctl.tracking import log_tables
+from kdctl.run.paths import RunDir, write_text
+from kdctl.run.tracking import log_tables
 
 MARGIN = 0.005
 

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdctl import __version__
+from kdctl.base.version import __version__
 from kdctl.report.charts import Chart
-from kdctl.rundir import write_bytes
+from kdctl.run.paths import write_bytes
 
 
 def illustrate(charts: Sequence[Chart], folder: Path) -> list[tuple[Chart, str]]:

@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from kdctl.errors import PresetError
+from kdctl.base.errors import PresetError
 from kdctl.report.columns import SETTINGS, Results, block, setting_cell, setting_column
 from kdctl.report.contrasts import Contrasts, Row, rows_of
+from kdctl.report.study import Study
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.study import Study
 
 Layout = Literal[
     "main", "lambda", "beta", "lr", "steps", "batch-size", "rollout-length", "mixed", "rank", "method", "auto"

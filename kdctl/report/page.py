@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from kdctl import __version__
+from kdctl.base.version import __version__
 from kdctl.report.charts import Chart, Maps
 from kdctl.report.document import Report, verdict_parts
 from kdctl.report.reproduce import commands
+from kdctl.report.study import Model, Source
 from kdctl.report.tables import Block, Cell, Column, Table, show
-from kdctl.study import Model, Source
 
 MEASURED = {"layers", "tasks", "distribution", "text", "teacher_text", "before", "after", "removed"}
 MEASURED |= {"student_written", "text_distribution", "settings"}

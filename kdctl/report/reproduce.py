@@ -4,9 +4,9 @@ import json
 import shlex
 from pathlib import Path
 
-from kdctl.preset import DistillSection, Preset
+from kdctl.config.preset import DistillSection, Preset
+from kdctl.report.study import Model, Source, Study
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.study import Model, Source, Study
 
 NEW = "NEW"
 

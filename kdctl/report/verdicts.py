@@ -1,10 +1,10 @@
 """What was found, in plain sentences (layer 2)."""
 
-from kdctl.records import Estimate
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Row, baseline, per_token, per_token_difference
 from kdctl.report.details import recovery_of, removed
-from kdctl.study import Kind
+from kdctl.report.study import Kind
+from kdctl.run.records import Estimate
 
 PHRASES: dict[Kind, str] = {"ptq": "the PTQ student", "teacher": "the teacher"}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdctl.errors import StoreError
-from kdctl.records import Rollout, ShardEntry, StoreManifest
-from kdctl.rundir import read_record, sha256, write_bytes, write_record
+from kdctl.base.errors import StoreError
+from kdctl.run.paths import read_record, sha256, write_bytes, write_record
+from kdctl.run.records import Rollout, ShardEntry, StoreManifest
 
 # Parquet's own name for list items, so that the schema that is read equals the one that was written.
 INTEGERS = pa.list_(pa.field("element", pa.int32()))

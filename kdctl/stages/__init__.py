@@ -1,1 +1,1 @@
-"""The stages, one module each (layer 4)."""
+"""The stages, one module each, and the pipeline that runs them in order."""

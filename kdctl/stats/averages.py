@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdctl.errors import DataError
+from kdctl.base.errors import DataError
 from kdctl.stats import bootstrap
 from kdctl.stats.groups import Array, Index, Labels, influences
 

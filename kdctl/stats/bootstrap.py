@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kdctl.keyed import digest
-from kdctl.records import Estimate
+from kdctl.base.rng import digest
+from kdctl.run.records import Estimate
 
 RESAMPLES = 2000
 LEVEL = 0.95

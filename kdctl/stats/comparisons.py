@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
-from kdctl.errors import DataError
-from kdctl.findings import Comparison
-from kdctl.records import Estimate
+from kdctl.base.errors import DataError
+from kdctl.run.records import Estimate
 from kdctl.stats import bootstrap
 from kdctl.stats.averages import Task, averages, correlation, covariance, number_tasks, resample, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
+from kdctl.stats.findings import Comparison
 from kdctl.stats.groups import Array, Design, Labels, correctness, design, finite, grouping, quantile
 from kdctl.stats.proportions import tango
 from kdctl.stats.verdicts import EQUIVALENCE_LEVEL, MARGIN, decide, detectable, p_value, require_margin

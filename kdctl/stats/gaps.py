@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kdctl.findings import Comparison, Recovery
-from kdctl.records import Estimate
+from kdctl.run.records import Estimate
 from kdctl.stats import bootstrap
 from kdctl.stats.averages import Task, averages, covariance, number_tasks, resample, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
 from kdctl.stats.comparisons import Paired, compare_average
+from kdctl.stats.findings import Comparison, Recovery
 from kdctl.stats.groups import Array, Labels, design, quantile
 
 

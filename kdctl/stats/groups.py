@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
-from kdctl.errors import DataError
+from kdctl.base.errors import DataError
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import root_scalar
 
-from kdctl.findings import Accuracy
-from kdctl.records import Estimate
+from kdctl.run.records import Estimate
 from kdctl.stats.bootstrap import LEVEL
+from kdctl.stats.findings import Accuracy
 from kdctl.stats.groups import Labels, correctness, design, finite, quantile
 
 BESIDE = 1e-12

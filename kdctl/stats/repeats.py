@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kdctl.errors import DataError
-from kdctl.findings import SeedComparison, SeedSpread
-from kdctl.records import Estimate
+from kdctl.base.errors import DataError
+from kdctl.run.records import Estimate
 from kdctl.stats.averages import Task, averages, covariance, number_tasks, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
+from kdctl.stats.findings import SeedComparison, SeedSpread
 from kdctl.stats.groups import Array, Labels, correctness, finite, grouping, quantile
 from kdctl.stats.verdicts import EQUIVALENCE_LEVEL, MARGIN, decide, detectable, p_value, require_margin
 

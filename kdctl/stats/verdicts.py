@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import root_scalar
 
-from kdctl.errors import DataError
-from kdctl.findings import Verdict
-from kdctl.records import Estimate
+from kdctl.base.errors import DataError
+from kdctl.run.records import Estimate
 from kdctl.stats.bootstrap import LEVEL
+from kdctl.stats.findings import Verdict
 from kdctl.stats.groups import quantile
 
 MARGIN = 0.005

@@ -6,12 +6,12 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from kdctl.preset import Preset
-from kdctl.records import SweepReport, TrialRecord
-from kdctl.rundir import RunDir, read_record
+from kdctl.config.preset import Preset
+from kdctl.run.paths import RunDir, read_record
+from kdctl.run.records import SweepReport, TrialRecord
+from kdctl.run.tracking import read_metrics
 from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
-from kdctl.tracking import read_metrics
 
 Status = Literal["waiting", "running", "complete", "stopped", "failed"]
 STATUS: dict[TrialState, Status] = {

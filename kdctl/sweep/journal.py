@@ -14,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from kdctl.keyed import digest
+from kdctl.base.rng import digest
 from kdctl.sweep.space import Choice, Interval, Parameter, Sweep
 
 Values = dict[str, Any]

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdctl import __version__
-from kdctl.errors import PresetError
+from kdctl.base.errors import PresetError
+from kdctl.base.version import __version__
 
 WORK, CACHE = "/work", "/cache"
 RUNS = f"{WORK}/runs"

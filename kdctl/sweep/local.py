@@ -6,16 +6,16 @@ is skipped and a killed one goes on from its checkpoint, because that is what th
 
 import torch
 
-from kdctl import pipeline
-from kdctl.errors import DataError, TrainingError
-from kdctl.job import open_job
-from kdctl.progress import Reporter
-from kdctl.records import DistillReport, EvalResult, TaskScore
+from kdctl.base.errors import DataError, TrainingError
+from kdctl.base.progress import Reporter
+from kdctl.run.records import DistillReport, EvalResult, TaskScore
+from kdctl.run.tracking import Watch
+from kdctl.stages import pipeline
+from kdctl.stages.context import open_job
 from kdctl.sweep.board import Board
 from kdctl.sweep.journal import Values
 from kdctl.sweep.locks import only_sweep, waiting
 from kdctl.sweep.plan import Shard, describe
-from kdctl.tracking import Watch
 
 
 class FellBehind(Exception):
@@ -35,7 +35,7 @@ class LocalSweep:
         with waiting(self.stages / "shared.lock"):
             self.job = open_job(self.plan.preset, board.run.path, reporter)
             if self.plan.evaluate and not board.run.eval_root.exists():
-                from kdctl.evaluate import build_tasks  # lm-eval takes seconds to import
+                from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
 
                 build_tasks(self.job.preset.eval, self.job.offline)
             self.journal = board.journal()

@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from kdctl.errors import StoreError
-from kdctl.records import Holder
-from kdctl.rundir import write_record
+from kdctl.base.errors import StoreError
+from kdctl.run.paths import write_record
+from kdctl.run.records import Holder
 
 MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a moment, to see that it is free
 

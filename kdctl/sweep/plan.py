@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdctl.errors import PresetError
-from kdctl.preset import Preset
-from kdctl.resolve import build_preset, identity, load_preset, parse_value, variant_name
+from kdctl.base.errors import PresetError
+from kdctl.config.preset import Preset
+from kdctl.config.resolve import build_preset, identity, load_preset, parse_value, variant_name
 from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Sweep, field_of
 

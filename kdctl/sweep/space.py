@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdctl.errors import PresetError
-from kdctl.resolve import known_keys, presets_dir, suggest
+from kdctl.base.errors import PresetError
+from kdctl.config.resolve import known_keys, presets_dir, suggest
 
 Method = Literal["grid", "random", "bayes"]
 Number = int | float

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdctl.errors import StoreError
+from kdctl.base.errors import StoreError
 
 
 def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:

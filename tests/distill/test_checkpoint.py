@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from kdctl.base.errors import StoreError
+from kdctl.config.preset import DistillSection
 from kdctl.distill.checkpoint import (
     TENSORS,
     checkpoint_bytes,
@@ -15,12 +17,10 @@ from kdctl.distill.checkpoint import (
     save_checkpoint,
 )
 from kdctl.distill.optimizer import make_optimizer, update
-from kdctl.errors import StoreError
-from kdctl.preset import DistillSection
+from kdctl.distill.shadow import ShadowWeights
 from kdctl.quant.affine import Grid
 from kdctl.quant.methods import quantize_weight
-from kdctl.quant.shadow import ShadowWeights
-from kdctl.records import CheckpointMeta
+from kdctl.run.records import CheckpointMeta
 
 
 def training(seed: int = 0, optimizer: str = "adamw") -> tuple[nn.Module, ShadowWeights, torch.optim.Optimizer]:

@@ -6,14 +6,14 @@ import pytest
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdctl.distill.batch import on_policy_rows
+from kdctl.base.errors import StoreError
+from kdctl.config.preset import DistillSection, PromptsSection
+from kdctl.data.prompts import PromptReader
 from kdctl.distill.feed import Feed, Live, Replay
-from kdctl.errors import StoreError
-from kdctl.preset import DistillSection, PromptsSection
-from kdctl.prompts import PromptReader
-from kdctl.records import Rollout
-from kdctl.rollout.generate import Generator, Sampling
+from kdctl.model.batch import on_policy_rows
+from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.records import Rollout
 
 SETTINGS = DistillSection(lmbda=0.5, steps=7, micro_batch_size=4, refresh_every=3)
 

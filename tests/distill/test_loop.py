@@ -19,22 +19,22 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from kdctl.attention import Layout, forward
-from kdctl.distill.batch import collate
+from kdctl.base.errors import StoreError, TrainingError
+from kdctl.config.preset import DistillSection, QuantizeSection
 from kdctl.distill.checkpoint import checkpoint_bytes, require_room
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed, Replay
 from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
 from kdctl.distill.monitor import WINDOW
-from kdctl.errors import StoreError, TrainingError
-from kdctl.metrics import compare, make_yardstick, predicting_hidden, predicting_states, summarize
-from kdctl.models import head_of
-from kdctl.preset import DistillSection, QuantizeSection
+from kdctl.distill.shadow import ShadowWeights
+from kdctl.eval.distribution import compare, make_yardstick, predicting_hidden, predicting_states, summarize
+from kdctl.model.attention import Layout, forward
+from kdctl.model.batch import collate
+from kdctl.model.load import head_of
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.quant.shadow import ShadowWeights
-from kdctl.records import DistillReport, Rollout
-from kdctl.rundir import read_record
-from kdctl.tracking import Tracker, read_metrics
+from kdctl.run.paths import read_record
+from kdctl.run.records import DistillReport, Rollout
+from kdctl.run.tracking import Tracker, read_metrics
 
 GRID = QuantizeSection(group_size=32, method="minmax")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from kdctl.base.errors import StoreError
+from kdctl.config.preset import DistillSection
 from kdctl.distill.monitor import WINDOW, Monitor, rollout_metrics
-from kdctl.errors import StoreError
-from kdctl.preset import DistillSection
-from kdctl.records import Rollout
+from kdctl.run.records import Rollout
 
 LIVE = DistillSection(lmbda=1.0, micro_batch_size=4)
 STEPS = WINDOW // 4

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from kdctl.config.preset import DistillSection
 from kdctl.distill.optimizer import TOGETHER, gradient_norm, make_optimizer, update
-from kdctl.preset import DistillSection
+from kdctl.distill.shadow import ShadowWeights
 from kdctl.quant.affine import Grid
 from kdctl.quant.methods import quantize_weight
-from kdctl.quant.shadow import ShadowWeights
 
 LAYERS = [str(index) for index in range(TOGETHER + 5)]
 

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdctl import models
-from kdctl.preset import QuantizeSection
+from kdctl.config.preset import QuantizeSection
+from kdctl.formats.student import Student, save_student
+from kdctl.model import load as models
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.quant.checkpoint import Student, save_student
-from kdctl.records import QuantizeReport
+from kdctl.run.records import QuantizeReport
 
 SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]
 

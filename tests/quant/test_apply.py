@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kdctl.errors import ModelError, PresetError
-from kdctl.models import skeleton
-from kdctl.preset import QuantizeSection
+from kdctl.base.errors import ModelError, PresetError
+from kdctl.config.preset import QuantizeSection
+from kdctl.formats.student import Student
+from kdctl.model.load import skeleton
 from kdctl.quant.apply import dense, layer_errors, quantize_layers, select_layers
-from kdctl.quant.checkpoint import Student
 
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 SETTINGS = QuantizeSection(group_size=16, method="minmax")

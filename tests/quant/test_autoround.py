@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from kdctl import pipeline
-from kdctl.distill.batch import Batch, collate
-from kdctl.errors import ModelError, PresetError
-from kdctl.job import open_job
-from kdctl.models import fingerprint, load_model
-from kdctl.preset import DistillSection, Preset, QuantizeSection
+from kdctl.base.errors import ModelError, PresetError
+from kdctl.config.preset import DistillSection, Preset, QuantizeSection
+from kdctl.distill.shadow import make_shadow
+from kdctl.formats.verify import find_teacher, verify
+from kdctl.model.batch import Batch, collate
+from kdctl.model.load import fingerprint, load_model
 from kdctl.quant import autoround as module
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, quantize
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.quant.autoround import RESULT, Task, autoround, on_grid, rectangle
 from kdctl.quant.methods import quantize_weight
-from kdctl.quant.shadow import make_shadow
-from kdctl.records import Rollout
 from kdctl.rollout.store import RolloutStore
-from kdctl.verify import find_teacher, verify
+from kdctl.run.records import Rollout
+from kdctl.stages import pipeline
+from kdctl.stages.context import open_job
 
 GRIDS = [Grid(4, 32, False), Grid(4, 32, True), Grid(3, 64, False), Grid(2, 32, True), Grid(8, 64, True)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -109,7 +109,7 @@ def test_calibration_rows_are_one_rectangle_with_masks_from_lengths() -> None:
 
 def absent(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line where auto-round cannot be found, installed or not."""
-    code = "import sys; sys.modules['auto_round'] = None; from kdctl.cli import main; main()"
+    code = "import sys; sys.modules['auto_round'] = None; from kdctl.cli.app import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 

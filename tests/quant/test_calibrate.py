@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.distill.batch import collate
-from kdctl.errors import ModelError
+from kdctl.base.errors import ModelError
+from kdctl.model.batch import collate
 from kdctl.quant.affine import Grid, dequantize
 from kdctl.quant.calibrate import by_decoder_layer, quantize_in_order
 from kdctl.quant.methods import quantize_weight
-from kdctl.records import Rollout
+from kdctl.run.records import Rollout
 
 ROWS = [Rollout("", i, 0, [65 + i] * (3 + i), [70] * 5, None, "length", 0, 0, "teacher") for i in range(4)]
 

@@ -8,8 +8,8 @@ from made_up import answers, distribution, evaluated, make_run, wrote_rollouts
 
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
-from kdctl.rundir import RunDir
-from kdctl.study_reader import read_study
+from kdctl.report.study_reader import read_study
+from kdctl.run.paths import RunDir
 
 TASKS = ("alpha", "beta")
 VARIANTS = {

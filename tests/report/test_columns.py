@@ -9,9 +9,9 @@ from made_up import answers, distilled, evaluated, flipped, make_run
 from kdctl import stats
 from kdctl.report.columns import TIED, Results, accuracy_cell
 from kdctl.report.contrasts import Contrasts
+from kdctl.report.study import Model, Score, Study
+from kdctl.report.study_reader import read_study
 from kdctl.report.tables import Cell
-from kdctl.study import Model, Score, Study
-from kdctl.study_reader import read_study
 
 BASE = answers(0.6, items=2000)
 

@@ -7,10 +7,10 @@ import pytest
 from made_up import answers, evaluated, make_run
 
 from kdctl import stats
-from kdctl.findings import Comparison, SeedComparison
 from kdctl.report.contrasts import Contrasts, baseline, differs, judge, per_token, per_token_difference, rows_of
+from kdctl.report.study_reader import read_study
 from kdctl.stats import Paired
-from kdctl.study_reader import read_study
+from kdctl.stats.findings import Comparison, SeedComparison
 
 SEEDS = {f"v_seed{seed}": {"seed": seed, "draw": seed, "kl": 0.2 + 0.01 * seed} for seed in range(3)}
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from made_up import make_run, wrote_rollouts
 
-from kdctl.records import ShardEntry, StoreManifest
 from kdctl.report.charts import Mark, Point, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.curves import costs, generated_tokens, learning_rates, training
 from kdctl.report.marks import accuracy_mark, kl_mark
-from kdctl.rundir import RunDir, read_record, write_record
-from kdctl.study import Model
-from kdctl.study_reader import read_study
+from kdctl.report.study import Model
+from kdctl.report.study_reader import read_study
+from kdctl.run.paths import RunDir, read_record, write_record
+from kdctl.run.records import ShardEntry, StoreManifest
 
 
 def model(run: RunDir, name: str) -> Model:

@@ -8,8 +8,8 @@ from made_up import answers, evaluated, flipped, make_run
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.details import comparisons, detail_tables, distances, recoveries, spreads
+from kdctl.report.study_reader import read_study
 from kdctl.report.tables import records
-from kdctl.study_reader import read_study
 
 SEEDS = {f"v_seed{seed}": {"seed": seed, "draw": seed} for seed in range(3)}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from made_up import make_run, quantized
 
 from kdctl.report.document import as_json, as_markdown, make_report
-from kdctl.rundir import RunDir
-from kdctl.study_reader import read_study
+from kdctl.report.study_reader import read_study
+from kdctl.run.paths import RunDir
 
 
 def test_verdicts_go_first_and_commands_last(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from kdctl.report.contrasts import Contrasts, Row, baseline, differs, per_token_
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.figures import accuracies, figures, grid, recoveries, writers
 from kdctl.report.marks import accuracy_mark, short
-from kdctl.study import Model, Score, Settings, Study
-from kdctl.study_reader import read_study
+from kdctl.report.study import Model, Score, Settings, Study
+from kdctl.report.study_reader import read_study
 
 
 def entries(chart: Forest | None, panel: int = 0) -> dict[str, Entry]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from made_up import answers, evaluated, make_run
 
-from kdctl.errors import DataError, PresetError, StoreError
-from kdctl.preset import TrackingSection
+from kdctl.base.errors import DataError, PresetError, StoreError
+from kdctl.config.preset import TrackingSection
 from kdctl.report.front import write_report
-from kdctl.rundir import RunDir
+from kdctl.run.paths import RunDir
 
 FIGURES = ("accuracy", "training", "recovery", "cost")
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from made_up import distribution, evaluated, make_run, wrote_rollouts
 
-from kdctl.errors import PresetError
-from kdctl.records import EvalResult, MethodResult
+from kdctl.base.errors import PresetError
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.layouts import LAYOUTS, NO_ITEMS, lay_out
+from kdctl.report.study import Model, Score, Settings, Study
+from kdctl.report.study_reader import read_study
 from kdctl.report.tables import Table, markdown, records
-from kdctl.rundir import read_record, write_record
-from kdctl.study import Model, Score, Settings, Study
-from kdctl.study_reader import read_study
+from kdctl.run.paths import read_record, write_record
+from kdctl.run.records import EvalResult, MethodResult
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_study.json").read_text())
 FIELDS = {"learning_rate": "lr", "lmbda": "lmbda", "beta": "beta", "steps": "steps", "batch_size": "batch_size"}

@@ -11,8 +11,8 @@ from kdctl.report.charts import Mark, mark
 from kdctl.report.columns import Results, distance_cell
 from kdctl.report.contrasts import Row, per_token, rows_of
 from kdctl.report.marks import accuracy_mark, by_method, kl_mark, method_of, short, telling, values, varied
-from kdctl.study import Model, Settings
-from kdctl.study_reader import read_study
+from kdctl.report.study import Model, Settings
+from kdctl.report.study_reader import read_study
 
 
 def row(name: str, **settings: float) -> Row:

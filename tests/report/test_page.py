@@ -11,7 +11,7 @@ from kdctl.report.document import Report, make_report
 from kdctl.report.figures import figures
 from kdctl.report.gallery import illustrate
 from kdctl.report.page import inline, page
-from kdctl.study_reader import read_study
+from kdctl.report.study_reader import read_study
 
 EVIL = "<img src=x onerror=alert(1)>&\"'$x$"
 DRAWN = ("grid", "cost")

@@ -7,12 +7,12 @@ from pathlib import Path
 import typer
 from made_up import answers, evaluated, make_run, wrote_rollouts
 
-from kdctl.cli import app
-from kdctl.preset import DistillSection
+from kdctl.cli.app import app
+from kdctl.config.preset import DistillSection
+from kdctl.config.resolve import load_preset, parse_assignments
 from kdctl.report.reproduce import commands, provenance, settings
+from kdctl.report.study_reader import read_study
 from kdctl.report.tables import records
-from kdctl.resolve import load_preset, parse_assignments
-from kdctl.study_reader import read_study
 
 VARIANT = {"lmbda": 1.0, "beta": 0.5, "lr": 2e-5, "train": "lora", "replay": None}
 

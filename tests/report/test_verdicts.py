@@ -6,9 +6,9 @@ from made_up import answers, distilled, evaluated, make_run, quantized
 
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
+from kdctl.report.study_reader import read_study
 from kdctl.report.verdicts import sentences
-from kdctl.rundir import RunDir
-from kdctl.study_reader import read_study
+from kdctl.run.paths import RunDir
 
 
 def said(run: RunDir, margin: float = 0.005) -> dict[str, str]:

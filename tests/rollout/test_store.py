@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdctl.errors import StoreError
-from kdctl.records import Rollout, SamplingRecord, StoreManifest
+from kdctl.base.errors import StoreError
 from kdctl.rollout import store as store_module
 from kdctl.rollout.store import RolloutStore
-from kdctl.rundir import sha256
+from kdctl.run.paths import sha256
+from kdctl.run.records import Rollout, SamplingRecord, StoreManifest
 
 IDENTITY = "0123456789abcdef"
 SAMPLING = SamplingRecord(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=2, max_new_tokens=8, seed=3)
@@ -195,7 +195,7 @@ def test_shard_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdctl.rundir.os.replace", crash)
+        patch.setattr("kdctl.run.paths.os.replace", crash)
         with pytest.raises(OSError, match="disk full"):
             store.write_shard(0, BLOCKS[1], IDENTITY)
     assert contents(store.path) == before

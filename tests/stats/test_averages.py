@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdctl.errors import DataError
+from kdctl.base.errors import DataError
 from kdctl.stats.averages import Task, averages, correlation, covariance, number_tasks, resample, resolve_weights
 
 RANDOM = np.random.default_rng(3)

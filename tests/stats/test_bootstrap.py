@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdctl import stats
-from kdctl.records import Estimate
+from kdctl.run.records import Estimate
 from kdctl.stats import bootstrap
 
 DOCUMENTS, DATA_SETS = 60, 300

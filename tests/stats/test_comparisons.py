@@ -7,9 +7,9 @@ from scipy.stats import norm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from kdctl.errors import DataError
-from kdctl.findings import Comparison
+from kdctl.base.errors import DataError
 from kdctl.stats import Paired, bootstrap, compare, compare_average, holm
+from kdctl.stats.findings import Comparison
 from kdctl.stats.proportions import tango
 
 Z = float(norm.ppf(0.975))

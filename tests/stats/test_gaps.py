@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdctl.errors import DataError
+from kdctl.base.errors import DataError
 from kdctl.stats import Trio, bootstrap, recovery, recovery_average
 from kdctl.stats.gaps import fieller
 from kdctl.stats.groups import covariance

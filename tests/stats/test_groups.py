@@ -5,7 +5,7 @@ import pytest
 import statsmodels.api as sm
 from scipy.stats import norm, t
 
-from kdctl.errors import DataError
+from kdctl.base.errors import DataError
 from kdctl.stats.groups import correctness, covariance, design, grouping, number, quantile
 
 RANDOM = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from kdctl.errors import DataError
-from kdctl.records import Estimate
+from kdctl.base.errors import DataError
+from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated, average_seeds, compare, compare_seeds, compare_seeds_average, seeds, widen
 
 SEED_SD, RESIDUAL_SD = 0.3, 0.4

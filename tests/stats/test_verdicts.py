@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from kdctl.errors import DataError
-from kdctl.records import Estimate
+from kdctl.base.errors import DataError
+from kdctl.run.records import Estimate
 from kdctl.stats.verdicts import decide, detectable, p_value, require_margin
 
 

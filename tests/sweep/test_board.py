@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdctl.resolve import load_preset
-from kdctl.rundir import write_record
+from kdctl.config.resolve import load_preset
+from kdctl.run.paths import write_record
 from kdctl.sweep.board import Board, preview
 from kdctl.sweep.plan import plan_sweep
 from kdctl.sweep.space import read_sweep

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 
-from kdctl.errors import PresetError
+from kdctl.base.errors import PresetError
 from kdctl.sweep.kubernetes import (
     Fleet,
     PodSettings,

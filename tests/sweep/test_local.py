@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from kdctl import models, pipeline
-from kdctl.errors import DataError, StoreError, TrainingError
-from kdctl.job import open_job
-from kdctl.progress import Silent
-from kdctl.records import DistillReport
-from kdctl.rollout.states import TeacherStates
+from kdctl.base.errors import DataError, StoreError, TrainingError
+from kdctl.base.progress import Silent
+from kdctl.model import load as models
 from kdctl.rollout.store import RolloutStore
-from kdctl.rundir import read_record
+from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.paths import read_record
+from kdctl.run.records import DistillReport
+from kdctl.stages import pipeline
+from kdctl.stages.context import open_job
 from kdctl.sweep.board import Board
 from kdctl.sweep.local import metric_value, run_shard
 from kdctl.sweep.plan import Shard, plan_sweep

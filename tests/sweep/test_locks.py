@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from kdctl.errors import StoreError
+from kdctl.base.errors import StoreError
 from kdctl.sweep.locks import only_sweep, waiting
 
 HOLD = (

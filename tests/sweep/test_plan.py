@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kdctl.errors import PresetError
-from kdctl.resolve import load_preset
+from kdctl.base.errors import PresetError
+from kdctl.config.resolve import load_preset
 from kdctl.sweep.plan import Shard, SweepPlan, base_plan, parse_shard, parse_trial, plan_sweep
 from kdctl.sweep.space import Sweep, read_sweep, sweep_names
 

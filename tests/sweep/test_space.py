@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdctl.errors import PresetError
+from kdctl.base.errors import PresetError
 from kdctl.sweep.space import Choice, Foreign, Interval, field_of, read_sweep, sweep_names
 
 STUDY = {

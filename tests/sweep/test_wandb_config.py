@@ -9,9 +9,9 @@ import pytest
 import yaml
 from wandb.wandb_agent import Agent
 
-from kdctl.errors import PresetError
-from kdctl.records import DistillReport
-from kdctl.rundir import RunDir, read_record
+from kdctl.base.errors import PresetError
+from kdctl.run.paths import RunDir, read_record
+from kdctl.run.records import DistillReport
 from kdctl.sweep.plan import base_plan
 from kdctl.sweep.space import Sweep, read_sweep
 from kdctl.sweep.wandb_config import wandb_config

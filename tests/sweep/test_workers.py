@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdctl.errors import StoreError
+from kdctl.base.errors import StoreError
 from kdctl.sweep import workers
 from kdctl.sweep.workers import run_workers
 

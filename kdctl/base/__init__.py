@@ -1,0 +1,1 @@
+"""What everything else may use: errors, keyed random numbers, progress."""

@@ -1,0 +1,185 @@
+"""What every command has in common: options, finding the preset and the run folder, errors as messages."""
+
+import errno
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel
+
+from kdctl.base.errors import KdctlError
+from kdctl.base.progress import Silent
+from kdctl.cli import console
+from kdctl.config import resolve
+from kdctl.config.preset import Preset
+
+if TYPE_CHECKING:
+    from kdctl.stages.context import Job
+
+DEFAULT_PRESET = "quickstart"
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", "-p", help="Preset name or path. (default: the run folder's own, or quickstart)"),
+]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", "-r", help="Run folder. (default: runs/<preset name>)", file_okay=False)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override a preset field: section.field=value. Repeatable.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if it is complete.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved preset as JSON and stop.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
+
+
+def process_rank() -> int:
+    """Return which of the processes of a launcher this is; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def guarded(divided: bool = False) -> Iterator[None]:
+    """Turn errors that are the input's fault into one message, and Ctrl-C into another.
+
+    divided: several processes do this command together; any other is left to the main one.
+    """
+    if process_rank() and not divided:
+        raise typer.Exit
+    try:
+        yield
+        if process_count() > 1:
+            from kdctl.system.distributed import leave
+
+            leave()
+    except KdctlError as error:
+        _stop(str(error), 2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        _stop(f"cannot write {error.filename or 'to disk'}: {error.strerror}; what was finished is on disk", 2)
+    except KeyboardInterrupt as stop:
+        why = str(stop) or "stopped"
+        _stop(f"{why}; what was finished is on disk, and the same command goes on from there", 130)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    """End with a message, which only the first of several processes to fail prints."""
+    if process_count() > 1:
+        from kdctl.system.distributed import first_to_report
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would cut the message off
+        if not first_to_report():
+            raise typer.Exit(code) from None
+    console.fail(message)
+    raise typer.Exit(code) from None
+
+
+def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> Preset:
+    """Find the preset that a command works with: named, the folder's own, or the default; flags win over --set."""
+    overrides = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
+    if name is None:
+        own = (folder or Path("runs") / DEFAULT_PRESET) / "preset.json"
+        name = str(own) if own.is_file() else DEFAULT_PRESET
+    return resolve.load_preset(name, overrides)
+
+
+def run_folder(name: str | None, folder: Path | None) -> Path:
+    """Name the run folder: --run, or runs/<preset name>."""
+    return folder or Path("runs") / Path(name or DEFAULT_PRESET).stem
+
+
+def prepare_libraries(offline: bool, verbose: bool) -> None:
+    """Import the heavy libraries after setting what they read: offline mode and, unless verbose, silence."""
+    if offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
+        warnings.filterwarnings("ignore")
+    _import_transformers()
+    if not verbose:
+        from kdctl.model import load as models
+
+        models.quiet()
+
+
+def _import_transformers() -> None:
+    """Import transformers' caches without the one that HQQ compresses: hqq takes seconds and that cache has no use."""
+    from transformers import utils
+
+    available = utils.is_hqq_available
+    utils.is_hqq_available = lambda *_: False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        import transformers.cache_utils  # noqa: F401
+    finally:
+        utils.is_hqq_available = available
+
+
+class Stage:
+    """One command's options, resolved; opens the job only when work is to be done."""
+
+    def __init__(
+        self,
+        preset: str | None,
+        run: Path | None,
+        settings: list[str] | None,
+        verbose: bool = False,
+        dry_run: bool = False,
+        **flags: Any,
+    ):
+        self.preset = resolve_preset(preset, run, settings, {key.replace("__", "."): v for key, v in flags.items()})
+        self.folder = run_folder(preset, run)
+        self.verbose = verbose
+        if dry_run:
+            console.show_text(self.preset.model_dump_json(indent=2))
+            raise typer.Exit
+
+    def open(self, trains: bool = False) -> "Job":
+        """Import the heavy parts and open the run folder; for training, several processes must divide a step's rows."""
+        prepare_libraries(self.preset.runtime.offline, self.verbose)
+        from kdctl.stages.context import open_job
+        from kdctl.system.distributed import connect, started_too_few
+
+        processes = connect(self.preset.runtime.device)
+        if trains:
+            processes.check_trainable(self.preset.distill)
+        reporter = console.ConsoleReporter() if processes.is_main else Silent()
+        if started_too_few():
+            reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
+        return open_job(self.preset, self.folder, reporter, processes)
+
+
+def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:
+    """Print a result as JSON or for people."""
+    if as_json:
+        console.show_text(result.model_dump_json(indent=2))
+    else:
+        render(result)
+
+
+def show_json(results: Mapping[str, BaseModel]) -> None:
+    """Print several results as one JSON object."""
+    console.show_text(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
+
+
+def console_views() -> Any:
+    """Import what renders results, which needs records only."""
+    from kdctl.cli import render as views
+
+    return views

@@ -1,0 +1,54 @@
+"""``kdctl plan``: what a run will take, before anything runs."""
+
+from typing import Annotated
+
+import typer
+
+from kdctl.cli.options import (
+    JsonOption,
+    RunOption,
+    SetOption,
+    Stage,
+    VerboseOption,
+    console_views,
+    guarded,
+    prepare_libraries,
+    show,
+)
+
+
+def plan(
+    preset: Annotated[
+        str | None, typer.Argument(help="Preset name or path. (default: the run folder's own, or quickstart)")
+    ] = None,
+    run: RunOption = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of memory to plan for, on a GPU unless runtime.device=cpu.", min=0.1)
+    ] = None,
+    shards: Annotated[
+        int, typer.Option(help="Processes that FSDP2 divides training among; what each of them takes.", min=1)
+    ] = 1,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what a run will take before anything runs: memory, disk, tokens, and what to change if it does not fit.
+
+    Reads the model's configuration only. Example: kdctl plan onpolicy --memory 24
+    """
+    with guarded():
+        stage = Stage(preset, run, settings, verbose)
+        prepare_libraries(stage.preset.runtime.offline, verbose)
+        from kdctl.cost.network import look_at
+        from kdctl.cost.plan import find_machine, make_plan
+        from kdctl.distill.divergence import Objective
+        from kdctl.model import load as models
+        from kdctl.run.paths import RunDir
+
+        teacher, distill = stage.preset.teacher, stage.preset.distill
+        dtype = models.torch_dtype(teacher.dtype)
+        config = models.find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)
+        network = look_at(config, stage.preset.quantize, dtype, Objective(distill.beta))
+        machine = find_machine(stage.preset.runtime.device, stage.folder, memory)
+        found = make_plan(stage.preset, network, machine, RunDir(stage.folder), shards)
+        show(found, as_json, console_views().show_plan)

@@ -1,0 +1,283 @@
+"""``kdctl sweep``: read the file, check all of it, then run it here, through wandb or on Kubernetes."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from kdctl.base.errors import PresetError
+from kdctl.cli import console
+from kdctl.cli import render as views
+from kdctl.cli.options import (
+    DEFAULT_PRESET,
+    JsonOption,
+    PresetOption,
+    SetOption,
+    VerboseOption,
+    guarded,
+    prepare_libraries,
+    process_count,
+    show,
+)
+from kdctl.config import resolve
+from kdctl.config.preset import Preset
+
+if TYPE_CHECKING:
+    from kdctl.sweep.board import Board
+    from kdctl.sweep.space import Sweep
+
+DEFAULT_SWEEP = "quickstart_grid"
+Backend = Literal["local", "wandb", "kubernetes"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that decide what a sweep is, wherever it runs."""
+
+    file: str
+    preset: str | None
+    settings: tuple[str, ...]
+    max_trials: int | None
+    evaluate: bool
+    verbose: bool
+
+    def command(self, folder: str) -> list[str]:
+        """Return the arguments of kdctl that mean the same sweep in another process."""
+        words = ["sweep", self.file, "--run", folder]
+        words += ["--preset", self.preset] if self.preset else []
+        words += [word for setting in self.settings for word in ("--set", setting)]
+        words += ["--max-trials", str(self.max_trials)] if self.max_trials else []
+        words += [] if self.evaluate else ["--no-eval"]
+        return words + (["--verbose"] if self.verbose else [])
+
+    def base(self, found: "Sweep", folder: Path) -> str:
+        """Name the preset that trials start from: --preset, the file's, the folder's own, or the default."""
+        own = folder / "preset.json"
+        return self.preset or found.preset or (str(own) if own.is_file() else DEFAULT_PRESET)
+
+
+@dataclass(frozen=True)
+class PodOptions:
+    """The options of --backend kubernetes."""
+
+    pods: int
+    sweep_id: str | None
+    settings: tuple[str, ...]
+    apply: bool
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="Name of a shipped sweep, or a wandb sweep file.")] = DEFAULT_SWEEP,
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Run only the one trial with these values.")
+    ] = None,
+    preset: PresetOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="Run folder. (default: runs/<sweep name>)", file_okay=False)
+    ] = None,
+    settings: SetOption = None,
+    jobs: Annotated[int, typer.Option(help="Trials at once, each in a process of its own.", min=1)] = 1,
+    shard: Annotated[str | None, typer.Option(help="i/N: only trials i, i + N, ..., counted from 0.")] = None,
+    max_trials: Annotated[
+        int | None, typer.Option(help="Largest grid; number of random or bayes trials. (default: 64)", min=1)
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="Where trials run: here, wandb agents here, or pods.")] = "local",
+    agents: Annotated[int, typer.Option(help="wandb agents, or pods. 0: only create the wandb sweep.", min=0)] = 1,
+    sweep_id: Annotated[
+        str | None, typer.Option(help="wandb sweep that exists: agents or pods join it, instead of a new one.")
+    ] = None,
+    pod: Annotated[
+        list[str] | None,
+        typer.Option(help="image=, gpus=, cpus=, memory=, claim= or secret= of a pod. Repeatable."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Hand the manifests to kubectl; else print them.")] = False,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate variants, or only train them.")] = True,
+    as_json: JsonOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train and evaluate many variants in one run folder, as a wandb sweep file says.
+
+    Example: kdctl sweep lr_onpolicy --dry-run
+    """
+    with guarded(divided=True):
+        from kdctl.sweep.space import read_sweep
+
+        if process_count() > 1:
+            raise PresetError(
+                f"{process_count()} processes were launched, and a sweep divides trials, not one trial; start it as "
+                "one process, with --jobs for several trials at once"
+            )
+
+        check_backend(
+            backend,
+            {
+                "--jobs": jobs > 1,
+                "--shard": shard,
+                "--agents": agents != 1,
+                "--sweep-id": sweep_id,
+                "--pod": pod,
+                "--apply": apply,
+            },
+        )
+        found = read_sweep(file)
+        folder = run or Path("runs") / found.name
+        request = Request(file, preset, tuple(settings or ()), max_trials, evaluate, verbose)
+        if values:
+            run_one(request, found, folder, values)
+        elif dry_run:
+            show_plan(planned(request, found, folder))
+        elif backend == "wandb":
+            run_agents(request, found, folder, agents, sweep_id)
+        elif backend == "kubernetes":
+            run_pods(request, found, folder, PodOptions(agents, sweep_id, tuple(pod or ()), apply))
+        else:
+            board = planned(request, found, folder)
+            run_here(request, board, jobs, shard)
+            show(board.report(board.journal()), as_json, views.show_sweep)
+
+
+def check_backend(backend: Backend, given: Mapping[str, object]) -> None:
+    """Refuse options that mean nothing where the trials will run."""
+    allowed = {"local": ("--jobs", "--shard"), "wandb": ("--agents", "--sweep-id")}.get(
+        backend, ("--agents", "--sweep-id", "--pod", "--apply")
+    )
+    for option, value in given.items():
+        if value and option not in allowed:
+            raise PresetError(f"{option} means nothing with --backend {backend}, which takes {', '.join(allowed)}")
+
+
+def planned(request: Request, found: "Sweep", folder: Path) -> "Board":
+    """Lay out the sweep and check all of it."""
+    from kdctl.sweep.board import Board
+    from kdctl.sweep.plan import plan_sweep
+
+    overrides = resolve.parse_assignments(request.settings)
+    plan = plan_sweep(found, request.base(found, folder), overrides, request.max_trials, request.evaluate)
+    return Board(plan, folder)
+
+
+def show_plan(board: "Board") -> None:
+    """Print the trials that would run."""
+    from kdctl.sweep.board import preview
+
+    views.show_trials(preview(board.plan))
+
+
+def run_here(request: Request, board: "Board", jobs: int, shard: str | None) -> None:
+    """Run the sweep, or a shard of it, in this process or in ``jobs`` of them."""
+    from kdctl.sweep.plan import Shard, parse_shard
+
+    part = parse_shard(shard) if shard else Shard()
+    jobs = min(jobs, board.plan.total)
+    if jobs > 1:
+        if shard:
+            raise PresetError(f"--shard {shard} is one process of several and --jobs {jobs} starts several; give one")
+        run_jobs(request, board, jobs)
+        return
+    prepare_libraries(board.plan.preset.runtime.offline, request.verbose)
+    reporter = console.ConsoleReporter()
+    from kdctl.sweep.local import run_shard
+
+    with watched(board, reporter):
+        run_shard(board, part, reporter)
+
+
+def run_jobs(request: Request, board: "Board", jobs: int) -> None:
+    """Run the sweep's shards side by side, each a kdctl of its own."""
+    from kdctl.sweep.locks import only_sweep
+    from kdctl.sweep.workers import run_workers
+
+    board.run.prepare()
+    words = request.command(str(board.run.path))
+    commands = [[sys.executable, "-m", "kdctl", *words, "--shard", f"{index}/{jobs}"] for index in range(jobs)]
+    with only_sweep(board.locks, board.plan.sweep.name), watched(board, console.ConsoleReporter()):
+        run_workers(commands, board.folder)
+
+
+@contextmanager
+def watched(board: "Board", reporter: console.ConsoleReporter) -> Iterator[None]:
+    """Show a live table of the sweep while a block runs."""
+    board.run.prepare()
+    journal = board.journal()
+    with reporter.live(lambda: views.draw_sweep(board.report(journal))):
+        yield
+
+
+def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str]) -> None:
+    """Run one trial with values from the command line, as a wandb agent does."""
+    from kdctl.sweep.board import Board
+    from kdctl.sweep.plan import base_plan, parse_trial
+
+    overrides = resolve.parse_assignments(request.settings)
+    plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
+    values = parse_trial(found, assignments)
+    plan.trial_preset(values)
+    prepare_libraries(plan.preset.runtime.offline, request.verbose)
+    from kdctl.sweep.local import LocalSweep
+
+    board = Board(plan, folder)
+    board.run.prepare()
+    one = LocalSweep(board, console.ConsoleReporter())
+    value = one.run_trial(values)
+    console.show_pairs(plan.variant(values, one.base), [(found.metric.name, f"{value:.6g}")])
+
+
+def run_agents(request: Request, found: "Sweep", folder: Path, agents: int, sweep_id: str | None) -> None:
+    """Create a wandb sweep, unless one is named, and run agents of it until it is done."""
+    from kdctl.run import tracking
+    from kdctl.sweep.board import Board
+    from kdctl.sweep.plan import base_plan, grid_trials
+    from kdctl.sweep.wandb_config import wandb_config
+    from kdctl.sweep.workers import run_workers
+
+    overrides = resolve.parse_assignments(request.settings)
+    plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
+    if found.method == "grid":
+        grid_trials(found, request.max_trials)
+    board = Board(plan, folder)
+    board.run.prepare()
+    words = request.command(str(folder)) + logging_on(plan.preset)
+    config = wandb_config(plan, words, request.max_trials)
+    name = sweep_id or tracking.create_sweep(config, plan.preset.tracking)
+    console.show_text(f"wandb agent {name}")
+    if agents:
+        run_workers([[sys.executable, "-m", "wandb", "agent", name]] * agents, board.folder)
+
+
+def logging_on(preset: Preset) -> list[str]:
+    """Return the option that makes trials log to wandb, unless they do."""
+    return ["--set", "tracking.wandb=online"] if preset.tracking.wandb == "off" else []
+
+
+def run_pods(request: Request, found: "Sweep", folder: Path, options: PodOptions) -> None:
+    """Print the manifests of a Job, or hand them to kubectl. Its pods are shards, or agents of a wandb sweep."""
+    from kdctl.sweep import kubernetes as k8s
+
+    if options.pods < 1:
+        raise PresetError("--agents 0 is for --backend wandb; a Job needs at least one pod")
+    pod, pods = k8s.parse_pod(options.settings), options.pods
+    if options.sweep_id:
+        command = k8s.agent_command(options.sweep_id)
+    else:
+        place = k8s.pod_folder(PurePosixPath(folder))
+        pods = min(pods, planned(request, found, folder).plan.total)
+        command = k8s.shard_command(request.command(place), pods)
+    text = k8s.render(k8s.Fleet(found.name, command, pods, own_files(request, found)), pod)
+    console.show_text(k8s.apply(text) if options.apply else text)
+
+
+def own_files(request: Request, found: "Sweep") -> dict[str, str]:
+    """Return what a sweep's command reads and no installation has: sweep file and preset. Raises PresetError."""
+    from kdctl.sweep.space import sweep_names
+
+    names = [] if request.file in sweep_names() else [request.file]
+    preset = request.preset or found.preset
+    if preset is not None and preset not in resolve.preset_names():
+        resolve.read_tree(preset)
+        names.append(preset)
+    return {name: Path(name).read_text(encoding="utf-8") for name in names}

@@ -1,0 +1,1 @@
+"""Presets: their schema, and how a name and overrides become one."""

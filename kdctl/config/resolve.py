@@ -1,0 +1,150 @@
+"""Preset name or path, plus overrides, to a resolved ``Preset`` (layer 0: no torch)."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from kdctl.base.errors import PresetError
+from kdctl.config.preset import DistillSection, Preset
+
+Tree = dict[str, Any]
+
+
+def presets_dir() -> Path:
+    """Return the folder of the shipped presets: inside an installed package, beside it in a source tree."""
+    here = Path(__file__).resolve().parents[1]
+    inside = here / "presets"
+    return inside if inside.is_dir() else here.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """List the shipped presets by name."""
+    return sorted(path.stem for path in presets_dir().glob("*.toml"))
+
+
+def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """Resolve a shipped preset's name or a path to a TOML file or resolved JSON, with dotted overrides on top.
+
+    Raises PresetError for an unknown name, an unknown key (with a suggestion) or an invalid value.
+    """
+    return build_preset(read_tree(name), overrides or {}, origin=name)
+
+
+def build_preset(tree: Tree, overrides: Mapping[str, Any], origin: str) -> Preset:
+    """Apply dotted overrides to a tree of settings and validate the result."""
+    for key, value in overrides.items():
+        tree = with_value(tree, key.split("."), value)
+    try:
+        return Preset.model_validate(tree)
+    except ValidationError as error:
+        raise PresetError(explain(error, origin)) from None
+
+
+def read_tree(name: str) -> Tree:
+    """Read a preset's raw settings from its name or path."""
+    path = presets_dir() / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        hint = suggest(name, preset_names())
+        raise PresetError(f"no preset {name!r}{hint}; shipped presets: {', '.join(preset_names())}; a path works too")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise PresetError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(tree, dict):
+        raise PresetError(f"{path} holds {tree!r:.40}, not an object of sections; kdctl presets quickstart shows one")
+    return tree
+
+
+def with_value(tree: Tree, keys: list[str], value: Any) -> Tree:
+    """Return a copy of a tree with one nested value replaced."""
+    head, *rest = keys
+    inner = tree.get(head, {})
+    if rest and not isinstance(inner, dict):
+        raise PresetError(f"{head} is a value, not a section; there is no {'.'.join(keys)}")
+    return {**tree, head: with_value(inner, rest, value) if rest else value}
+
+
+def parse_assignments(assignments: Iterable[str]) -> Tree:
+    """Parse ``section.field=value`` strings; values are TOML, and text that is not TOML is a string."""
+    parsed = {}
+    for text in assignments:
+        key, separator, raw = text.partition("=")
+        if not separator or not key.strip():
+            raise PresetError(f"--set {text!r} is not of the form section.field=value, for example distill.lr=1e-4")
+        parsed[key.strip()] = parse_value(raw.strip())
+    return parsed
+
+
+def parse_value(raw: str) -> Any:
+    """Parse one TOML value; anything else is a plain string."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def explain(error: ValidationError, origin: str) -> str:
+    """Turn a validation error into lines that name the key, the value, the reason and the way out."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}{suggest(key, [*Preset.model_fields, *known_keys()])}")
+        elif item["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            value = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r}"
+            lines.append(f"{key}{value}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+    return f"preset {origin}: " + "; ".join(lines)
+
+
+def known_keys() -> list[str]:
+    """List every dotted key of a preset, in schema order."""
+    keys = []
+    for name, field in Preset.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the nearest choice, or nothing."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    tail = word.rpartition(".")[2]
+    near = near or [choice for choice in choices if choice.rpartition(".")[2] == tail][:1]
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def canonical(value: Any) -> str:
+    """Serialize to the one JSON text that hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def identity(stage: str, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash what a stage reads: its preset sections and the fingerprints of its inputs. 16 hex digits."""
+    dumped = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}
+    text = canonical({"stage": stage, "sections": dumped, "inputs": dict(inputs)})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def variant_name(settings: DistillSection, base: DistillSection) -> str:
+    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
+    always = {"lmbda", "beta", "lr", "seed"}
+    name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
+    for key, value in settings.model_dump().items():
+        if key not in always and value != base.model_dump()[key]:
+            name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
+    return name

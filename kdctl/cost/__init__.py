@@ -1,0 +1,1 @@
+"""What a run will take: memory, disk and tokens, before anything starts."""

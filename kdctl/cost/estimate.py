@@ -1,0 +1,261 @@
+"""Sizes of everything that one run makes: memory by phase, disk and tokens (layer 2).
+
+Sizes are those of the tensors that the code makes; sequences are taken to be as long as the preset allows.
+"""
+
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from kdctl.config.preset import Preset
+from kdctl.cost.network import Activations, Network
+from kdctl.distill.optimizer import TOGETHER
+from kdctl.eval.distribution import BATCH
+from kdctl.model.load import torch_dtype
+from kdctl.quant.calibrate import by_decoder_layer
+from kdctl.rollout.sampler import PROMPT_TOKENS
+from kdctl.rollout.teacher_states import group_size
+from kdctl.run.records import Part, Phase
+from kdctl.system.packed import packed_bytes
+
+PROCESS_BYTES = 2**29
+"""Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""
+FLOAT32 = 4
+
+
+class Cost:
+    """What one run takes, in bytes. cpu: memory is RAM, not that of a GPU.
+
+    shards: FSDP2 divides training among so many processes, and this is one of them.
+    """
+
+    def __init__(self, preset: Preset, network: Network, cpu: bool, shards: int = 1):
+        self.preset, self.distill, self.network, self.cpu = preset, preset.distill, network, cpu
+        self.shards = shards
+        rows = preset.distill.rows_per_step // shards
+        self.rows_at_once = min(preset.distill.micro_batch_size, rows)
+        self.accumulates = rows > preset.distill.micro_batch_size
+        self.quantized, self.itemsize = network.quantized_parameters, network.itemsize
+        allowed = preset.prompts.max_prompt_tokens + preset.rollout.max_new_tokens
+        self.longest = min(preset.distill.max_tokens, allowed)
+        self.shapes = list(self._trained_shapes())
+        self.trained = sum(map(math.prod, self.shapes))
+
+    def _trained_shapes(self) -> Iterator[tuple[int, ...]]:
+        """Yield the shape of every tensor that the optimizer moves."""
+        settings, group_size = self.distill, self.preset.quantize.group_size
+        for name, (rows, columns) in self.network.layers.items():
+            if settings.train == "weights":
+                yield rows, columns
+            if settings.train == "scales" or settings.learn_scales:
+                yield rows, columns // group_size
+            if settings.train == "lora" and any(fnmatchcase(name, target) for target in settings.lora_targets):
+                yield settings.lora_rank, columns
+                yield rows, settings.lora_rank
+        if settings.train_norms:
+            yield from ((length,) for length in self.network.norms)
+
+    # --- what stays -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> int:
+        """A whole model in memory."""
+        return (self.quantized + self.network.other_parameters) * self.itemsize
+
+    @property
+    def linears(self) -> int:
+        """The student's own layers, dequantized."""
+        return self.quantized * self.itemsize
+
+    @property
+    def grid(self) -> int:
+        """Scales and zero points, a byte each."""
+        return self.quantized // self.preset.quantize.group_size * (self.itemsize + 1)
+
+    @property
+    def moments(self) -> int:
+        """The optimizer's state: two moments, or a row and a column of each matrix."""
+        if self.distill.optimizer == "adamw":
+            return 2 * FLOAT32 * self.trained
+        return FLOAT32 * sum(map(sum, self.shapes))
+
+    @property
+    def base(self) -> int:
+        """What training reads and does not move: codes, or a base of low-rank updates that is not the teacher's own."""
+        if self.distill.train == "scales":
+            return self.quantized
+        moved = self.distill.train == "lora" and self.preset.quantize.calibrated
+        return self.linears if moved else 0
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of a step, float32; weights' take their weights' place where there is one micro-batch."""
+        if self.distill.train != "weights" or self.accumulates:
+            return FLOAT32 * self.trained
+        return FLOAT32 * (self.trained - self.quantized)
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Return what is in memory in each stretch of a run."""
+        always = {"process": PROCESS_BYTES, "teacher": self.model}
+        models = always | {"student": self.linears, "grid": self.grid}
+        training = always | {
+            "teacher": self.model - self.linears + self.linears // self.shards,
+            "student": self.linears // self.shards,
+            "grid": self.grid // self.shards,
+            "layers gathered": self._gathered(),
+            "trained in float32": FLOAT32 * self.trained // self.shards,
+            "optimizer state": self.moments // self.shards,
+            "base or codes of what is trained": self.base,
+            "held-out states": self._heldout_states(),
+        }
+        codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
+        return (
+            _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
+            _phase("training", training, self._training_moments()),
+            _phase("writing a student", always, self._writing()),
+        )
+
+    def _training_moments(self) -> dict[str, int]:
+        tokens, seen = self.rows_at_once * self.longest, self._activations()
+        gradients = self.gradients // self.shards
+        earlier = gradients if self.accumulates or self.distill.train != "weights" else 0
+        loss = self.network.loss_bytes(self.cpu)
+        largest = max(map(math.prod, self.shapes)) // self.shards
+        return {
+            "generating": self._cache(self._live_rows()) + self._packed() if self.distill.live else 0,
+            "forward and backward": int(tokens * seen.peak) + loss + earlier,
+            "end of backward": gradients + int(tokens * (seen.peak - seen.kept)) + self._receiving(),
+            "update": gradients + TOGETHER * FLOAT32 * largest,
+            "measuring": self._reading() + loss,
+        }
+
+    def _activations(self) -> Activations:
+        return self.network.activations[self.preset.runtime.activation_checkpointing]
+
+    def _receiving(self) -> int:
+        """Float32 copies of one layer while its gradient is handed on: weight, position and gradient."""
+        return 3 * FLOAT32 * self.network.largest_layer // self.shards
+
+    def _gathered(self) -> int:
+        """Two decoder layers of a divided model, whole, and one's gradient before and while it is summed."""
+        if self.shards == 1:
+            return 0
+        layers = by_decoder_layer(list(self.network.layers)).values()
+        largest = max(sum(math.prod(self.network.layers[name]) for name in names) for names in layers)
+        return largest * (2 * self.itemsize + self.itemsize + FLOAT32)
+
+    def _live_rows(self) -> int:
+        return min(self.preset.rollout.batch_size, self.distill.refresh_every * self.distill.rows_per_step)
+
+    def _cache(self, rows: int) -> int:
+        """Keys and values of rollouts in the making."""
+        capacity = self.preset.prompts.max_prompt_tokens + self.preset.rollout.max_new_tokens
+        return int(rows * capacity * self.network.cache)
+
+    def _packed(self) -> int:
+        """The copies of linear layers and output head that a block of completions is written with."""
+        weights = self.quantized + self.network.vocabulary * self.network.hidden
+        return packed_bytes(weights, torch_dtype(self.preset.teacher.dtype)) if self.cpu else 0
+
+    def _generating(self) -> int:
+        """The largest cache of any store, beside the prompts that are read at once."""
+        rollout, heldout, prompt = self.preset.rollout, self.preset.heldout, self.preset.prompts.max_prompt_tokens
+        rows = min(heldout.prompts_per_block, heldout.num_prompts)
+        cache = int(rows * (prompt + heldout.max_new_tokens) * self.network.cache)
+        if set(self.distill.stores) - {"dataset"}:
+            block = min(rollout.prompts_per_block, rollout.num_prompts) * rollout.num_generations
+            cache = max(cache, self._cache(min(rollout.batch_size, block)))
+        return cache + int(min(PROMPT_TOKENS, rows * prompt) * self.network.reading)
+
+    def _reading(self) -> int:
+        """A batch of held-out sequences."""
+        tokens = self.preset.prompts.max_prompt_tokens + self.preset.heldout.max_new_tokens
+        return int(BATCH * tokens * self.network.reading)
+
+    def _heldout_states(self) -> int:
+        tokens = self.preset.heldout.num_prompts * self.preset.heldout.max_new_tokens
+        return tokens * self.network.hidden * self.itemsize
+
+    def _writing(self) -> dict[str, int]:
+        """The student while it is measured and saved; then what was stored, as kdctl and as transformers load it.
+
+        The folder is checked on the CPU, whatever the run's device.
+        """
+        student = self.grid + self.quantized
+        checking = {"checking the folder": self.folder + 2 * self.model + student} if self.cpu else {}
+        return {"measuring and saving": self.linears + student + self.network.loss_bytes(self.cpu), **checking}
+
+    # --- disk and tokens --------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> int:
+        """Safetensors of a student folder."""
+        settings = self.preset.quantize
+        total = self.network.other_parameters * self.itemsize
+        for rows, columns in self.network.layers.values():
+            groups = columns // settings.group_size
+            total += FLOAT32 * rows * _words(columns, settings.bits) + rows * groups * self.itemsize + 16
+            total += 0 if settings.symmetric else FLOAT32 * _words(rows, settings.bits) * groups
+        return total
+
+    def disk(self) -> dict[str, int]:
+        """Return what the run folder holds at most, while a checkpoint and a student are being written."""
+        kept = self.distill.keep_last + self.distill.stop_early + 1
+        found = {
+            "rollouts": self._stored_tokens() * 2 * FLOAT32,
+            "teacher states": self._states(),
+            f"{kept} checkpoints": kept * 3 * FLOAT32 * self.trained,
+            "PTQ and trained student, one more while it is checked": 3 * self.folder,
+        }
+        return {name: size for name, size in found.items() if size}
+
+    def _stored_tokens(self) -> int:
+        prompt = self.preset.prompts.max_prompt_tokens
+        return sum(tokens + count * prompt for count, tokens in self._completions().values())
+
+    def _states(self) -> int:
+        """Teacher states of what is trained on, as int8 with scales of two bytes."""
+        kept, hidden = self.preset.rollout.keep_states, self.network.hidden
+        a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + 2 * (hidden // group_size(hidden))}[kept]
+        return a_token * sum(tokens for name, (_, tokens) in self._completions().items() if "held-out" not in name)
+
+    def _completions(self) -> dict[str, tuple[int, int]]:
+        """Count completions and their tokens, at most, by who writes them."""
+        rollout, heldout, settings = self.preset.rollout, self.preset.heldout, self.distill
+        found = {"teacher, held-out": (heldout.num_prompts, heldout.max_new_tokens)}
+        count = rollout.num_prompts * rollout.num_generations
+        sources = set(settings.stores)
+        if self.preset.quantize.calibrated:
+            sources.add(self.preset.quantize.calibration_source)
+        found |= dict.fromkeys(sorted(sources), (count, rollout.max_new_tokens))
+        if settings.live:
+            rows = math.ceil(settings.lmbda * settings.steps * settings.rows_per_step)
+            found["student, live"] = (rows, rollout.max_new_tokens)
+        if self.preset.eval.student_written:
+            found["students, held-out"] = (2 * heldout.num_prompts, heldout.max_new_tokens)
+        return {name: (rows, rows * longest) for name, (rows, longest) in found.items()}
+
+    def generated(self) -> dict[str, int]:
+        """Return how many tokens are generated at most, by who writes them."""
+        return {name: tokens for name, (_, tokens) in self._completions().items() if name != "dataset"}
+
+
+def _phase(name: str, parts: dict[str, int], moments: dict[str, int]) -> Phase:
+    return Phase(
+        name=name,
+        parts=as_parts(parts),
+        moments=as_parts(moments),
+        peak_bytes=sum(parts.values()) + max(moments.values()),
+    )
+
+
+def as_parts(sizes: dict[str, int]) -> tuple[Part, ...]:
+    """Name sizes, leaving out what takes nothing."""
+    return tuple(Part(name=name, size_bytes=size) for name, size in sizes.items() if size)
+
+
+def _words(numbers: int, bits: int) -> int:
+    """Return the int32 words of a packed row."""
+    return -(-numbers * bits // 32)

@@ -1,0 +1,1 @@
+"""Prompts and data-set completions."""

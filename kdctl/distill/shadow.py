@@ -1,0 +1,303 @@
+"""Shadow weights: what training moves, beside a student whose weights are always the dequantized codes.
+
+The student is a plain model that holds Q(W). Backward gives G = dL/dQ(W) on its parameters; a hook hands G to the
+receiver as it appears and frees it. After the optimizer step Q(W) is written back once. Three receivers:
+
+    weights   W ← G (straight-through estimator, Bengio et al. 2013; zero where the code is clamped, Jacob et al. 2018)
+    lora      A, B ← G through W + (α/r)·B·A, always inside Q (Hu et al. 2021, eq. 3)
+    scales    codes frozen, s ← Σ over the group of G·(q − z); norms too if asked
+
+With ``weights`` the scales may be learned beside W (Esser et al. 2020, eq. 3). Learned scales are s₀·exp(t), t in
+float32: always positive, zero steps leave s₀ to the bit, and one learning rate means the same relative step everywhere.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from kdctl.base.errors import PresetError
+from kdctl.base.rng import digest
+from kdctl.config.preset import DistillSection
+from kdctl.distill.fsdp import local
+from kdctl.quant.affine import (
+    QParams,
+    QuantizedWeight,
+    dequantize,
+    fake_quantize,
+    grid_position,
+    grouped,
+    inside,
+    into_cell,
+    quantize,
+    round_scale,
+    unclamped,
+)
+
+Weights = Mapping[str, QuantizedWeight]
+
+
+class Shadow(ABC):
+    """Hooks between a student's quantized weights and the tensors that an optimizer moves.
+
+    trained: those tensors by name, float32. The student holds Q of them after ``write_back`` and at the start, where it
+    is exactly the quantized model that was given. spend: the next backward pass is the last before ``write_back``, so
+    where backward has finished with a weight its gradient may take its place.
+    """
+
+    spend = False
+
+    def __init__(self, student: nn.Module, weights: Weights):
+        self.trained: dict[str, nn.Parameter] = {}
+        self._grids = {name: replace(weight, codes=weight.codes.new_empty(0)) for name, weight in weights.items()}
+        self._parameters = {name: student.get_parameter(f"{name}.weight") for name in weights}
+        student.requires_grad_(False)
+        self._hooks = [self._follow(self._parameters[name], name, self.receive) for name in weights]
+
+    @staticmethod
+    def _follow(
+        parameter: nn.Parameter, name: str, receive: Callable[[str, Tensor], None]
+    ) -> torch.utils.hooks.RemovableHandle:
+        """Hand the gradient of one student parameter on as soon as backward has it, and free it."""
+
+        def move(_: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                with torch.no_grad():
+                    receive(name, local(gradient))
+
+        parameter.requires_grad_(True)
+        return parameter.register_post_accumulate_grad_hook(move)
+
+    @abstractmethod
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Add one layer's dL/dQ(W), (out_features, in_features), to the gradients of what is trained."""
+
+    @abstractmethod
+    def quantized_layer(self, name: str) -> QuantizedWeight:
+        """Return a layer on the grid, codes taken from masters or storage, never from Q(W)."""
+
+    def value(self, name: str) -> Tensor:
+        """Return a layer's Q(W)."""
+        weight = self.quantized_layer(name)
+        return dequantize(weight.codes, weight.qparams, weight.grid)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Write Q(W) into the student."""
+        for name, parameter in self._parameters.items():
+            local(parameter).copy_(self.value(name))
+
+    @torch.no_grad()
+    def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Yield each layer's name and its weight on the grid."""
+        for name in self._parameters:
+            yield name, self.quantized_layer(name)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what an optimizer moves."""
+        return list(self.trained.values())
+
+    def detach(self) -> None:
+        """Remove the hooks and freeze the student again."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+
+    def _learn_scale(self, name: str) -> None:
+        """Make a layer's scales trainable."""
+        scale = self._grids[name].qparams.scale
+        self.trained[f"{name}.log_scale"] = nn.Parameter(torch.zeros_like(scale, dtype=torch.float32))
+
+    def qparams(self, name: str) -> QParams:
+        """Return a layer's scales, as trained so far and rounded to their stored dtype, and its zero points."""
+        start = self._grids[name].qparams
+        log_scale = self.trained.get(f"{name}.log_scale")
+        if log_scale is None:
+            return start
+        return QParams(round_scale(start.scale.float() * log_scale.exp(), start.scale.dtype), start.zero_point)
+
+    def _receive_scale(self, name: str, scale_gradient: Tensor) -> None:
+        """Add dL/ds, (out_features, groups), to the gradient of t in s = s₀·exp(t): dL/dt = s·dL/ds."""
+        _accumulate(self.trained[f"{name}.log_scale"], scale_gradient * self.qparams(name).scale.float())
+
+
+class ShadowWeights(Shadow):
+    """Full-precision masters, one a weight; each starts in the rounding cell of its stored code.
+
+    Student and teacher may be sharded by FSDP2, ``weights`` then being cut by ``local_rows``: masters are row shards.
+    """
+
+    def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, learn_scales: bool = False):
+        super().__init__(student, weights)
+        for name, weight in weights.items():
+            start = into_cell(local(teacher.get_parameter(f"{name}.weight")).detach(), weight)
+            self.trained[f"{name}.master"] = nn.Parameter(start)
+            if learn_scales:
+                self._learn_scale(name)
+
+    @property
+    def masters(self) -> dict[str, nn.Parameter]:
+        """Map each layer to its master."""
+        return {name: self.trained[f"{name}.master"] for name in self._parameters}
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Pass G to the master where its code is not clamped, and Σ G·∂Q/∂s to the scale."""
+        qparams, grid = self.qparams(name), self._grids[name].grid
+        position = grid_position(self.trained[f"{name}.master"], qparams, grid)
+        free = unclamped(position, grid)
+        if f"{name}.log_scale" in self.trained:
+            zero = qparams.zero_point.unsqueeze(-1)
+            slope = position.round().clamp_(0, grid.max_code) - zero - torch.where(free, position - zero, 0.0)
+            self._receive_scale(name, (grouped(gradient, grid.group_size) * slope).sum(-1))
+        gradient.mul_(free.flatten(-2))
+        if self.spend:
+            gradient = local(self._parameters[name]).detach().copy_(gradient)
+        _accumulate(self.trained[f"{name}.master"], gradient)
+
+    def quantized_layer(self, name: str) -> QuantizedWeight:
+        """Return a layer on the grid, codes taken from the master."""
+        qparams, grid = self.qparams(name), self._grids[name].grid
+        return QuantizedWeight(quantize(self.trained[f"{name}.master"], qparams, grid), qparams, grid)
+
+    def value(self, name: str) -> Tensor:
+        """Return a layer's Q(W) without forming codes."""
+        return fake_quantize(self.trained[f"{name}.master"], self.qparams(name), self._grids[name].grid)
+
+
+class ShadowLora(Shadow):
+    """Low-rank updates inside Q: the layer is Q(W + (α/r)·B·A), W frozen and, where its code allows, the teacher's own.
+
+    Layers that match no target keep their codes. Raises PresetError if a target matches nothing.
+    """
+
+    def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, settings: DistillSection):
+        targets = {name: w for name, w in weights.items() if any(fnmatchcase(name, t) for t in settings.lora_targets)}
+        for target in settings.lora_targets:
+            if not any(fnmatchcase(name, target) for name in weights):
+                raise PresetError(
+                    f"distill.lora_targets pattern {target!r} matches no quantized layer; "
+                    f"layers look like {next(iter(weights))!r}"
+                )
+        super().__init__(student, targets)
+        self._untouched = {name: weight for name, weight in weights.items() if name not in targets}
+        self._factor = settings.effective_lora_alpha / settings.lora_rank
+        self._frozen: dict[str, Tensor] = {}
+        for name, weight in targets.items():
+            self._frozen[name] = _frozen_base(teacher.get_parameter(f"{name}.weight").detach(), weight)
+            self._add_adapter(name, weight, settings)
+
+    def _add_adapter(self, name: str, weight: QuantizedWeight, settings: DistillSection) -> None:
+        """Start with A uniform in ±1/√in_features, keyed by seed and layer, and B zero."""
+        rows, columns = weight.codes.shape
+        generator = torch.Generator().manual_seed(digest("lora", settings.seed, name) >> 1)
+        start = torch.rand(settings.lora_rank, columns, generator=generator).mul_(2).sub_(1).div_(columns**0.5)
+        device = weight.codes.device
+        self.trained[f"{name}.lora_a"] = nn.Parameter(start.to(device))
+        self.trained[f"{name}.lora_b"] = nn.Parameter(torch.zeros(rows, settings.lora_rank, device=device))
+
+    def master(self, name: str) -> Tensor:
+        """Return W + (α/r)·B·A, float32."""
+        a, b = self.trained[f"{name}.lora_a"].detach(), self.trained[f"{name}.lora_b"].detach()
+        return torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor)
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Pass G, zero where the code is clamped, through the product: dL/dA = (α/r)·Bᵀ·G, dL/dB = (α/r)·G·Aᵀ."""
+        grid = self._grids[name]
+        free = inside(self.master(name), grid.qparams, grid.grid)
+        inner = gradient.float().mul_(free).mul_(self._factor)
+        a, b = self.trained[f"{name}.lora_a"], self.trained[f"{name}.lora_b"]
+        _accumulate(a, b.T @ inner)
+        _accumulate(b, inner @ a.T)
+
+    def quantized_layer(self, name: str) -> QuantizedWeight:
+        """Return a layer on the grid, adapter included."""
+        grid = self._grids[name]
+        return QuantizedWeight(quantize(self.master(name), grid.qparams, grid.grid), grid.qparams, grid.grid)
+
+    def value(self, name: str) -> Tensor:
+        """Return a layer's Q(W + (α/r)·B·A) without forming codes."""
+        return fake_quantize(self.master(name), self._grids[name].qparams, self._grids[name].grid)
+
+    def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Yield each layer on the grid, those without an adapter as they were."""
+        yield from super().quantized()
+        yield from self._untouched.items()
+
+
+class ShadowScales(Shadow):
+    """Scales alone, codes as stored; norms too if asked."""
+
+    def __init__(self, student: nn.Module, weights: Weights, train_norms: bool = False):
+        super().__init__(student, weights)
+        self._codes = {name: weight.codes for name, weight in weights.items()}
+        for name in weights:
+            self._learn_scale(name)
+        self._norms: dict[str, nn.Parameter] = {}
+        if train_norms:
+            for name in [n for n, p in student.named_parameters() if p.dim() == 1 and "norm" in n]:
+                self._learn_norm(student, name)
+
+    def _learn_norm(self, student: nn.Module, name: str) -> None:
+        """Give the student a norm of its own, apart from the teacher's, and train it."""
+        owner, _, leaf = name.rpartition(".")
+        own = nn.Parameter(student.get_parameter(name).detach().clone())
+        student.get_submodule(owner).register_parameter(leaf, own)
+        self._norms[name] = own
+        self.trained[f"{name}.master"] = nn.Parameter(own.detach().float())
+        self._hooks.append(self._follow(own, name, self._receive_norm))
+
+    def _receive_norm(self, name: str, gradient: Tensor) -> None:
+        _accumulate(self.trained[f"{name}.master"], gradient.float())
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Pass Σ over the group of G·(q − z) to the scale."""
+        zero = self._grids[name].qparams.zero_point.unsqueeze(-1)
+        size = self._grids[name].grid.group_size
+        slope = grouped(self._codes[name], size).float() - zero
+        self._receive_scale(name, (grouped(gradient.float(), size) * slope).sum(-1))
+
+    def quantized_layer(self, name: str) -> QuantizedWeight:
+        """Return a layer with its stored codes and its scales as trained."""
+        return QuantizedWeight(self._codes[name], self.qparams(name), self._grids[name].grid)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Write Q(W) and the norms into the student."""
+        super().write_back()
+        for name, parameter in self._norms.items():
+            parameter.copy_(self.trained[f"{name}.master"])
+
+    def detach(self) -> None:
+        """Remove the hooks and freeze the student again."""
+        super().detach()
+        for parameter in self._norms.values():
+            parameter.requires_grad_(False)
+
+
+def make_shadow(settings: DistillSection, student: nn.Module, weights: Weights, teacher: nn.Module) -> Shadow:
+    """Build the receiver that ``distill.train`` names."""
+    if settings.train == "lora":
+        return ShadowLora(student, weights, teacher, settings)
+    if settings.train == "scales":
+        return ShadowScales(student, weights, settings.train_norms)
+    return ShadowWeights(student, weights, teacher, settings.learn_scales)
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Take a gradient as it is where there is none yet, else add to it in float32."""
+    parameter.grad_dtype = None  # pyright: ignore[reportAttributeAccessIssue]  # any: a lone bfloat16 one stays so
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.float().add_(gradient)
+
+
+def _frozen_base(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return the teacher's own tensor where it rounds to the stored codes, else a copy with the others at Q(W).
+
+    Q(W) is the middle of a code's cell and of the weight's dtype, so the copy loses nothing of ``into_cell``.
+    """
+    base = into_cell(weight, quantized).to(weight.dtype)
+    return weight if torch.equal(base, weight) else base

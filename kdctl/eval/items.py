@@ -1,0 +1,129 @@
+"""Per-item tables: what lm-eval logs about each document, as one Arrow row (layer 2)."""
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from lm_eval.api.task import ConfigurableTask
+
+from kdctl.config.resolve import canonical
+
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "subtask": pa.string(),
+        "cluster": pa.string(),
+        "item_id": pa.string(),
+        "doc_index": pa.int32(),
+        "gold": pa.int32(),
+        "loglikelihoods": pa.list_(pa.float64()),
+        "lengths": pa.list_(pa.int32()),
+        "prediction_acc": pa.int32(),
+        "prediction_acc_norm": pa.int32(),
+        "acc": pa.bool_(),
+        "acc_norm": pa.bool_(),
+    }
+)
+
+Sample = Mapping[str, Any]
+TWINS = 0.7
+"""Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.76 or more."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """lm-eval's account of one task: its log of every document, and its metrics by name."""
+
+    name: str
+    task: ConfigurableTask
+    samples: list[Sample]
+    metrics: dict[str, float]
+
+
+def items_table(name: str, runs: Iterable[Run]) -> pa.Table:
+    """Make the table of a task or group from the runs of its subtasks, one row a document.
+
+    ``subtask`` is the document's subject where it has one (MMLU), else the lm-eval task. Items of one ``cluster`` are
+    not independent.
+    """
+    rows = [row for run in runs for row in _rows(run)]
+    ids = item_ids(row.pop("requests") for row in rows)
+    return pa.Table.from_pylist(
+        [{"task": name, "item_id": item_id, **row} for item_id, row in zip(ids, rows, strict=True)], SCHEMA
+    )
+
+
+def item_ids(requests: Iterable[str]) -> Iterator[str]:
+    """Hash each item's requests to 16 hex digits; a later copy of the same item (MMLU has some) gets its own."""
+    seen = Counter()
+    for text in requests:
+        copy = f"#{seen[text]}" if seen[text] else ""
+        seen[text] += 1
+        yield hashlib.sha256((text + copy).encode()).hexdigest()[:16]
+
+
+def _rows(run: Run) -> Iterator[dict[str, Any]]:
+    """Turn each logged document into a row."""
+    clusters = cluster_labels(run.name, [sample["doc"] for sample in run.samples])
+    for sample, cluster in zip(run.samples, clusters, strict=True):
+        doc = sample["doc"]
+        contexts, continuations = zip(*(arguments[:2] for arguments in sample["arguments"]), strict=True)
+        yield {
+            "subtask": str(doc.get("subject", run.name)),
+            "cluster": cluster,
+            "requests": canonical({"context": contexts, "choices": continuations}),
+            "doc_index": sample["doc_id"],
+            **_verdict(run.task, doc, [value for value, _ in sample["filtered_resps"]]),
+        }
+
+
+def cluster_labels(name: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Label the documents of a task so that those which are not independent share a label.
+
+    These are a subject's, where documents have one, and WinoGrande's twins, which differ in a word or two that turn the
+    answer over (Sakaguchi et al. 2020) and follow each other. All others have the task's name.
+    """
+    labels: list[str] = []
+    before: Mapping[str, Any] | None = None
+    for number, doc in enumerate(docs):
+        if "sentence" in doc and "option1" in doc:
+            twin = before is not None and _are_twins(before, doc)
+            labels.append(labels[-1] if twin else f"{name} {number}")
+            before = doc
+        else:
+            labels.append(str(doc.get("subject", name)))
+    return labels
+
+
+def _are_twins(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    same = {first["option1"], first["option2"]} == {second["option1"], second["option2"]}
+    words = (doc["sentence"].split() for doc in (first, second))
+    return same and difflib.SequenceMatcher(None, *words, autojunk=False).ratio() >= TWINS
+
+
+def _verdict(task: ConfigurableTask, doc: Mapping[str, Any], loglikelihoods: list[float]) -> dict[str, Any]:
+    """Decide what the model answers, as lm-eval does: ``acc_norm`` divides by characters of the choice.
+
+    In a task with several contexts and one continuation (WinoGrande) the choices, also to lm-eval, are the contexts.
+    """
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else -1
+    values = np.array(loglikelihoods[: len(choices)])
+    lengths = [len(choice) for choice in choices]
+    best, best_norm = int(np.argmax(values)), int(np.argmax(values / np.array(lengths, dtype=float)))
+    return {
+        "gold": gold,
+        "loglikelihoods": values,
+        "lengths": lengths,
+        "prediction_acc": best,
+        "prediction_acc_norm": best_norm,
+        "acc": best == gold,
+        "acc_norm": best_norm == gold,
+    }

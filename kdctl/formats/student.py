@@ -1,0 +1,227 @@
+"""Student folders: a Hugging Face folder in compressed-tensors ``pack-quantized`` format.
+
+Each quantized layer is three or four tensors: ``weight_packed`` (codes in int32 words), ``weight_scale``,
+``weight_shape`` and, for asymmetric grids, ``weight_zero_point`` (packed along out_features). ``SHA256SUMS`` is written
+last.
+"""
+
+import copy
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.base.errors import StoreError
+from kdctl.model.load import from_tensors, read_tensors
+from kdctl.quant.affine import (
+    Grid,
+    QParams,
+    QuantizedWeight,
+    dequantize,
+    pack,
+    pack_zero_point,
+    unpack,
+    unpack_zero_point,
+)
+from kdctl.run.paths import atomic_folder, sha256, write_record
+from kdctl.run.records import QuantizeReport
+
+SUMS = "SHA256SUMS"
+HELDOUT = "heldout.parquet"
+REPORT = "quantize.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student in memory: a plain model that holds Q(W), and the codes and parameters behind it."""
+
+    model: PreTrainedModel
+    weights: dict[str, QuantizedWeight]
+
+
+def quantization_config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
+    """Describe the grid as compressed-tensors does.
+
+    ``dequantize`` lets a plain ``from_pretrained`` load asymmetric folders too; other loaders ignore the key.
+    """
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group",
+        "group_size": grid.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "dequantize": True,
+    }
+
+
+def packed_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the stored tensors of one layer."""
+    bits = weight.grid.bits
+    tensors = {
+        f"{name}.weight_packed": pack(weight.codes, bits),
+        f"{name}.weight_scale": weight.qparams.scale,
+        f"{name}.weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if not weight.grid.symmetric:
+        tensors[f"{name}.weight_zero_point"] = pack_zero_point(weight.qparams.zero_point, bits)
+    return tensors
+
+
+def unpacked(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    """Undo ``packed_tensors``."""
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    scale = tensors[f"{name}.weight_scale"]
+    if grid.symmetric:
+        zero = torch.full(scale.shape, grid.middle, dtype=torch.uint8)
+    else:
+        zero = unpack_zero_point(tensors[f"{name}.weight_zero_point"], grid.bits, rows)
+    codes = unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
+    return QuantizedWeight(codes, QParams(scale, zero), grid)
+
+
+def unquantized_tensors(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Collect the tensors outside the quantized layers, tied ones once."""
+    quantized = {f"{name}.weight" for name in weights}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name not in quantized and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            found[name] = tensor.detach()
+    return found
+
+
+def dense_linears(model: nn.Module, weights: Container[str]) -> list[str]:
+    """List the linear layers that stay in full precision, the output head among them."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in weights]
+
+
+def save_student(
+    folder: Path,
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    report: QuantizeReport,
+    heldout: pa.Table,
+    card: Callable[[QuantizeReport], str],
+) -> None:
+    """Write a student folder; it appears whole or not at all.
+
+    heldout: its per-document sums on the yardstick. card: writes the text of README.md once the size is known.
+    """
+    tensors = unquantized_tensors(student.model, student.weights)
+    for name, weight in student.weights.items():
+        tensors |= packed_tensors(name, weight)
+    grid = next(iter(student.weights.values())).grid
+    config = copy.deepcopy(student.model.config)
+    config.quantization_config = quantization_config(grid, dense_linears(student.model, student.weights))
+    config.name_or_path = ""
+    with atomic_folder(folder) as temporary:
+        on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        save_torch_state_dict(on_cpu, temporary)
+        config.save_pretrained(temporary)
+        if student.model.generation_config is not None:
+            student.model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        report = report.model_copy(update={"student_bytes": folder_bytes(temporary)})
+        write_record(temporary / REPORT, report)
+        (temporary / CARD).write_text(card(report), encoding="utf-8")
+        pq.write_table(heldout, temporary / HELDOUT)
+        write_sums(temporary)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Add up the sizes of the safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every file of a folder, in the format of the sha256sum command."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise StoreError if a student folder has no SHA256SUMS or a file differs from them."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise StoreError(
+            f"{folder} has no {SUMS}: it is unfinished or not a student folder; run kdctl quantize --force"
+        )
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
+    for name in sorted(needed | listed.keys()):
+        if not (folder / name).is_file() or sha256(folder / name) != listed.get(name):
+            raise StoreError(
+                f"{folder / name} is missing or damaged: it does not match {SUMS}; run the stage with --force"
+            )
+
+
+def stored_grid(config: PretrainedConfig, folder: Path) -> Grid:
+    """Read the grid from a student folder's configuration."""
+    stored = config.to_dict().get("quantization_config")
+    if not stored or stored.get("format") != "pack-quantized":
+        raise StoreError(f"{folder} is not a pack-quantized student folder")
+    weights = stored["config_groups"]["group_0"]["weights"]
+    return Grid(weights["num_bits"], weights["group_size"], weights["symmetric"])
+
+
+def dense_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration without its quantization part."""
+    values = config.to_dict()
+    values.pop("quantization_config")
+    return type(config).from_dict(values)
+
+
+def load_student(folder: Path, device: torch.device) -> Student:
+    """Load a student folder, checking its integrity first.
+
+    Raises StoreError if the folder is damaged or of another format.
+    """
+    check_sums(folder)
+    return read_student(folder, device)
+
+
+def read_student(folder: Path, device: torch.device) -> Student:
+    """Read a student folder without transformers' quantization code and without looking at SHA256SUMS."""
+    config = AutoConfig.from_pretrained(folder)
+    grid = stored_grid(config, folder)
+    tensors = dict(read_tensors(folder))
+    names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    if not names:
+        raise StoreError(f"{folder} has no packed weights")
+    weights = {name: unpacked(name, tensors, grid) for name in names}
+    state = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
+    for name, weight in weights.items():
+        state[f"{name}.weight"] = dequantize(weight.codes, weight.qparams, grid)
+    config = dense_config(config)
+    dtype = next(iter(weights.values())).qparams.scale.dtype
+    model = from_tensors(config, state, dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Student(model.requires_grad_(False), {name: _moved(weight, device) for name, weight in weights.items()})
+
+
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    qparams = QParams(weight.qparams.scale.to(device), weight.qparams.zero_point.to(device))
+    return QuantizedWeight(weight.codes.to(device), qparams, weight.grid)

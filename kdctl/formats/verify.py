@@ -1,0 +1,104 @@
+"""Proves a student folder: integrity, tensors, numbers, and three loaders that agree to the bit (layer 3).
+
+What can be proven from the folder alone must be; what needs the teacher is "unknown", with the reason, where there is
+none. The first part also is the gate that every new folder passes before it takes its place.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+
+from kdctl.base.errors import KdctlError, StoreError
+from kdctl.config.preset import Preset
+from kdctl.formats.inspection import Inspection, Teacher, Unknown
+from kdctl.model import load as models
+from kdctl.run.paths import enclosing_run, read_record, replace_folder
+from kdctl.run.records import Check, VerifyReport
+
+BROKEN = (
+    *(KdctlError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, pa.ArrowException),
+)
+"""What readers of a damaged folder raise."""
+
+
+def find_teacher(folder: Path, reference: str | None = None) -> Teacher:
+    """Find the teacher that the user names, else the one of the run folder around a student folder.
+
+    Raises ModelError if the named one is not there.
+    """
+    run = enclosing_run(folder)
+    preset = read_record(run.preset, Preset) if run else None
+    dtype = models.torch_dtype(preset.teacher.dtype) if preset else torch.bfloat16
+    offline = bool(preset and preset.runtime.offline)
+    if reference is not None:
+        return Teacher(models.model_folder(reference, dtype, offline=offline), dtype, asked=True)
+    if preset is None:
+        return Teacher(None)
+    teacher = preset.teacher
+    try:
+        return Teacher(models.model_folder(teacher.model, dtype, teacher.revision, offline), dtype)
+    except KdctlError as error:
+        return Teacher(None, dtype, reason=str(error))
+
+
+def verify(folder: Path, teacher: Teacher, device: torch.device) -> VerifyReport:
+    """Make every check. Raises StoreError if the folder is no student folder at all."""
+    found = Inspection(folder, teacher, device)
+    measured = [
+        _check("teacher", found.same_teacher, needs_teacher=True),
+        _check("configuration", found.same_configuration, needs_teacher=True),
+        _check("error of each layer", found.layer_errors, needs_teacher=True),
+        _check("KL to the teacher", found.divergence, needs_teacher=True),
+    ]
+    return _report(folder, [*_gate_checks(found), *measured])
+
+
+def accept(pending: Path, folder: Path, teacher: Teacher, device: torch.device) -> None:
+    """Give a new student folder its place if it passes every check that only costs seconds.
+
+    Raises StoreError if it does not; then it is kept as ``<name>.failed`` and what was in its place stays.
+    """
+    report = _report(folder, _gate_checks(Inspection(pending, teacher, device)))
+    if report.passed:
+        replace_folder(pending, folder)
+        return
+    failed = folder.with_name(f"{folder.name}.failed")
+    replace_folder(pending, failed)
+    reasons = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.acceptable)
+    raise StoreError(
+        f"the new student folder does not verify and is not accepted ({reasons}); it is kept as {failed} for a look, "
+        "and its numbers are not to be used"
+    )
+
+
+def _report(folder: Path, checks: list[Check]) -> VerifyReport:
+    return VerifyReport(folder=str(folder), passed=all(check.acceptable for check in checks), checks=tuple(checks))
+
+
+def _gate_checks(found: Inspection) -> list[Check]:
+    return [
+        _check("integrity", found.integrity),
+        _check("record", found.record),
+        _check("tensors", found.shapes),
+        _check("grid", found.numbers),
+        _check("loaders", found.loaders),
+        _check("logits", found.logits),
+        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
+    ]
+
+
+def _check(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:
+    """Make one check: it returns what it found, or raises why it failed or is unknown."""
+    try:
+        return Check(name=name, status="passed", detail=look(), needs_teacher=needs_teacher)
+    except Unknown as reason:
+        return Check(name=name, status="unknown", detail=str(reason), needs_teacher=needs_teacher)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the folder
+    except BROKEN as error:
+        text = str(error) if isinstance(error, KdctlError) else f"{type(error).__name__}: {error}"
+        return Check(name=name, status="failed", detail=" ".join(text.split())[:400], needs_teacher=needs_teacher)

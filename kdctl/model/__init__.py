@@ -1,0 +1,1 @@
+"""One network: from a reference to weights, and one forward pass."""

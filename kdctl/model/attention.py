@@ -1,0 +1,169 @@
+"""Attention over sequences laid end to end, beside rows that continue from a cache (layer 2).
+
+No token is spent on padding: a batch is one row of tokens, and a layout says where each sequence lies. Models call
+``attend`` once ``use_layouts`` has named it their implementation; without a layout it is transformers' own ``sdpa``.
+Causality and sliding windows follow from the layout, so no mask of size (T, T) is made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from kdctl.base.errors import ModelError
+
+NAME = "kdctl"
+
+
+class RowCache:
+    """Keys and values of up to ``rows`` sequences of up to ``capacity`` tokens, written in place.
+
+    It has the one method that transformers' attention layers call, ``update``; ``point`` says before each forward pass
+    which row and place each of its tokens belongs to.
+    """
+
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._row = self._place = torch.empty(0, dtype=torch.int64)
+
+    def point(self, row: Tensor, place: Tensor) -> None:
+        """Say where the tokens of the next forward pass go. row, place: (N,) int64."""
+        self._row, self._place = row, place
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Write (1, heads, N, D) keys and values to their places and hand them back."""
+        if layer not in self._layers:
+            self._layers[layer] = self._room(key), self._room(value)
+        for kept, new in zip(self._layers[layer], (key, value), strict=True):
+            kept[self._row, :, self._place] = new[0].transpose(0, 1)
+        return key, value
+
+    def _room(self, new: Tensor) -> Tensor:
+        return new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[-1])
+
+    def first(self, layer: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return views of the first rows' first tokens, (rows, heads, tokens, D) each."""
+        keys, values = self._layers[layer]
+        return keys[:rows, :, :tokens], values[:rows, :, :tokens]
+
+    def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
+        """Copy a row's first tokens over other rows."""
+        if targets:
+            for tensor in chain.from_iterable(self._layers.values()):
+                tensor[list(targets), :, :tokens] = tensor[source, :, :tokens]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one row (1, N) belong: one new token for each of the cache's first rows, then sequences.
+
+    counts: (R,) int64, the tokens that each continued row has, its new one included; longest: the largest of them.
+    """
+
+    sequences: Sequence[int] = ()
+    cache: RowCache | None = None
+    counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    longest: int = 0
+    _seen: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def seen(self, window: int | None) -> Tensor:
+        """Return which of its tokens each continued row sees, (R, 1, 1, longest) bool, made once for all layers."""
+        if window not in self._seen:
+            place, count = torch.arange(self.longest, device=self.counts.device), self.counts.unsqueeze(-1)
+            seen = place < count
+            if window is not None:
+                seen &= place >= count - window
+            self._seen[window] = seen[:, None, None]
+        return self._seen[window]
+
+
+def use_layouts(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model accept layouts; what it computes without one stays the same to the bit.
+
+    Raises ModelError if its attention is not transformers' ``sdpa``.
+    """
+    implementation = model.config._attn_implementation
+    if implementation not in (NAME, "sdpa"):
+        raise ModelError(
+            f"the model's attention is {implementation!r} and kdctl lays sequences end to end, for which it knows "
+            "'sdpa' only; load it with attn_implementation='sdpa'"
+        )
+    if implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+    return model
+
+
+def forward(model: PreTrainedModel, input_ids: Tensor, places: Tensor, layout: Layout) -> Tensor:
+    """Run a model over the tokens of a layout, up to its final hidden states, (N, H).
+
+    input_ids, places: (N,) int64, the tokens and where each stands in its sequence. Raises ModelError if the model's
+    attention cannot take a layout.
+    """
+    output = use_layouts(model).base_model(
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=places.unsqueeze(0),
+        attention_mask=torch.empty(0, 0, 0, 0),  # every model hands four dimensions through, so that none builds a mask
+        past_key_values=layout.cache,
+        use_cache=layout.cache is not None,
+        layout=layout,
+    )
+    return output.last_hidden_state[0]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sequence of a layout. query: (1, heads, N, D); returns (1, N, heads, D)."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale, window = options["scaling"], options.get("sliding_window")
+    start, parts = len(layout.counts), []
+    if layout.cache is not None and start:
+        cached = layout.cache.first(module.layer_idx, start, layout.longest)  # pyright: ignore[reportArgumentType]
+        parts.append(_continue(query[:, :, :start], *cached, layout.seen(window), scale))
+    for length in layout.sequences:
+        part = slice(start, start + length)
+        parts.append(_whole(query[:, :, part], key[:, :, part], value[:, :, part], window, scale))
+        start += length
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _continue(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attend from one token a row, (1, heads, R, D), to the rows' keys, (R, key heads, T, D).
+
+    The query heads that share a key head become its queries, so that no key is repeated.
+    """
+    rows, heads = key.shape[:2]
+    grouped = query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scale)
+    return out.reshape(rows, -1, value.shape[-1]).transpose(0, 1).unsqueeze(0)
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
+    """Attend causally within one sequence, (1, heads, T, D), no further back than the window."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    place = torch.arange(length, device=query.device)
+    distance = place.unsqueeze(-1) - place
+    seen = (distance >= 0) & (distance < window)
+    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

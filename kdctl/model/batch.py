@@ -1,0 +1,84 @@
+"""Rollouts to tensors, and which rollouts a step uses.
+
+Row r of step t owns slot t·B + r, B rows a step. A hash of (seed, step, row) decides with probability λ whether the
+slot is filled on-policy; the slot alone decides which prompt it takes from a source. Nothing depends on what ran
+before, so a resumed run, another split into micro-batches or another number of processes sees the same data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from kdctl.base.rng import shuffled_index, uniform
+from kdctl.run.records import Rollout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid end to end, each prompt then completion; no token is padding.
+
+    input_ids, places: (N,) int64, tokens and where each stands in its sequence; predicting: (M,) int64, the tokens
+    whose successor carries loss; lengths, counts: tokens, and tokens that carry loss, of each sequence.
+    """
+
+    input_ids: Tensor
+    places: Tensor
+    predicting: Tensor
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(self.counts)
+
+    def targets(self) -> Tensor:
+        """Return the tokens that carry loss, (M,)."""
+        return self.input_ids[self.predicting + 1]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move to a device."""
+        ids, places, predicting = (tensor.to(device) for tensor in (self.input_ids, self.places, self.predicting))
+        return Batch(ids, places, predicting, self.lengths, self.counts)
+
+
+def split(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
+    """Cut rollouts into parts of ``size``, in order."""
+    return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+
+
+def collate(rollouts: Sequence[Rollout], max_tokens: int | None = None) -> Batch:
+    """Lay rollouts end to end, cutting completions at ``max_tokens`` where it is given.
+
+    What carries loss follows from lengths, never from token values: an end-of-sequence token counts like any other. The
+    first token of a sequence has no predecessor and carries none.
+    """
+    sequences = [(r.prompt_ids + r.completion_ids)[:max_tokens] for r in rollouts]
+    lengths = tuple(map(len, sequences))
+    starts = accumulate(lengths[:-1], initial=0)
+    first = [min(max(len(r.prompt_ids), 1), length) for r, length in zip(rollouts, lengths, strict=True)]
+    predicting = [
+        place
+        for start, begin, length in zip(starts, first, lengths, strict=True)
+        for place in range(start + begin - 1, start + length - 1)
+    ]
+    return Batch(
+        torch.tensor([token for sequence in sequences for token in sequence]),
+        torch.cat([torch.arange(length) for length in lengths]),
+        torch.tensor(predicting, dtype=torch.int64),
+        lengths,
+        tuple(length - begin for length, begin in zip(lengths, first, strict=True)),
+    )
+
+
+def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:
+    """Draw which rows of a step are student-generated: row r where uniform(seed, step, r) < λ."""
+    return [uniform("lambda", seed, step, row) < lmbda for row in range(rows)]
+
+
+def slot_index(slot: int, count: int, seed: int, source: str) -> int:
+    """Return which of a source's ``count`` items fills a slot: reshuffled passes over all of them."""
+    return shuffled_index(slot, count, "order", seed, source)

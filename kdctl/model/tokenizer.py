@@ -1,0 +1,57 @@
+"""Tokenizers from disk, and whether two are the same, without which no two models can be compared (layer 2)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from gguf import GGUFReader
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.base.errors import ModelError
+
+VOCABULARY = "vocabulary"
+SPLITTING = "splitting of text"
+PROBES = (
+    topics["with"],
+    "naïve café, Straße, ἀλήθεια, 東京 – 12,345.678 €; 🙂\n\n\tdef f(x):\n        return x ** 2\r\n",
+    "  leading and trailing   spaces  ",
+)
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises ModelError if it is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the Rust library raises no narrower kind for a damaged file
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+
+
+def open_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Build the tokenizer that a GGUF file describes.
+
+    transformers reads the file's vocabulary but not ``tokenizer.ggml.pre``, which says how text is split before merges;
+    SmolLM's tokenizers take every digit by itself.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if split is not None and split.contents() == "smollm":
+        digits, pieces = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, pieces])
+    return tokenizer
+
+
+def differences(found: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase) -> list[str]:
+    """Name what differs between two tokenizers, in words; nothing where they are the same."""
+    mine, theirs = _parts(found), _parts(expected)
+    return [name for name in mine if mine[name] != theirs[name]]
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, object]:
+    return {
+        VOCABULARY: tokenizer.get_vocab(),
+        SPLITTING: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES],
+        "special tokens": (tokenizer.special_tokens_map, tokenizer("")["input_ids"]),
+        "chat template": tokenizer.chat_template,
+    }

@@ -1,0 +1,102 @@
+"""What single benchmark items and held-out documents said, read back for paired statistics (layer 2: no torch)."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdctl.base.errors import StoreError
+
+SHOWN = 3
+TEACHER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Items:
+    """One model's answers to one task, ordered by item id, (items,) each."""
+
+    ids: NDArray[np.str_]
+    """Hash of everything that was asked: prompt, few-shot examples and choices."""
+    places: NDArray[np.str_]
+    """Subtask and number of the document, which stay the same where only the wording of the prompt changes."""
+    labels: NDArray[np.str_]
+    """Equal for items that are not independent."""
+    correct: NDArray[np.bool_]
+    """Right by the task's headline metric."""
+
+    @property
+    def clusters(self) -> NDArray[np.str_] | None:
+        """Label items by subject or twin sentence, where the task has such; None where items are independent."""
+        return self.labels if len(np.unique(self.labels)) > 1 else None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One model on the held-out documents: sums over the completion tokens of each, (documents,), nats and counts."""
+
+    tokens: NDArray[np.float64]
+    forward_kl: NDArray[np.float64]
+    reverse_kl: NDArray[np.float64]
+    agree: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    teacher_nll: NDArray[np.float64]
+
+
+def read_items(path: Path, metric: str) -> Items | None:
+    """Read ``samples/<task>.parquet``; None where there is none. Raises StoreError if it is damaged."""
+    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", metric])
+    if table is None:
+        return None
+    ids = np.array(table["item_id"].to_pylist(), np.str_)
+    order = np.argsort(ids)
+    subtasks = np.array(table["subtask"].to_pylist(), np.str_)
+    numbers = np.array([str(index) for index in table["doc_index"].to_pylist()], np.str_)
+    places = np.char.add(np.char.add(subtasks, " "), numbers)
+    labels = np.array(table["cluster"].to_pylist(), np.str_)
+    correct = np.array(table[metric].to_pylist(), np.bool_)
+    return Items(ids[order], places[order], labels[order], correct[order])
+
+
+def read_documents(path: Path) -> Documents | None:
+    """Read ``heldout.parquet``; None where there is none. Raises StoreError if it is damaged."""
+    names = [field.name for field in fields(Documents)]
+    table = _read(path, names)
+    return None if table is None else Documents(*(table[name].to_numpy().astype(np.float64) for name in names))
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table | None:
+    if not path.exists():
+        return None
+    try:
+        return pq.read_table(path).select(columns)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise StoreError(
+            f"{path} is damaged or of another kdctl version ({error}); no model can be compared item by item without "
+            "it. kdctl eval --force writes it anew"
+        ) from None
+
+
+def item_differences(a: Items, b: Items) -> list[str]:
+    """Say how the questions of two models differ; nothing where they are the same."""
+    if np.array_equal(a.ids, b.ids):
+        return []
+    if len(a.ids) != len(b.ids):
+        return [f"{len(a.ids)} items and {len(b.ids)}"]
+    other = len(np.setdiff1d(a.ids, b.ids))
+    if set(a.places) == set(b.places):
+        return [f"{other} of {len(a.ids)} items were asked with another prompt"]
+    return [f"{other} of {len(a.ids)} items are others"]
+
+
+def document_differences(a: Documents, b: Documents) -> list[str]:
+    """Say how the held-out documents of two models differ; nothing where they are the same.
+
+    Equal token counts and, but for the numerics of batches, equal likelihoods under the teacher are equal documents.
+    """
+    if len(a.tokens) != len(b.tokens):
+        return [f"{len(a.tokens)} held-out documents and {len(b.tokens)}"]
+    equal = (a.tokens == b.tokens) & np.isclose(a.teacher_nll, b.teacher_nll, rtol=TEACHER_TOLERANCE, atol=0.5)
+    return [] if equal.all() else [f"{int((~equal).sum())} of {len(equal)} held-out documents are others"]

@@ -1,0 +1,244 @@
+"""One or several run folders as frozen records: every model with its settings, scores, items and training (layer 2).
+
+What a report says is computed from a ``Study`` and nothing else. Big tables are read when they are first asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+from kdctl.base.errors import DataError
+from kdctl.config.preset import Preset
+from kdctl.report.samples import Documents, Items, document_differences, item_differences, read_documents, read_items
+from kdctl.run.paths import RunDir
+from kdctl.run.records import DistillReport, DistributionMetrics, EvalResult, MethodResult, QuantizeReport, TextMetrics
+from kdctl.run.tracking import read_metrics
+
+Kind = Literal["teacher", "ptq", "variant", "foreign"]
+HELDOUT = "heldout"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What made a model, as far as it is known; None where it is not or where it has no meaning."""
+
+    lmbda: float | None = None
+    beta: float | None = None
+    lr: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    """Sequences in one optimizer step."""
+    max_new_tokens: int | None = None
+    """Longest student rollout; None where λ is 0."""
+    train: str | None = None
+    rank: int | None = None
+    """Of low-rank updates; None where something else learns."""
+    seed: int | None = None
+    method: str | None = None
+    """Of post-training quantization."""
+    grid: str | None = None
+    rest: str = ""
+    """All other distill settings that decide the weights, canonical JSON."""
+
+    def key(self, *without: str) -> tuple[object, ...]:
+        """Return all settings but some, to find those that differ in nothing else."""
+        return tuple(value for name, value in vars(self).items() if name not in without)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's accuracy, a share in [0, 1], as it was reported."""
+
+    value: float
+    standard_error: float | None = None
+    items: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of a report. What it was not measured on is None or empty."""
+
+    name: str
+    kind: Kind
+    settings: Settings = Settings()
+    scores: dict[str, Score] = field(default_factory=dict)
+    """By task, in the order of evaluation."""
+    folders: tuple[str, ...] = ()
+    """Names of the run folders that it belongs to; several where joined folders share it."""
+    run: RunDir | None = None
+    key: str = ""
+    """Its name in ``run``."""
+    result: EvalResult | None = None
+    quantized: QuantizeReport | None = None
+    distilled: DistillReport | None = None
+    train_loss: float | None = None
+    """Mean over the last tenth of the steps, nats a token."""
+
+    @property
+    def distribution(self) -> DistributionMetrics | None:
+        """Held-out KL, agreement and perplexity: of the evaluation, else of when the model was made."""
+        found = self.result or self.quantized
+        return found.distribution if found else None
+
+    @property
+    def text(self) -> TextMetrics | None:
+        """Perplexity on plain text."""
+        found = self.result or self.quantized
+        return found.text if found else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Size of the weights on disk."""
+        if self.result:
+            return self.result.size_bytes
+        return self.quantized.student_bytes if self.quantized else None
+
+    def items(self, task: str) -> Items | None:
+        """Read the answers to a task; None where items were not kept. Raises StoreError if they are damaged."""
+        if task not in self._items and self.run is not None and self.result is not None and task in self.scores:
+            path = self.run.eval(self.key) / "samples" / f"{task}.parquet"
+            self._items[task] = read_items(path, self.result.tasks[task].metric)
+        return self._items.get(task)
+
+    @cached_property
+    def _items(self) -> dict[str, Items | None]:
+        return {}
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """Sums of each held-out document. Raises StoreError if they are damaged."""
+        if self.run is None:
+            return None
+        found = read_documents(self.run.eval(self.key) / "samples" / f"{HELDOUT}.parquet") if self.result else None
+        if found is not None or self.kind not in ("ptq", "variant"):
+            return found
+        return read_documents(student_folder(self.run, self.key) / f"{HELDOUT}.parquet")
+
+    @property
+    def teacher_weights(self) -> str:
+        """Fingerprint of the teacher, empty where it is not known."""
+        folder = self.distilled or self.quantized
+        if folder:
+            return folder.teacher
+        return self.result.weights if self.result and self.kind == "teacher" else ""
+
+    @cached_property
+    def curve(self) -> list[dict[str, float]]:
+        """Lines of metrics.jsonl, one a step; empty for a model that was not trained here."""
+        return read_metrics(self.run.variant(self.key).metrics) if self.run and self.kind == "variant" else []
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run folder of a study."""
+
+    name: str
+    run: RunDir
+    preset: Preset | None
+    methods: tuple[MethodResult, ...]
+    """What ``kdctl quantize --compare`` left."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Models that may be compared, in the order of a report: teachers, PTQ students, foreign models, variants."""
+
+    models: tuple[Model, ...]
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks of any model, in the order of their first appearance."""
+        return list(dict.fromkeys(task for model in self.models for task in model.scores))
+
+    def baseline(self, model: Model, kind: Kind) -> Model | None:
+        """Return the teacher or the PTQ student that a model came from."""
+        found = (one for one in self.models if one.kind == kind and one is not model)
+        return next((one for one in found if not model.folders or set(one.folders) & set(model.folders)), None)
+
+    def settings_groups(self) -> list[list[Model]]:
+        """Group the students: variants that differ in nothing but the seed together, every other model alone.
+
+        The same seed trained twice, in joined folders, is no other seed: each group has a seed once.
+        """
+        groups: dict[object, list[Model]] = {}
+        seen: Counter[object] = Counter()
+        for model in self.models:
+            if model.distilled is None:
+                groups[model.name] = [model]
+                continue
+            made = (model.distilled.student, model.settings.key("seed"))
+            repeat = seen[made, model.settings.seed]
+            seen[made, model.settings.seed] += 1
+            groups.setdefault((made, repeat), []).append(model)
+        return list(groups.values())
+
+
+def student_folder(run: RunDir, name: str) -> Path:
+    """Return where the weights of the PTQ student or of a variant lie."""
+    return run.student if name == "ptq" else run.variant(name).final
+
+
+def differences(a: Model, b: Model) -> list[str]:
+    """List what keeps two models from being compared, on the tasks and documents that both have."""
+    shared = [task for task in a.scores if task in b.scores]
+    found = [reason for task in shared for reason in _task_differences(task, a, b)]
+    return found + _document_differences(a, b)
+
+
+def _document_differences(a: Model, b: Model) -> list[str]:
+    if a.documents is None or b.documents is None:
+        return []
+    return document_differences(a.documents, b.documents)
+
+
+def _teacher_differences(a: Model, b: Model) -> list[str]:
+    first, second = a.teacher_weights, b.teacher_weights
+    return [] if first == second else [f"teacher weights {first[:16]} and {second[:16]}"]
+
+
+def _task_differences(task: str, a: Model, b: Model) -> list[str]:
+    """Compare version, headline metric, number of examples, limit and, last, every item."""
+    if a.result is None or b.result is None:
+        return []
+    first, second = a.result.tasks[task], b.result.tasks[task]
+    pairs = [
+        ("version", first.version, second.version),
+        ("metric", first.metric, second.metric),
+        ("num_fewshot", first.num_fewshot, second.num_fewshot),
+        ("limit", a.result.limit, b.result.limit),
+    ]
+    found = [f"{name} {left} and {right}" for name, left, right in pairs if left != right]
+    items, others = a.items(task), b.items(task)
+    if items is not None and others is not None:
+        found += item_differences(items, others)
+    return [f"{task}: {reason}" for reason in found]
+
+
+def require_comparable(study: Study) -> None:
+    """Raise DataError, listing every difference, unless all models answered the same questions about one teacher."""
+    lines = [f"  {line}" for line in _obstacles(study)]
+    if lines:
+        raise DataError(
+            "these results cannot be compared:\n" + "\n".join(lines) + "\nA difference between such models would mix "
+            "the models with what they were asked. Evaluate all of them alike, kdctl eval --run FOLDER with one set of "
+            "eval settings (and --also with --as for a model made elsewhere), or report the folders apart."
+        )
+
+
+def _obstacles(study: Study) -> list[str]:
+    """Compare every model with the first one that has the task, the documents or a known teacher."""
+    found: list[str] = []
+
+    def against_first(models: Sequence[Model], compare: Callable[[Model, Model], list[str]]) -> None:
+        for other in models[1:]:
+            found.extend(f"{models[0].name} and {other.name}: {reason}" for reason in compare(models[0], other))
+
+    against_first([model for model in study.models if model.teacher_weights], _teacher_differences)
+    for task in study.tasks:
+        against_first([model for model in study.models if task in model.scores], partial(_task_differences, task))
+    against_first([model for model in study.models if model.documents is not None], _document_differences)
+    return found

@@ -1,0 +1,111 @@
+"""Filling a rollout store block by block (layer 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdctl.base.errors import StoreError
+from kdctl.base.progress import Reporter
+from kdctl.data.prompts import PromptSet
+from kdctl.model.batch import split
+from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
+from kdctl.system.distributed import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a store will hold. writer: fingerprint of the model or data set behind the completions."""
+
+    source: str
+    identity: str
+    writer: str
+    prompts: PromptSet
+    prompts_per_block: int
+    num_generations: int = 1
+
+    def blocks(self) -> list[list[tuple[Prompt, int]]]:
+        """Cut (prompt, sample index) pairs into blocks of whole prompts."""
+        size, prompts = self.prompts_per_block, self.prompts.prompts
+        return [
+            [(prompt, sample) for prompt in prompts[i : i + size] for sample in range(self.num_generations)]
+            for i in range(0, len(prompts), size)
+        ]
+
+    def manifest(self, shards: Sequence[ShardEntry], sampling: Sampling | None) -> StoreManifest:
+        """Describe the finished store."""
+        return StoreManifest(
+            source=self.source,
+            identity=self.identity,
+            writer=self.writer,
+            sampling=sampling.record() if sampling else None,
+            shards=tuple(shards),
+            skipped_prompts=self.prompts.skipped,
+        )
+
+
+def usable(store: RolloutStore, identity: str) -> bool:
+    """Tell whether a store is finished. Raises StoreError if it was made from other settings or inputs."""
+    if not store.manifest_path.exists():
+        return False
+    manifest = store.manifest()
+    if manifest.identity == identity:
+        return True
+    held = f"{manifest.rows} data-set completions"
+    if manifest.sampling is not None:
+        settings = ", ".join(f"{key}={value}" for key, value in manifest.sampling.model_dump().items())
+        held = f"{manifest.rows} completions sampled with {settings}"
+    rewrite = f"rewrite it with kdctl rollout --source {manifest.source} --force"
+    if manifest.source == "heldout":
+        rewrite = "delete it together with everything that was measured on it"
+    raise StoreError(
+        f"{store.path} was made with other settings or from another model or other prompts than asked for now: it "
+        f"holds {held}. Training or measuring on it would not be what the preset says; {rewrite}, or "
+        "use another --run"
+    )
+
+
+def fill(
+    store: RolloutStore, plan: Plan, generator: Generator, reporter: Reporter, processes: Processes = ALONE
+) -> StoreManifest:
+    """Generate a store block by block, keeping whole blocks of an earlier attempt; the manifest comes last.
+
+    Blocks are divided among processes. Each is generated as it would be by one, so the store is the same.
+    """
+    processes.on_main(store.reopen)
+    longest = generator.sampling.max_new_tokens
+    blocks, shards = processes.share(list(enumerate(plan.blocks()))), []
+    total, done = sum(len(block) for _, block in blocks) * longest, 0
+    with reporter.task(f"generating {store.path.name} completions", "tokens") as advance:
+        for index, block in blocks:
+            entry = store.kept_shard(index, plan.identity)
+            if entry is None:
+                drawn = _Counter(done, total, advance)
+                entry = store.write_shard(index, generator.block(block, progress=drawn), plan.identity)
+            shards.append(entry)
+            done += len(block) * longest
+            advance(done, total)
+    manifest = plan.manifest(processes.merge(shards), generator.sampling)
+    processes.on_main(lambda: store.finish(manifest))
+    return manifest
+
+
+class _Counter:
+    """Counts tokens within a block for the progress bar."""
+
+    def __init__(self, done: int, total: int, advance):
+        self.done, self.total, self.advance = done, total, advance
+
+    def __call__(self, rows: int) -> None:
+        self.done += rows
+        self.advance(self.done, self.total)
+
+
+def fill_from_dataset(store: RolloutStore, plan: Plan, rollouts: Sequence[Rollout]) -> StoreManifest:
+    """Write completions that a data set brought."""
+    store.reopen()
+    blocks = enumerate(split(rollouts, plan.prompts_per_block))
+    shards = [store.write_shard(index, block, plan.identity) for index, block in blocks]
+    manifest = plan.manifest(shards, None)
+    store.finish(manifest)
+    return manifest

@@ -1,0 +1,127 @@
+"""Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdctl.base.errors import StoreError
+from kdctl.base.rng import digest
+from kdctl.config.preset import TrackingSection
+from kdctl.run.paths import write_text
+
+if TYPE_CHECKING:
+    import wandb
+
+Watch = Callable[[int, dict[str, float]], None]
+
+
+class Tracker:
+    """Writes one JSON line a call, and the same numbers to wandb when there is a run.
+
+    On resume, lines after ``resume_step`` are dropped first: those steps are about to be done again. ``kept`` are the
+    others.
+    watch: told of each step after it is recorded; what it raises ends the training.
+    """
+
+    def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
+        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._run, self._watch = run, watch
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._run is not None:
+            self._run.log(values, step=step)
+        if self._watch is not None:
+            self._watch(step, values)
+
+    def close(self) -> None:
+        """Close the file and finish the wandb run."""
+        self._file.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+class Untracked(Tracker):
+    """Writes nothing, in the processes beside the main one."""
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Drop the numbers of a step."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def log_tables(settings: TrackingSection, folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Send tables, rows of equal keys by name, to a wandb run of their own; nothing where wandb is off."""
+    run = open_wandb(settings, folder, "report", {})
+    if run is None:
+        return
+    import wandb
+
+    for name, rows in tables.items():
+        columns: list[Any] = list(rows[0]) if rows else []
+        data: list[Any] = [list(row.values()) for row in rows]
+        run.log({f"report/{name}": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+    run.finish()
+
+
+def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[str, Any]) -> "wandb.Run | None":
+    """Start a wandb run in ``folder``, resumed if it exists; None when wandb is off.
+
+    The run's id holds the folder too, because two run folders may have variants of the same name.
+    """
+    if settings.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=name,
+        id=f"{name}-{digest(str(folder.resolve())):016x}",
+        config=config,
+        mode=settings.wandb,
+        dir=str(folder),
+        resume="allow" if settings.wandb == "online" else None,
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def create_sweep(config: dict[str, Any], settings: TrackingSection) -> str:
+    """Create a sweep on wandb's server and return what an agent is told: ``entity/project/id``.
+
+    The one place where a sweep talks to the server; agents are wandb's own program. What wandb says goes to stderr.
+    Raises StoreError if wandb cannot: nobody is logged in, the server does not answer, or it refuses the sweep.
+    """
+    import wandb
+
+    project, entity = config.get("project", settings.project), config.get("entity", settings.entity)
+    try:
+        with redirect_stdout(sys.stderr):
+            sweep_id = wandb.sweep(config, project=project, entity=entity)
+    except wandb.Error as error:
+        raise StoreError(
+            f"wandb cannot create the sweep, nothing runs: {error} Without --backend wandb, or after wandb login, the "
+            "same sweep can run"
+        ) from None
+    return "/".join(part for part in (entity, project, sweep_id) if part)

@@ -1,0 +1,86 @@
+"""What there is to win before training starts: how far the PTQ student is from the teacher (layer 4)."""
+
+import numpy as np
+
+from kdctl import stats
+from kdctl.base.errors import TrainingError
+from kdctl.eval import distribution
+from kdctl.eval.distribution import PerDocument
+from kdctl.report.samples import read_items
+from kdctl.run.paths import RunDir, read_record
+from kdctl.run.records import DistributionMetrics, EvalResult
+from kdctl.stages.context import Job
+from kdctl.stats import Paired
+from kdctl.stats.findings import Comparison
+
+KL_NOISE = 1e-3
+"""Nats a token: about what bfloat16 instead of float32 makes of equal weights, 0.0013 for SmolLM2-135M."""
+
+
+def check_gap(job: Job, before: PerDocument, min_gap: float) -> None:
+    """Say what the PTQ student lost, and warn if that is within noise.
+
+    Raises TrainingError if the lower end of the interval of its KL to the teacher is below ``min_gap``, nats a token:
+    training starts only where the gap is surely as large as asked for.
+    """
+    found, accuracy = distribution.summarize(before), accuracy_gap(job)
+    for line in gap_lines(found, accuracy):
+        job.reporter.note(line)
+    kl = found.forward_kl
+    if kl.low < min_gap:
+        raise TrainingError(
+            f"the PTQ student's KL to the teacher is {kl.value:.4g} nats a token, 95 % interval {kl.low:.4g} to "
+            f"{kl.high:.4g}, and --min-gap {min_gap:g} asks for a lower end of at least that; training could win so "
+            "little that it may not be worth its time. Lower --min-gap, or quantize to fewer bits"
+        )
+
+
+def gap_lines(found: DistributionMetrics, accuracy: Comparison | None) -> list[str]:
+    """Put the gap and what may be won at most in words, with warnings where it is within noise."""
+    kl, perplexity = found.forward_kl, found.perplexity.value
+    lines = [
+        f"PTQ gap: KL to the teacher {kl.value:.4g} [{kl.low:.4g}, {kl.high:.4g}] nats a token, all there is to win; "
+        f"with it held-out perplexity would go from {perplexity:.2f} to {found.teacher_perplexity:.2f}"
+    ]
+    if kl.low <= KL_NOISE:
+        lines.append(f"warning: this KL is within noise: bfloat16 arithmetic alone makes about {KL_NOISE:g}")
+    if accuracy is not None:
+        gap = accuracy.difference
+        points = f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
+        lines.append(f"PTQ gap: teacher − ptq {points} points of accuracy on {accuracy.items} items")
+        if accuracy.p >= 1 - stats.LEVEL:
+            lines.append(
+                "warning: the accuracy gap is within noise, and so would be a share of it that training wins back; "
+                f"these tasks show gaps from {100 * accuracy.mde:.1f} points on. Look at KL, or evaluate on more items"
+            )
+    return lines
+
+
+def accuracy_gap(job: Job) -> Comparison | None:
+    """Compare the teacher with the PTQ student, as a difference teacher − ptq on the average of their common tasks.
+
+    None where there are no results of both on the present weights, or no task of both.
+    """
+    teacher = _results(job.run, "teacher", job.fingerprint)
+    ptq = _results(job.run, "ptq", job.student_fingerprint)
+    if teacher is None or ptq is None:
+        return None
+    common = [name for name in ptq.tasks if name in teacher.tasks]
+    pairs = {name: _paired(job.run, name, ptq.tasks[name].metric) for name in common}
+    known = {name: pair for name, pair in pairs.items() if pair is not None}
+    return stats.compare_average(known) if known else None
+
+
+def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
+    path = run.eval(model) / "results.json"
+    found = read_record(path, EvalResult) if path.exists() else None
+    return found if found is not None and found.weights == weights else None
+
+
+def _paired(run: RunDir, task: str, metric: str) -> Paired | None:
+    """Read the items of a task that both models answered; None where those of one are not kept."""
+    ptq, teacher = (read_items(run.eval(model) / "samples" / f"{task}.parquet", metric) for model in ("ptq", "teacher"))
+    if ptq is None or teacher is None:
+        return None
+    _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)
+    return Paired(ptq.correct[own], teacher.correct[theirs], None if ptq.clusters is None else ptq.clusters[own])

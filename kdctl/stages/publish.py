@@ -1,0 +1,73 @@
+"""Writes student folders: the model card with them, and the gate before them (layer 4)."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from kdctl.eval import distribution
+from kdctl.eval.distribution import PerDocument
+from kdctl.formats.inspection import Teacher
+from kdctl.formats.model_card import Origin, Training, model_card
+from kdctl.formats.student import Student, save_student
+from kdctl.formats.verify import accept
+from kdctl.model.load import HUB_ID
+from kdctl.run.records import QuantizeReport
+from kdctl.stages.context import Job
+from kdctl.system.memory import give_back
+
+
+def write_student(
+    job: Job,
+    folder: Path,
+    student: Student,
+    report: QuantizeReport,
+    per_document: PerDocument,
+    training: Training | None = None,
+) -> None:
+    """Write a student folder beside its place, where ``accept_student`` finds it.
+
+    training: how it was trained, None for a PTQ student.
+    """
+    origin = origin_of(job)
+    table = distribution.as_table(per_document)
+    save_student(
+        _pending(folder), student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training)
+    )
+
+
+def accept_student(job: Job, folder: Path) -> None:
+    """Verify a folder that ``write_student`` wrote and move it to its place. Raises StoreError if it does not verify.
+
+    The model is loaded twice more for that, so the caller should hold no student any longer. It is loaded to the CPU:
+    what is compared is the same everywhere, and an accelerator that holds the teacher may have no room left.
+    """
+    give_back()
+    with job.reporter.task(f"verifying {folder.name}"):
+        accept(_pending(folder), folder, Teacher(job.folder, job.dtype, job.fingerprint), torch.device("cpu"))
+
+
+def _pending(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new")
+
+
+def origin_of(job: Job) -> Origin:
+    """Say where the teacher came from."""
+    reference = job.preset.teacher.model
+    return Origin(reference, reference if is_hub_id(reference) else None, license_of(job.folder))
+
+
+def is_hub_id(reference: str) -> bool:
+    """Tell whether a reference names a model on the Hub, not something on this disk."""
+    return "/" in reference and bool(HUB_ID.match(reference)) and not Path(reference).exists()
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the license that a model folder's card states, if it has one that can be read."""
+    card = folder / "README.md"
+    try:
+        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) else None

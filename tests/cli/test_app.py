@@ -1,0 +1,548 @@
+"""The command line: instant where no model is needed, one clear message for a user's mistake, and the whole job."""
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from kdctl.base.errors import StoreError
+from kdctl.base.version import __version__
+from kdctl.cli import app as cli
+from kdctl.config.preset import Preset
+from kdctl.config.resolve import load_preset
+from kdctl.model import load as models
+from kdctl.report.front import write_report
+from kdctl.report.tables import ABSENT
+from kdctl.run.paths import RunDir
+from kdctl.stages import distill, evaluate, pipeline, rollout
+from kdctl.stages.context import open_job
+
+COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
+STAGES = ("quantize", "rollout", "distill", "eval", "run")
+HEAVY = ("torch", "transformers", "datasets", "wandb", "lm_eval", "accelerate")
+TELL = (
+    "import atexit, pathlib, sys\n"
+    "from kdctl.cli.app import main\n"
+    "report = pathlib.Path(sys.argv.pop(1))\n"
+    f"atexit.register(lambda: report.write_text(' '.join(set({HEAVY!r}) & set(sys.modules))))\n"
+    "main()"
+)
+Kdctl = Callable[..., subprocess.CompletedProcess[str]]
+Invoke = Callable[..., Result]
+
+
+def spawn(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line as its user does."""
+    command = [sys.executable, "-m", "kdctl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def light(tmp_path: Path) -> Kdctl:
+    """Run the command line in a process of its own, and check that it imported nothing heavy."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        tell = tmp_path / "imported"
+        command = [sys.executable, "-c", TELL, str(tell), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert tell.read_text() == ""
+        return done
+
+    return run
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
+    """Run the command line in this process; a model that is loaded is a failure."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr(models, "convert_gguf", refuse)
+    for stage in (rollout, distill, evaluate):
+        monkeypatch.setattr(stage, "load_student", refuse)
+    datasets.disable_progress_bars()  # imported long ago, it does not see the variable that the command line sets
+    before = dict(os.environ)
+    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    os.environ.clear()
+    os.environ.update(before)
+    datasets.enable_progress_bars()
+
+
+def check_refused(done: Any, *parts: str) -> None:
+    """Check for exit code 2, nothing on stdout and one clear message on stderr."""
+    code = done.exit_code if isinstance(done, Result) else done.returncode
+    assert code == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+# --- instant ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(light: Kdctl) -> None:
+    done = light("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in COMMANDS:
+        assert re.search(rf"│ {name} ", done.stdout)
+
+
+def test_version(light: Kdctl) -> None:
+    assert light("--version").stdout == f"kdctl {__version__}\n"
+
+
+def test_presets_lists_every_one_with_its_purpose(light: Kdctl) -> None:
+    done = light("presets")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("quickstart", "offpolicy", "mixed", "onpolicy", "smoke"):
+        assert re.search(rf"^{name} +\w", done.stdout, re.MULTILINE)
+
+
+def test_one_preset_is_shown_resolved(light: Kdctl) -> None:
+    done = light("presets", "smoke", "--set", "distill.lr=0.25")
+    assert Preset.model_validate_json(done.stdout) == load_preset("smoke", {"distill.lr": 0.25})
+
+
+def test_the_schema_is_json_and_describes_fields(light: Kdctl) -> None:
+    schema = json.loads(light("presets", "--schema").stdout)
+    assert "λ" in schema["$defs"]["DistillSection"]["properties"]["lmbda"]["description"]
+
+
+def test_a_dry_run_prints_the_resolved_preset_and_leaves_nothing(light: Kdctl, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = light("distill", "--preset", "smoke", "--run", folder, "--lambda", "0.25", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Preset.model_validate_json(done.stdout) == load_preset("smoke", {"distill.lmbda": 0.25})
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("quantize --preset smoke --set quantize.bist=4", ("quantize.bist", "did you mean 'quantize.bits'?")),
+        ("distill --preset smoke --set distill.lambda=1", ("distill.lambda", "did you mean 'distill.lmbda'?")),
+        ("rollout --preset smoke --set nonsense", ("'nonsense'", "section.field=value")),
+        ("run smok", ("'smok'", "did you mean 'smoke'?")),
+        ("distill --preset smoke --lambda 1.5", ("distill.lmbda=1.5",)),
+        ("distill --preset smoke --lr inf", ("distill.lr=inf",)),
+        ("distill --preset smoke --wandb maybe", ("tracking.wandb='maybe'", "'offline'")),
+        ("quantize --preset smoke --bits 8 --asymmetric", ("bits=8", "quantize.symmetric=true")),
+        ("rollout --preset smoke --min-new-tokens 99", ("min_new_tokens=99", "max_new_tokens=16")),
+        ("eval --preset smoke --limit 0", ("eval.limit=0",)),
+        ("rollout --preset smoke --show 2 --json", ("--show", "--json")),
+        ("report --run nowhere --table nonsense", ("'nonsense'", "markdown, csv, json, latex, html")),
+        ("report --run nowhere --layout nonsense", ("'nonsense'", "main, lambda, beta", "auto")),
+        ("report --run nowhere --margin 0", ("--margin 0", "--margin 0.5")),
+        ("report --run nowhere --margin -1", ("--margin -1",)),
+        ("report somewhere --run nowhere", ("--run",)),
+        ("report --run nowhere", ("nowhere", "--run")),
+    ],
+)
+def test_a_mistake_in_the_settings_is_refused_at_once(light: Kdctl, arguments: str, parts: tuple[str, ...]) -> None:
+    check_refused(light(*shlex.split(arguments)), *parts)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["nonsense", "quantize --bits four", "rollout --source nobody", "eval --nonsense"]
+)
+def test_a_mistake_in_the_usage_is_refused_with_the_usage(invoke: Invoke, arguments: str) -> None:
+    done = invoke(*shlex.split(arguments))
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- help and options -------------------------------------------------------------------------------------------------
+
+
+def help_text(invoke: Invoke, *command: str) -> str:
+    """Return a command's help as one line without frames."""
+    done = invoke(*command, "--help")
+    assert done.exit_code == 0
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.stdout).split())
+
+
+def example(name: str) -> str:
+    """Return the example in a command's documentation."""
+    (command,) = (each for each in cli.app.registered_commands if (each.name or each.callback.__name__) == name)  # pyright: ignore
+    (found,) = re.findall(r"Example: (kdctl .*)", command.callback.__doc__ or "")
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example_of_itself(invoke: Invoke, name: str) -> None:
+    assert f"Example: {example(name)}" in help_text(invoke, name)
+    assert shlex.split(example(name))[:2] == ["kdctl", name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_example_is_a_valid_command(invoke: Invoke, name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*shlex.split(example(name))[1:], "--dry-run")
+    assert done.exit_code == 0
+    assert Preset.model_validate_json(done.stdout).teacher == load_preset("quickstart").teacher
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_says_where_preset_and_folder_come_from(invoke: Invoke, name: str) -> None:
+    text = help_text(invoke, name)
+    assert "the run folder's own, or quickstart" in text
+    assert "runs/<preset name>" in text
+
+
+def test_every_option_is_described(invoke: Invoke) -> None:
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__  # pyright: ignore
+        for parameter in typer.main.get_command(cli.app).commands[name].params:  # pyright: ignore
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def dry(invoke: Invoke, *arguments: object) -> Preset:
+    """Return the preset that a command resolves to."""
+    done = invoke(*arguments, "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    return Preset.model_validate_json(done.stdout)
+
+
+def test_flags_win_over_set_and_set_over_the_preset(invoke: Invoke) -> None:
+    both = ("distill", "--preset", "smoke", "--set", "distill.beta=0.25", "--set", "distill.steps=3", "--beta", "0.75")
+    preset = dry(invoke, *both)
+    assert (preset.distill.beta, preset.distill.steps) == (0.75, 3)
+
+
+def test_options_that_are_not_given_leave_the_preset_alone(invoke: Invoke, tmp_path: Path) -> None:
+    special = load_preset("smoke", {"quantize.skip": ["*.down_proj"], "quantize.symmetric": True, "eval.limit": 3})
+    path = tmp_path / "special.json"
+    path.write_text(special.model_dump_json())
+    for name in ("quantize", "rollout", "distill", "eval"):
+        assert dry(invoke, name, "--preset", path) == special
+
+
+def test_a_folder_without_a_preset_option_uses_its_own(invoke: Invoke, tmp_path: Path) -> None:
+    own = load_preset("smoke", {"distill.steps": 3})
+    (tmp_path / "preset.json").write_text(own.model_dump_json())
+    for name in STAGES:
+        assert dry(invoke, name, "--run", tmp_path) == own
+    assert dry(invoke, "quantize", "--preset", "quickstart", "--run", tmp_path) == load_preset("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ("run smoke", "runs/smoke"),
+        ("run", "runs/quickstart"),
+        ("run presets/mine.toml", "runs/mine"),
+        ("run smoke --run here", "here"),
+    ],
+)
+def test_the_folder_is_named_after_the_preset(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, folder: str
+) -> None:
+    mine = tmp_path / "presets" / "mine.toml"
+    mine.parent.mkdir()
+    mine.write_text("[teacher]\nmodel = 'pkg:kdctl/data/tiny'\n[quantize]\ngroup_size = 32\n")
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "preset.json").write_text(load_preset("smoke").model_dump_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "run_all", lambda job: f"ran in {job.run.path}")
+    done = invoke(*shlex.split(arguments))
+    assert (done.exit_code, done.stdout) == (0, f"ran in {folder}\n")
+    assert (tmp_path / folder / "preset.json").is_file()
+
+
+# --- mistakes that need a look at models and files --------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Return a folder of prompt files that are no good."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "empty.jsonl").write_text("")
+    (folder / "columns.jsonl").write_text('{"text": "hello"}\n')
+    (folder / "broken.jsonl").write_text('{"prompt": \n')
+    (folder / "sharegpt.jsonl").write_text('{"messages": [{"from": "human", "value": "hello"}]}\n')
+    return folder
+
+
+@pytest.mark.parametrize("field", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("empty.jsonl", "empty"),
+        ("columns.jsonl", "'messages' or 'prompt'"),
+        ("broken.jsonl", "cannot be read"),
+        ("sharegpt.jsonl", "role"),
+        ("missing.jsonl", "no prompt file"),
+    ],
+)
+def test_prompts_that_are_no_good_are_refused_before_a_model_is_loaded(
+    invoke: Invoke, prompts: Path, tmp_path: Path, field: str, file: str, part: str
+) -> None:
+    setting = f"prompts.{field}={prompts / file}"
+    check_refused(invoke("run", "smoke", "--run", tmp_path / "run", "--set", setting), part)
+    assert not (tmp_path / "run" / "preset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("quantize --group-size 48", ("group_size=48", "in_features=64", "quantize.skip")),
+        ("quantize --teacher ./nope", ("nope", "Hub id")),
+        ("quantize --teacher no/such-model", ("no/such-model", "offline")),
+        ("quantize --teacher pkg:no_such_package/x", ("no_such_package", "pip install")),
+        ("quantize --skip *.nope", ("'*.nope'", "matches no linear layer")),
+        ("distill --name ../../elsewhere", ("'../../elsewhere'",)),
+        ("distill --name teacher", ("'teacher'",)),
+        ("eval nope", ("'nope'", "teacher, ptq")),
+    ],
+)
+def test_a_mistake_is_refused_before_a_model_is_loaded(
+    invoke: Invoke, tmp_path: Path, arguments: str, parts: tuple[str, ...]
+) -> None:
+    check_refused(invoke(*shlex.split(arguments), "--preset", "smoke", "--run", tmp_path / "run"), *parts)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize("name", ["run smoke", "eval --preset smoke"])
+@pytest.mark.slow  # lm-eval indexes its thousands of tasks to suggest one
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(invoke: Invoke, tmp_path: Path, name: str) -> None:
+    done = invoke(*name.split(), "--run", tmp_path / "run", "--set", "eval.tasks=['arc_esy_offline']")
+    check_refused(done, "'arc_esy_offline'", "did you mean 'arc_easy_offline'?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("quantize --preset quickstart", ("teacher.model='pkg:kdctl/data/tiny'", "SmolLM2", "--run")),
+        ("distill --set teacher.dtype=float32", ("teacher.dtype='bfloat16'", "'float32'")),
+        ("eval --set quantize.group_size=16", ("quantize.group_size=32", "16")),
+        ("quantize --bits 3", ("quantize.bits=4", "3")),
+    ],
+)
+def test_a_folder_of_another_teacher_or_quantizer_is_refused_with_both_values(
+    invoke: Invoke, tmp_path: Path, arguments: str, parts: tuple[str, ...]
+) -> None:
+    open_job(load_preset("smoke"), tmp_path)
+    before = (tmp_path / "preset.json").read_bytes()
+    check_refused(invoke(*shlex.split(arguments), "--run", tmp_path), *parts)
+    assert (tmp_path / "preset.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--compare minmax,gtpq", ("quantize.method='gtpq'", "gptq")),
+        ("--compare minmax --method hqq", ("--compare", "--method")),
+        ("--compare ''", ("quantize.method=''",)),
+    ],
+)
+def test_a_comparison_of_unknown_methods_is_refused(
+    invoke: Invoke, tmp_path: Path, arguments: str, parts: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "run"
+    check_refused(invoke("quantize", *shlex.split(arguments), "--preset", "smoke", "--run", folder), *parts)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["quantize", "rollout", "distill", "eval"])
+def test_a_folder_that_cannot_be_written_is_refused(invoke: Invoke, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = invoke(name, "--preset", "smoke", "--run", tmp_path / "file" / "run")
+    check_refused(done, str(tmp_path / "file" / "run"), "--run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [("--group-size 48", "group_size=48"), ("--teacher ./nope", "nope"), ("--set prompts.train={broken}", "JSON")],
+)
+def test_a_mistake_is_refused_in_a_process_of_its_own(prompts: Path, tmp_path: Path, arguments: str, part: str) -> None:
+    filled = arguments.format(broken=prompts / "broken.jsonl")
+    check_refused(spawn("quantize", "--preset", "smoke", "--run", tmp_path / "run", *shlex.split(filled)), part)
+
+
+# --- stopping and failing ---------------------------------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def stage(*_: object) -> None:
+        raise error
+
+    return stage
+
+
+def test_ctrl_c_ends_with_130_and_one_line(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "run_all", raising(KeyboardInterrupt()))
+    done = invoke("run", "smoke", "--run", tmp_path)
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr.startswith("error: stopped; ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = RuntimeError("a bug")
+    monkeypatch.setattr(pipeline, "run_all", raising(bug))
+    assert invoke("run", "smoke", "--run", tmp_path).exception is bug
+    monkeypatch.setattr(pipeline, "run_all", raising(StoreError("not a bug")))
+    check_refused(invoke("run", "smoke", "--run", tmp_path), "not a bug")
+
+
+def test_a_full_disk_is_a_message_and_a_missing_file_is_a_bug(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_all", raising(OSError(28, "No space left on device", "shard-0")))
+    check_refused(invoke("run", "smoke", "--run", tmp_path), "shard-0", "No space left on device")
+    monkeypatch.setattr(pipeline, "run_all", raising(FileNotFoundError(2, "No such file", "x")))
+    assert isinstance(invoke("run", "smoke", "--run", tmp_path).exception, FileNotFoundError)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kdctl", "run", "smoke", "--run", str(tmp_path)]
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # also where these tests do not
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "student" / "quantize.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: stopped; ")
+    assert "Traceback" not in err
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "student").iterdir()}
+    done = spawn("run", "smoke", "--run", tmp_path)
+    assert done.returncode == 0
+    assert "student is complete, skipped" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "student").iterdir()} == before
+
+
+# --- the whole job ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run the smoke preset once, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, spawn("run", "smoke", "--run", folder)
+
+
+def table_of(printed: str) -> str:
+    """Cut the first Markdown table out of what was printed."""
+    lines = printed.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("| model"))
+    return "\n".join(lines[start : lines.index("", start)])
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Return the bytes and modification time of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_prints_exactly_its_table(whole) -> None:
+    folder, done = whole
+    assert done.returncode == 0
+    assert done.stdout == write_report([RunDir(folder)])
+    assert table_of(done.stdout).strip() in (folder / "report" / "report.md").read_text()
+    assert [line.split("|")[1].strip() for line in table_of(done.stdout).splitlines()[2:]] == [
+        "teacher",
+        "ptq",
+        "lambda0_beta0_lr0.001_seed0",
+    ]
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_does_not_chatter(whole) -> None:
+    _, done = whole
+    for word in ("Warning", "warning", "it/s", "%|", "\r", "\x1b"):
+        assert word not in done.stderr
+    ours = re.compile(r"(quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:) .*")
+    assert [line for line in done.stderr.splitlines() if not ours.fullmatch(line)] == []
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_every_stage_and_touches_nothing(whole) -> None:
+    folder, first = whole
+    before = contents(folder)
+    done = spawn("run", "smoke", "--run", folder)
+    assert (done.returncode, done.stdout) == (0, first.stdout)
+    stages = [line.split(":")[0] for line in done.stderr.splitlines()]
+    assert stages == ["quantize", "rollout", "distill", "eval", "eval", "eval"]
+    assert all(line.endswith("is complete, skipped") for line in done.stderr.splitlines())
+    assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_report_prints_every_form(whole, light: Kdctl) -> None:
+    folder, first = whole
+    assert light("report", "--run", folder).stdout == first.stdout
+    flat = list(csv.DictReader(io.StringIO(light("report", "--run", folder, "--table", "csv").stdout)))
+    (main,) = json.loads(light("report", folder, "--table", "json").stdout)
+    rows = main["rows"]
+    assert light("report", folder, "--table", "latex").stdout.startswith("\\begin{table}")
+    assert light("report", folder, "--table", "html", "--layout", "auto").stdout.startswith('<table id="main">')
+    assert [row["model"] for row in flat] == [row["model"] for row in rows]
+    assert [float(row["perplexity"]) for row in flat] == [row["perplexity"] for row in rows]
+
+
+@pytest.mark.slow
+def test_every_stage_prints_json(whole, invoke: Invoke) -> None:
+    folder, _ = whole
+    printed = {}
+    for name in ("quantize", "rollout", "distill", "eval"):
+        done = invoke(name, "--run", folder, "--json")
+        assert done.exit_code == 0, done.stderr
+        printed[name] = json.loads(done.stdout)
+    assert printed["quantize"]["bits"] == 4
+    assert printed["rollout"]["teacher"]["source"] == "teacher"
+    assert printed["distill"]["variant"] == "lambda0_beta0_lr0.001_seed0"
+    assert list(printed["eval"]) == ["teacher", "ptq", "lambda0_beta0_lr0.001_seed0"]
+
+
+@pytest.mark.slow
+def test_rollouts_can_be_looked_at(whole, invoke: Invoke) -> None:
+    folder, _ = whole
+    done = invoke("rollout", "--run", folder, "--show", 2)
+    assert done.exit_code == 0
+    assert done.stdout.count("--- prompt\n") == done.stdout.count("--- completion\n") == 2
+    assert "<|im_start|>user" in done.stdout
+
+
+@pytest.mark.slow
+def test_another_variant_is_another_row(whole, tmp_path: Path) -> None:
+    folder, first = whole
+    shutil.copytree(folder, tmp_path / "run")
+    done = spawn("distill", "--lambda", 1, "--beta", 1, "--run", tmp_path / "run")
+    assert done.returncode == 0
+    assert "lambda1_beta1_lr0.001_seed0" in done.stdout
+    *head, added = table_of(write_report([RunDir(tmp_path / "run")])).splitlines()
+    assert [line.split("|")[1] for line in head] == [line.split("|")[1] for line in table_of(first.stdout).splitlines()]
+    cells = [cell.strip() for cell in added.strip("|").split("|")]
+    assert cells[:5] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT]
+    assert (tmp_path / "run" / "distill" / cells[0] / "rollouts" / "manifest.json").is_file()

@@ -1,0 +1,108 @@
+"""The schema: closed, frozen, documented, and strict about what does not go together."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from kdctl.config.preset import DistillSection, Preset, QuantizeSection, RolloutSection, TeacherSection
+from kdctl.config.resolve import load_preset, preset_names
+
+PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
+SECTIONS = {
+    name: field.annotation
+    for name, field in Preset.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+FIELDS = [(name, inner) for name, section in SECTIONS.items() for inner in section.model_fields]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_shipped_preset_loads_by_name_and_by_path(path: Path) -> None:
+    assert load_preset(path.stem) == load_preset(str(path))
+    assert load_preset(path.stem).description.endswith(".")
+
+
+def test_the_five_promised_presets_ship() -> None:
+    assert {"quickstart", "offpolicy", "mixed", "onpolicy", "smoke"} <= set(preset_names())
+    assert [path.stem for path in PRESETS] == preset_names()
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS, ids=[".".join(field) for field in FIELDS])
+def test_every_field_is_described_in_the_schema(section: str, field: str) -> None:
+    schema = Preset.model_json_schema()
+    definition = schema["$defs"][SECTIONS[section].__name__]
+    assert definition["description"].strip()
+    assert len(definition["properties"][field]["description"]) > 10
+
+
+def test_sections_are_frozen(smoke: Preset) -> None:
+    for section, field in FIELDS:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(getattr(smoke, section), field, None)
+    with pytest.raises(ValidationError, match="frozen"):
+        smoke.description = "other"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_are_closed(section: str) -> None:
+    required = {"model": "x"} if section == "teacher" else {}
+    SECTIONS[section].model_validate(required)
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        SECTIONS[section].model_validate(required | {"no_such_field": 1})
+
+
+def test_asymmetric_8_bit_is_refused_and_other_widths_are_not() -> None:
+    with pytest.raises(ValidationError, match=r"symmetric=true"):
+        QuantizeSection(bits=8, symmetric=False)
+    assert QuantizeSection(bits=8, symmetric=True).bits == 8
+    for bits in (2, 3, 4):
+        assert not QuantizeSection(bits=bits).symmetric
+
+
+@pytest.mark.parametrize("field", ["lmbda", "beta", "warmup_ratio"])
+@pytest.mark.parametrize("value", [-0.001, 1.001, 1.5, float("nan")])
+def test_shares_stay_between_zero_and_one(field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        DistillSection.model_validate({field: value})
+
+
+@pytest.mark.parametrize("field", ["lmbda", "beta"])
+@pytest.mark.parametrize("value", [0, 0.5, 1])
+def test_the_ends_of_a_share_are_allowed(field: str, value: float) -> None:
+    assert DistillSection.model_validate({field: value}).model_dump()[field] == value
+
+
+@pytest.mark.parametrize("field", ["lr", "temperature", "max_grad_norm", "weight_decay"])
+def test_infinite_numbers_are_refused(field: str) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        DistillSection.model_validate({field: float("inf")})
+
+
+def test_more_required_than_allowed_tokens_are_refused_with_both_numbers() -> None:
+    with pytest.raises(ValidationError, match=r"min_new_tokens=9.*max_new_tokens=8"):
+        RolloutSection(min_new_tokens=9, max_new_tokens=8)
+    assert RolloutSection(min_new_tokens=8, max_new_tokens=8).min_new_tokens == 8
+
+
+def test_a_sequence_needs_room_for_a_completion() -> None:
+    teacher = TeacherSection(model="x")
+    tight = {"teacher": teacher, "prompts": {"max_prompt_tokens": 100}}
+    with pytest.raises(ValidationError, match=r"distill\.max_tokens=100.*prompts\.max_prompt_tokens=100"):
+        Preset.model_validate(tight | {"distill": {"max_tokens": 100}})
+    assert Preset.model_validate(tight | {"distill": {"max_tokens": 101}}).distill.max_tokens == 101
+
+
+def test_rows_per_step_multiplies() -> None:
+    assert DistillSection(micro_batch_size=3, gradient_accumulation=5).rows_per_step == 15
+
+
+def test_the_teacher_is_the_only_required_section() -> None:
+    required = [name for name, field in Preset.model_fields.items() if field.is_required()]
+    assert required == ["teacher"]
+
+
+@pytest.mark.parametrize("missing", [{"patience": 0}, {"heldout_every": 0}])
+def test_stopping_early_needs_something_to_go_by(missing: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="stop_early goes by held-out KL"):
+        DistillSection.model_validate({"stop_early": True, **missing})

@@ -1,0 +1,441 @@
+"""Samples come from the model's own distribution, whatever the batch, and the stored log-probabilities are its."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chi2, chisquare
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, PreTrainedModel, Qwen3Config
+
+from kdctl.base.rng import uniform
+from kdctl.config.preset import RolloutSection
+from kdctl.rollout.sampler import Generator, Sampling, nucleus, sample
+from kdctl.run.records import Prompt, Rollout
+
+EOS = 258
+EXACT = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=24, min_new_tokens=0, seed=0)
+STOPS = (EOS, *range(16), *range(100, 116))
+"""Many ways to stop, so that rows of a block finish at different steps."""
+
+
+def sampling(**changes) -> Sampling:
+    return dataclasses.replace(EXACT, **changes)
+
+
+def ragged_prompts(count: int = 6) -> list[Prompt]:
+    """Make prompts of very different lengths."""
+    return [Prompt(f"p{i}", i, [(37 * i + 11 * j) % 256 for j in range(2 + 7 * i)]) for i in range(count)]
+
+
+def generate(model: PreTrainedModel, prompts: list[Prompt], settings: Sampling, stop=STOPS, step=0) -> list[Rollout]:
+    """Generate one completion a prompt, all in one block."""
+    generator = Generator(model, stop, settings, "teacher")
+    return generator.block([(prompt, 0) for prompt in prompts], step)
+
+
+@torch.no_grad()
+def full_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Compute log-probabilities of the whole vocabulary at each completion token, (T, V), in one pass."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    return model(input_ids=ids).logits[0].float().log_softmax(-1)[len(rollout.prompt_ids) - 1 : -1]
+
+
+@torch.no_grad()
+def next_probabilities(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> Tensor:
+    return (model(input_ids=torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
+
+
+def p_value(counts: Tensor, probabilities: Tensor) -> float:
+    """Test counts against probabilities by chi-square; tokens expected fewer than five times are taken as one."""
+    total = counts.sum()
+    expected = probabilities.double() / probabilities.double().sum() * total
+    rare = expected < 5
+    seen = [*counts[~rare].tolist(), counts[rare].sum().item()]
+    wanted = [*expected[~rare].tolist(), expected[rare].sum().item()]
+    if wanted[-1] < 5:
+        seen[-2:], wanted[-2:] = [sum(seen[-2:])], [sum(wanted[-2:])]
+    return float(chisquare(seen, wanted).pvalue)
+
+
+def counts_of(tokens: Tensor, vocabulary: int) -> Tensor:
+    return torch.bincount(tokens, minlength=vocabulary)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    """One row of uneven logits, (1, 264)."""
+    return torch.randn(1, 264, generator=torch.Generator().manual_seed(0)) * 2.5
+
+
+@pytest.fixture
+def eager_eos(teacher_fp32: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that wants to stop at every step: a large bias on its end-of-sequence token."""
+    bias = torch.zeros(teacher_fp32.config.vocab_size)
+    bias[EOS] = 40.0
+    head = teacher_fp32.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    head.bias = nn.Parameter(bias, requires_grad=False)
+    return teacher_fp32
+
+
+# --- one draw ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_sample_follows_softmax_over_keyed_uniforms(logits, temperature):
+    draws = 20_000
+    uniforms = torch.tensor([uniform("test", 1, i) for i in range(draws)], dtype=torch.float64)
+    tokens = sample(logits.expand(draws, -1), uniforms, sampling(temperature=temperature))
+    counts = counts_of(tokens, 264)
+    assert p_value(counts, (logits[0].double() / temperature).softmax(-1)) > 1e-3
+    assert p_value(counts, (logits[0].double() / (temperature * 1.1)).softmax(-1)) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_every_token_is_drawn_on_exactly_its_share_of_the_unit_interval(logits, temperature):
+    logits = logits * 0.4
+    probabilities = (logits[0].double() / temperature).softmax(-1)
+    middles = probabilities.cumsum(-1) - probabilities / 2
+    tokens = sample(logits.expand(264, -1), middles, sampling(temperature=temperature))
+    wide = (probabilities > 1e-6).nonzero().flatten()  # narrower ones are below what float32 probabilities resolve
+    assert torch.equal(tokens[wide], wide)
+    assert len(wide) > 250
+
+
+def test_greedy_takes_the_largest_logit_whatever_the_uniform(logits):
+    tokens = sample(logits.expand(5, -1), torch.linspace(0, 0.999, 5, dtype=torch.float64), sampling(temperature=0.0))
+    assert tokens.tolist() == [int(logits.argmax())] * 5
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 10, 264, 1000])
+def test_top_k_keeps_exactly_the_k_likeliest(logits, top_k):
+    uniforms = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    counts = counts_of(sample(logits.expand(40_000, -1), uniforms, sampling(top_k=top_k)), 264)
+    kept = logits[0].topk(min(top_k, 264)).indices
+    probabilities = torch.zeros(264, dtype=torch.float64)
+    probabilities[kept] = logits[0].double()[kept].softmax(-1)
+    assert (counts - probabilities * 40_000).abs().max() <= 2
+    assert counts[probabilities == 0].sum() == 0
+
+
+def test_top_k_keeps_k_tokens_where_logits_are_equal():
+    uniforms = torch.linspace(0, 0.999, 500, dtype=torch.float64)
+    tokens = sample(torch.zeros(500, 20), uniforms, sampling(top_k=3))
+    assert len(set(tokens.tolist())) == 3
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_keeps_exactly_the_smallest_set_that_reaches_it(logits, top_p):
+    probabilities = logits[0].double().softmax(-1)
+    kept, mass = set(), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += probabilities[token].item()
+    found = nucleus(logits.softmax(-1), top_p)[0]
+    assert set(found.nonzero().flatten().tolist()) == kept
+    assert torch.equal(found[sorted(kept)], logits.softmax(-1)[0][sorted(kept)])
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    counts = counts_of(sample(logits.expand(20_000, -1), uniforms, sampling(top_p=top_p)), 264)
+    expected = torch.where(found > 0, probabilities, 0) / mass * 20_000
+    assert (counts - expected).abs().max() <= 2
+
+
+def test_top_p_includes_the_token_that_reaches_it():
+    probabilities = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+    assert nucleus(probabilities, 0.75).tolist() == [[0.0, 0.5, 0.25, 0.0]]
+    assert nucleus(probabilities, 0.76).tolist() == [[0.125, 0.5, 0.25, 0.0]]
+
+
+def test_token_of_probability_zero_is_never_drawn():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(400, 500, generator=generator) * 20
+    impossible = torch.rand(400, 500, generator=generator) < 0.5
+    impossible[:, -100:] = True
+    impossible[:, :100] = True
+    impossible[:, 100] = False
+    logits = logits.masked_fill(impossible, -torch.inf)
+    for number in (0.0, 5e-324, 1 - 2**-53, 1.0):
+        tokens = sample(logits, torch.full((400,), number, dtype=torch.float64), EXACT)
+        assert (logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)) > 0).all(), number
+
+
+# --- whole completions ------------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_transformers_token_for_token(teacher_fp32):
+    prompts = ragged_prompts()
+    found = generate(teacher_fp32, prompts, sampling(temperature=0.0))
+    for prompt, rollout in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt.prompt_ids])
+        config = GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=list(STOPS), pad_token_id=EOS)
+        expected = teacher_fp32.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert rollout.completion_ids == expected[0, ids.shape[1] :].tolist()
+    assert len({len(rollout.completion_ids) for rollout in found}) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_the_rest_of_the_block(teacher_fp32, temperature):
+    prompts = ragged_prompts()
+    together = generate(teacher_fp32, prompts, sampling(temperature=temperature))
+    alone = [generate(teacher_fp32, [prompt], sampling(temperature=temperature))[0] for prompt in prompts]
+    turned = generate(teacher_fp32, prompts[::-1], sampling(temperature=temperature))[::-1]
+    for one, two, three in zip(together, alone, turned, strict=True):
+        assert one.completion_ids == two.completion_ids == three.completion_ids
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+    assert len({len(rollout.completion_ids) for rollout in together}) > 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_rows_that_follow_others_get_the_tokens_of_one_large_batch(teacher_fp32, temperature, batch_size):
+    items = [(prompt, sample) for prompt in ragged_prompts(7) for sample in range(2)]
+    settings = sampling(temperature=temperature)
+    large = Generator(teacher_fp32, STOPS, settings, "teacher").block(items)
+    drawn: list[int] = []
+    small = Generator(teacher_fp32, STOPS, settings, "teacher", batch_size).block(items, progress=drawn.append)
+    assert [rollout.completion_ids for rollout in small] == [rollout.completion_ids for rollout in large]
+    assert max(drawn) == batch_size
+    assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in large)
+
+
+def test_completions_of_one_prompt_share_its_reading(teacher_fp32):
+    read: list[int] = []
+    hook = teacher_fp32.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompts = ragged_prompts(3)
+    items = [(prompt, sample) for prompt in prompts for sample in range(4)]
+    found = Generator(teacher_fp32, (EOS,), EXACT, "teacher").block(items)
+    hook.remove()
+    assert read[0] == sum(len(prompt.prompt_ids) for prompt in prompts)
+    alone = [Generator(teacher_fp32, (EOS,), EXACT, "teacher").block([item])[0] for item in items]
+    assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
+
+
+def test_long_prompts_are_read_in_several_passes(teacher_fp32, monkeypatch):
+    whole = generate(teacher_fp32, ragged_prompts(), EXACT)
+    monkeypatch.setattr("kdctl.rollout.sampler.PROMPT_TOKENS", 40)
+    parts = generate(teacher_fp32, ragged_prompts(), EXACT)
+    assert [rollout.completion_ids for rollout in parts] == [rollout.completion_ids for rollout in whole]
+
+
+SHAPE = {"vocab_size": 264, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.15}
+OTHER_KINDS = {
+    "sliding window": MistralConfig(
+        **SHAPE, hidden_size=64, intermediate_size=128, num_key_value_heads=2, sliding_window=8
+    ),
+    "normalised heads": Qwen3Config(**SHAPE, hidden_size=64, intermediate_size=96, num_key_value_heads=4, head_dim=24),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_model_sample_the_same_in_any_block(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHER_KINDS[kind]).eval()
+    prompts = ragged_prompts(4)
+    for prompt, rollout in zip(prompts, generate(model, prompts, EXACT), strict=True):
+        assert rollout.completion_ids == generate(model, [prompt], EXACT)[0].completion_ids
+        chosen = full_logprobs(model, rollout).gather(-1, torch.tensor(rollout.completion_ids).unsqueeze(-1))
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), chosen.squeeze(-1), atol=1e-4, rtol=0)
+
+
+def test_first_and_second_tokens_follow_the_model(teacher_fp32):
+    prompt = Prompt("q", 0, list(range(40, 52)))
+    settings = sampling(max_new_tokens=2)
+    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(4000)])
+    first = torch.tensor([rollout.completion_ids[0] for rollout in found])
+    probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
+    assert p_value(counts_of(first, 264), probabilities) > 1e-3
+    assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids, 1.25)) < 1e-6
+    likely = int(probabilities.argmax())
+    second = torch.tensor([r.completion_ids[1] for r in found if r.completion_ids[0] == likely])
+    assert len(second) > 200
+    given = next_probabilities(teacher_fp32, [*prompt.prompt_ids, likely])
+    assert p_value(counts_of(second, 264), given) > 1e-3
+
+
+def test_temperature_shapes_the_completions_and_not_the_stored_logprobs(teacher_fp32):
+    prompt = Prompt("q", 0, list(range(40, 52)))
+    settings = sampling(temperature=0.6, max_new_tokens=1)
+    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(3000)])
+    first = torch.tensor([rollout.completion_ids[0] for rollout in found])
+    assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids, 0.6)) > 1e-3
+    assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids)) < 1e-6
+    plain = next_probabilities(teacher_fp32, prompt.prompt_ids).log()
+    stored = torch.tensor([rollout.logprobs for rollout in found], dtype=torch.float64).squeeze(-1)
+    torch.testing.assert_close(stored, plain[first], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 1.5},
+        {"temperature": 0.5, "min_new_tokens": 12},
+        {"top_k": 5, "min_new_tokens": 3},
+        {"top_p": 0.5},
+    ],
+)
+def test_stored_logprobs_are_the_unmasked_models_at_temperature_one(teacher_fp32, changes):
+    for rollout in generate(teacher_fp32, ragged_prompts(), sampling(**changes)):
+        assert rollout.logprobs is not None
+        chosen = full_logprobs(teacher_fp32, rollout).gather(-1, torch.tensor(rollout.completion_ids).unsqueeze(-1))
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), chosen.squeeze(-1), atol=1e-4, rtol=0)
+
+
+def test_mean_surprise_of_exact_samples_is_the_models_entropy(teacher_fp32):
+    prompt = Prompt("q", 0, list(range(40, 52)))
+    found = Generator(teacher_fp32, (EOS,), sampling(max_new_tokens=1), "teacher").block(
+        [(prompt, i) for i in range(3000)]
+    )
+    surprise = -torch.tensor([rollout.logprobs for rollout in found], dtype=torch.float64).squeeze(-1)
+    probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
+    entropy = -(probabilities * probabilities.log()).sum()
+    error = surprise.std() / math.sqrt(len(surprise))
+    assert (surprise.mean() - entropy).abs() < 4 * error
+
+
+def test_nothing_is_inherited_from_the_generation_configuration(teacher_fp32):
+    before = generate(teacher_fp32, ragged_prompts(), EXACT)
+    teacher_fp32.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=1,
+        top_p=0.1,
+        temperature=0.1,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        max_new_tokens=1,
+        min_new_tokens=20,
+        eos_token_id=1,
+        suppress_tokens=list(range(200)),
+    )
+    assert generate(teacher_fp32, ragged_prompts(), EXACT) == before
+
+
+def test_only_the_asked_top_k_and_top_p_restrict(teacher_fp32):
+    for changes, size in (({"top_k": 2}, 2), ({"top_p": 1e-6}, 1), ({}, 264)):
+        for rollout in generate(teacher_fp32, ragged_prompts(), sampling(**changes)):
+            better = full_logprobs(teacher_fp32, rollout)
+            chosen = better.gather(-1, torch.tensor(rollout.completion_ids).unsqueeze(-1))
+            ranks = (better > chosen + 1e-5).sum(-1)
+            assert ranks.max() < size
+    exact = [full_logprobs(teacher_fp32, r) for r in generate(teacher_fp32, ragged_prompts(), EXACT)]
+    assert sum(map(len, exact)) > 20
+
+
+# --- where a completion ends ------------------------------------------------------------------------------------------
+
+
+def test_completions_end_at_the_first_stop_token_or_the_limit(teacher_fp32):
+    found = generate(teacher_fp32, ragged_prompts(12), EXACT)
+    for rollout in found:
+        *body, last = rollout.completion_ids
+        assert not set(body) & set(STOPS)
+        assert rollout.finish_reason == ("stop" if last in STOPS else "length")
+        assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 24
+        assert rollout.logprobs is not None
+        assert len(rollout.logprobs) == len(rollout.completion_ids)
+    assert Counter(r.finish_reason for r in found).keys() == {"stop", "length"}
+
+
+def test_end_of_sequence_is_kept_where_it_is_the_padding_token(eager_eos):
+    for rollout in generate(eager_eos, ragged_prompts(), EXACT, (EOS,)):
+        assert rollout.completion_ids == [EOS]
+        assert rollout.finish_reason == "stop"
+
+
+def test_stop_at_the_last_allowed_token_is_a_stop(eager_eos):
+    settings = sampling(max_new_tokens=4, min_new_tokens=3)
+    for rollout in generate(eager_eos, ragged_prompts(), settings, (EOS,)):
+        assert rollout.completion_ids[3] == EOS
+        assert (len(rollout.completion_ids), rollout.finish_reason) == (4, "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_min_new_tokens_masks_every_stop_token(eager_eos, temperature):
+    settings = sampling(min_new_tokens=5, temperature=temperature)
+    for rollout in generate(eager_eos, ragged_prompts(), settings):
+        assert not set(rollout.completion_ids[:5]) & set(STOPS)
+        assert rollout.completion_ids[5:] == [EOS]
+        assert rollout.logprobs is not None
+        assert max(rollout.logprobs[:5]) < -10  # under the unmasked model these tokens are very unlikely
+        assert rollout.logprobs[5] > -0.1
+
+
+def test_masked_first_token_follows_the_renormalised_model(teacher_fp32):
+    prompt = Prompt("q", 0, list(range(40, 52)))
+    probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
+    stop = probabilities.topk(3).indices.tolist()
+    settings = sampling(max_new_tokens=1, min_new_tokens=1)
+    found = Generator(teacher_fp32, stop, settings, "teacher").block([(prompt, i) for i in range(3000)])
+    counts = counts_of(torch.tensor([rollout.completion_ids[0] for rollout in found]), 264)
+    assert counts[stop].sum() == 0
+    assert p_value(counts, probabilities.index_fill(0, torch.tensor(stop), 0.0)) > 1e-3
+
+
+def test_masking_is_on_record():
+    settings = RolloutSection(min_new_tokens=7, max_new_tokens=9, temperature=0.5, top_k=3, top_p=0.9, seed=4)
+    record = Sampling.of(settings).record()
+    expected = settings.model_dump(include=set(type(record).model_fields))
+    assert record.model_dump() == expected
+    assert expected["min_new_tokens"] == 7
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_same_key_same_rollouts(teacher_fp32):
+    assert generate(teacher_fp32, ragged_prompts(), EXACT) == generate(teacher_fp32, ragged_prompts(), EXACT)
+
+
+def test_other_key_other_tokens(teacher_fp32):
+    ids = list(range(40, 60))
+
+    def tokens(name: str = "p", index: int = 0, sample_index: int = 0, seed: int = 0, step: int = 0) -> tuple[int, ...]:
+        generator = Generator(teacher_fp32, (EOS,), sampling(seed=seed), "teacher")
+        (rollout,) = generator.block([(Prompt(name, index, ids), sample_index)], step)
+        return tuple(rollout.completion_ids)
+
+    others = [tokens(name="other"), tokens(sample_index=1), tokens(seed=1), tokens(step=1)]
+    assert len({tokens(), *others}) == 5
+    assert tokens(index=7) == tokens()
+
+
+def test_global_random_state_is_neither_read_nor_moved(teacher_fp32):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = generate(teacher_fp32, ragged_prompts(), EXACT)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert generate(teacher_fp32, ragged_prompts(), EXACT) == first
+
+
+def test_rollouts_say_where_they_come_from(teacher_fp32):
+    prompts = ragged_prompts(2)
+    items = [(prompts[1], 0), (prompts[1], 1), (prompts[0], 5)]
+    found = Generator(teacher_fp32, (EOS,), sampling(seed=9), "student").block(items, policy_step=12)
+    assert [(r.prompt_id, r.prompt_index, r.sample_index) for r in found] == [("p1", 1, 0), ("p1", 1, 1), ("p0", 0, 5)]
+    assert [r.prompt_ids for r in found] == [prompt.prompt_ids for prompt, _ in items]
+    assert {(r.seed, r.policy_step, r.source) for r in found} == {(9, 12, "student")}
+
+
+def test_progress_counts_every_token(teacher_fp32):
+    drawn: list[int] = []
+    generator = Generator(teacher_fp32, STOPS, EXACT, "teacher")
+    found = generator.block([(prompt, 0) for prompt in ragged_prompts()], progress=drawn.append)
+    assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in found)
+    assert drawn == sorted(drawn, reverse=True)
+
+
+def test_chi_square_helper_rejects_a_shifted_distribution():
+    probabilities = torch.full((10,), 0.1)
+    assert p_value(torch.full((10,), 100), probabilities) == pytest.approx(1.0)
+    skewed = torch.tensor([150, 50] * 5)
+    statistic = ((skewed - 100) ** 2 / 100).sum().item()
+    assert p_value(skewed, probabilities) == pytest.approx(float(chi2.sf(statistic, 9)))

@@ -1,0 +1,129 @@
+"""Widened half-precision products: float32 products, rounded once; all else is left alone."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from kdctl.model import load as models
+from kdctl.system import cpu_products
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """Register the kernels whatever this machine can do; lists the dtypes of what they widened."""
+    seen = []
+    original = cpu_products._wide
+
+    def noted(value: object) -> object:
+        seen.append(value.dtype if isinstance(value, Tensor) else None)
+        return original(value)
+
+    monkeypatch.setattr(cpu_products, "_wide", noted)
+    library = cpu_products.register(frozenset(HALF))
+    assert library is not None
+    yield seen
+    library._destroy()
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def with_gradients(work: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Return a result and its gradients, the result's own gradient being fixed numbers."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    result = work(*leaves)
+    result.backward(numbers(*result.shape, seed=9, dtype=result.dtype))
+    return [result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def rounded_once(work: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Do in float32 what ``with_gradients`` does, on the same numbers, and round what comes out."""
+    wide = [tensor.float().requires_grad_() for tensor in inputs]
+    result = work(*wide)
+    gradient = numbers(*result.shape, seed=9, dtype=inputs[0].dtype)
+    result.backward(gradient.float())
+    return [part.to(inputs[0].dtype) for part in (result.detach(), *(leaf.grad for leaf in wide)) if part is not None]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_and_its_gradients_are_rounded_once(widened: list, dtype: torch.dtype, bias: bool) -> None:
+    inputs = [numbers(7, 32, dtype=dtype), numbers(24, 32, seed=1, dtype=dtype)]
+    inputs += [numbers(24, seed=2, dtype=dtype)] if bias else []
+    expected = rounded_once(linear, *inputs)
+    found = with_gradients(linear, *inputs)
+    assert len(found) == 3 + bias
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+    assert widened.count(dtype) >= 3  # one factor of each of three products, at least
+
+
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(3, 8, 100), (3, 100, 8), (5, 30, 30)])
+def test_a_large_second_factor_is_multiplied_in_blocks(
+    widened: list, monkeypatch: pytest.MonkeyPatch, rows: int, inner: int, columns: int
+) -> None:
+    monkeypatch.setattr(cpu_products, "BLOCK", 240)
+    first, second = numbers(rows, inner), numbers(inner, columns, seed=1)
+    expected = first.double() @ second.double()
+    found = first @ second
+    assert float((found.double() - expected).abs().max() / expected.abs().max()) < 2**-8
+    assert widened == [torch.bfloat16] * 4  # blocks
+
+
+def test_a_batch_of_products_is_rounded_once(widened: list) -> None:
+    inputs = numbers(3, 5, 16), numbers(3, 16, 8, seed=1)
+    found, expected = with_gradients(torch.bmm, *inputs), rounded_once(torch.bmm, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.bfloat16 in widened
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_that_of_float32_inside(widened: list, masked: bool) -> None:
+    seen = numbers(1, 1, 6, 6, seed=4) > -1.0 if masked else None
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = seen if seen is None else seen | torch.eye(6, dtype=torch.bool)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not masked)
+
+    inputs = [numbers(1, 2, 6, 16, seed=seed) for seed in range(3)]
+    found, expected = with_gradients(attention, *inputs), rounded_once(attention, *inputs)
+    assert torch.equal(found[0], expected[0])
+    for gradient, reference in zip(found[1:], expected[1:], strict=True):  # backward reads the result, rounded
+        assert torch.allclose(gradient.float(), reference.float(), atol=0.02, rtol=0.02)
+    assert torch.bfloat16 in widened
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_formats_are_not_touched(widened: list, dtype: torch.dtype) -> None:
+    found = linear(numbers(7, 32, dtype=dtype), numbers(24, 32, seed=1, dtype=dtype))
+    assert found.dtype == dtype
+    assert widened == []
+
+
+def test_torchs_kernels_are_back_when_it_is_over() -> None:
+    inputs = numbers(7, 32, dtype=torch.float64) / 3, numbers(32, 5, seed=1, dtype=torch.float64) / 3
+    exact = inputs[0] @ inputs[1]
+    library = cpu_products.register(frozenset([torch.float64]))  # a format in which going through float32 shows
+    assert library is not None
+    assert not torch.equal(inputs[0] @ inputs[1], exact)
+    library._destroy()
+    assert torch.equal(inputs[0] @ inputs[1], exact)
+
+
+def test_nothing_is_replaced_where_the_cpu_can() -> None:
+    assert cpu_products.register(frozenset()) is None
+
+
+def test_a_model_on_a_cpu_is_made_ready_with_fast_products(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(models, "widen_products", lambda: called.append(True))
+    models.ready(teacher, torch.device("cpu"))
+    assert called == [True]

@@ -1,0 +1,347 @@
+"""Several processes: what is divided comes back in order, and training is that of one process."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from kdctl.base.errors import PresetError, ProcessError
+from kdctl.base.progress import Silent
+from kdctl.config.preset import DistillSection, PromptsSection, QuantizeSection
+from kdctl.data.prompts import PromptReader
+from kdctl.distill.checkpoint import load_checkpoint, save_checkpoint
+from kdctl.distill.feed import Feed, Live
+from kdctl.distill.fsdp import local_rows, shard
+from kdctl.distill.loop import Trainer, heldout_metrics
+from kdctl.distill.shadow import ShadowWeights
+from kdctl.eval.distribution import Yardstick, make_yardstick
+from kdctl.model import load as models
+from kdctl.model.activation_checkpointing import Checkpointing, set_checkpointing
+from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
+from kdctl.rollout.fill import Plan, fill
+from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.store import RolloutStore
+from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.paths import read_record
+from kdctl.run.records import CheckpointMeta, Rollout
+from kdctl.system.distributed import ALONE, PIECE, Processes, _pieces, connect
+
+Together = Callable[[str, str], None]
+GRID = QuantizeSection(group_size=32, method="minmax")
+SETTINGS = DistillSection(steps=3, lr=1e-3, warmup_ratio=0.0, max_tokens=64, micro_batch_size=2)
+REPLAYED = {"optimizer": "adamw", "refresh_every": 0}
+SAMPLING = Sampling(1.0, 1.0, 0, 6, 0, 0)
+
+
+def test_alone_everything_is_its_own_result() -> None:
+    tensor = torch.tensor([1.5, 2.5])
+    ALONE.sum_([tensor])
+    assert tensor.tolist() == [1.5, 2.5]
+    assert ALONE.total(0.1) == 0.1
+    assert ALONE.merge(ALONE.share([1, 2, 3])) == [1, 2, 3]
+    assert ALONE.on_main(lambda: "done") == ALONE.main_first(lambda: "done") == "done"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_a_partition(count: int) -> None:
+    shares = [Processes(rank, count).share(range(7)) for rank in range(count)]
+    assert sorted(item for share in shares for item in share) == list(range(7))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_rows_that_cannot_be_divided_are_refused_with_what_can() -> None:
+    Processes(0, 2).check_rows(4)
+    with pytest.raises(PresetError, match=r"6 rows a step .* among 4 processes.* launch 1, 2, 3, 6 processes"):
+        Processes(1, 4).check_rows(6)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for FSDP version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "kept in CPU memory"),
+    ],
+)
+def test_what_shards_in_another_way_is_refused(
+    found: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in found.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(PresetError, match=f"{words}.*--use_fsdp --fsdp_version 2"):
+        connect("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": "lora"}, "train=lora needs them whole; launch copies with --multi_gpu"),
+        ({"optimizer": "adafactor"}, "optimizer=adafactor needs them whole; use adamw"),
+        ({"lmbda": 0.5}, "live generation needs them whole; fill the store with kdctl rollout"),
+    ],
+)
+def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str, Any], words: str) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    Processes(0, 2).check_trainable(settings)
+    Processes(0, 2, sharded=True).check_trainable(SETTINGS)
+    Processes(0, 2, sharded=True).check_trainable(settings.model_copy(update={"train": "weights"} | REPLAYED))
+    with pytest.raises(PresetError, match=words):
+        Processes(0, 2, sharded=True).check_trainable(settings)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 5), (2, 5), (3, 2), (4, 9)])
+def test_rows_are_those_that_fsdp_gives(count: int, length: int) -> None:
+    tensor = torch.arange(2 * length).view(length, 2)
+    parts = [Processes(rank, count, sharded=True).rows(tensor) for rank in range(count)]
+    assert torch.equal(torch.cat(parts), tensor)
+    found, _ = Shard(0)._split_tensor(tensor, count, with_padding=False)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in found]
+    assert Processes(0, count).rows(tensor) is tensor
+
+
+def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert connect("auto") is ALONE
+
+
+def test_pieces_hold_every_tensor_once_and_no_more_than_they_may() -> None:
+    tensors = [torch.empty(size, device="meta") for size in (5, PIECE - 5, 1, 2 * PIECE, 7, 7)]
+    parts = list(_pieces(tensors))
+    assert [tensor for part in parts for tensor in part] == tensors
+    assert [len(part) for part in parts] == [2, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_the_end_of_one_is_an_error_at_once(together: Together) -> None:
+    together(__file__, "agree")
+
+
+def agree(processes: Processes, folder: Path) -> None:
+    for length in range(6):
+        items = [f"item {i}" for i in range(length)]
+        assert processes.merge(processes.share(items)) == items
+    assert processes.on_main(lambda: processes.rank) == 0
+    assert processes.total(0.25 + processes.rank) == 1.5
+    mark = folder / "mark"
+    assert processes.main_first(lambda: mark.exists() or mark.write_text("here") < 0) == (not processes.is_main)
+    tensors = {
+        rank: [
+            torch.randn(33, 3, generator=torch.Generator().manual_seed(rank)),
+            torch.randn(50, generator=torch.Generator().manual_seed(rank)).bfloat16(),
+        ]
+        for rank in range(2)
+    }
+    mine = [tensor.clone() for tensor in tensors[processes.rank]]
+    processes.sum_(mine)
+    for found, first, second in zip(mine, *tensors.values(), strict=True):
+        assert torch.equal(found, (first.float() + second.float()).to(found.dtype))
+    if processes.is_main:  # the other one ends here
+        with pytest.raises(ProcessError, match="another process of this run has ended"):
+            processes.wait()
+
+
+def rollouts(count: int) -> list[Rollout]:
+    """Make rollouts of random tokens with ragged prompts and completions."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(count):
+        prompt, completion = (int(torch.randint(2, 12, (1,), generator=generator)) for _ in range(2))
+        ids = torch.randint(0, 256, (prompt + completion,), generator=generator).tolist()
+        made.append(Rollout(str(index), index, 0, ids[:prompt], ids[prompt:], None, "length", 0, 0, "teacher"))
+    return made
+
+
+def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **settings) -> Trainer:
+    teacher = models.load_model(folder, dtype, torch.device("cpu"))
+    weights = quantize_layers(teacher, select_layers(teacher, GRID), GRID)
+    student = build_student(teacher, weights)
+    section = SETTINGS.model_copy(update=settings)
+    feed = Feed(section, rollouts(13), processes=processes)
+    if processes.sharded:
+        for model in (teacher, student):
+            shard(model, weights.keys(), processes)
+    shadow = ShadowWeights(student, local_rows(student, weights), teacher, section.learn_scales)
+    return Trainer(teacher, student, shadow, feed, section)
+
+
+def compare_training(
+    folder: Path, processes: Processes, dtype: torch.dtype, how: Checkpointing = "none", **settings
+) -> tuple[Trainer, Trainer]:
+    """Do three steps in two processes, and the same alone with twice the rows at once; compare losses."""
+    settings = {"gradient_accumulation": 2} | settings
+    divided = trainer_on(folder, processes, dtype, **settings)
+    settings["gradient_accumulation"] //= 2
+    whole = trainer_on(folder, ALONE, dtype, micro_batch_size=4, **settings)
+    for trainer in (divided, whole):
+        set_checkpointing(trainer.student, how)
+    for step in range(3):
+        found, expected = divided.step(step), whole.step(step)
+        assert found["train/forward_kl"] == pytest.approx(expected["train/forward_kl"], rel=2e-2)
+        assert found["train/completion_tokens"] == expected["train/completion_tokens"]
+        assert found["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=2e-2)
+    return divided, whole
+
+
+def differing(one: Trainer, other: Trainer) -> float:
+    """Return the share of codes that differ."""
+    pairs = [
+        (a.codes, b.codes) for (_, a), (_, b) in zip(one.shadow.quantized(), other.shadow.quantized(), strict=True)
+    ]
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_dir_fp32)
+    together(__file__, "train_in_float32")
+
+
+def train_in_float32(processes: Processes, folder: Path) -> None:
+    first = trainer_on(folder / "model", processes, torch.float32, gradient_accumulation=2)
+    alone = trainer_on(folder / "model", ALONE, torch.float32, micro_batch_size=4)
+    (loss, tokens), (expected, all_tokens) = first.accumulate(rollouts(4)), alone.accumulate(rollouts(4))
+    assert tokens == all_tokens
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, master in first.shadow.trained.items():
+        torch.testing.assert_close(master.grad, alone.shadow.trained[name].grad, rtol=1e-3, atol=1e-6)
+    divided, whole = compare_training(folder / "model", processes, torch.float32)
+    assert differing(divided, whole) <= 1e-4
+
+
+@pytest.mark.slow
+def test_row_shards_train_what_one_process_trains(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_dir_fp32)
+    together(__file__, "train_row_shards")
+
+
+def train_row_shards(processes: Processes, folder: Path) -> None:
+    ways: list[tuple[bool, Checkpointing, dict[str, Any]]] = [
+        (True, "selective", {}),
+        (True, "full", {"gradient_accumulation": 4, "learn_scales": True}),
+        (False, "none", {"gradient_accumulation": 4}),
+    ]
+    for freed, how, changes in ways:
+        shards = replace(processes, sharded=True, freed=freed)
+        divided, whole = compare_training(folder / "model", shards, torch.float32, how, **changes)
+        matches_whole(divided, whole)
+        compare_gradients(divided, whole)
+        compare_checkpoints(folder / how, divided, whole)
+        found, expected = (heldout_metrics(each.student, yardstick(each.teacher)) for each in (divided, whole))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def yardstick(teacher: PreTrainedModel) -> Yardstick:
+    return make_yardstick(teacher, rollouts(5))
+
+
+def matches_whole(divided: Trainer, whole: Trainer) -> None:
+    """Check that shards are half of each tensor, the codes of the whole and what the model computes with."""
+    expected, cut = dict(whole.shadow.quantized()), divided.processes.rows
+    different = 0
+    for name, weight in divided.shadow.quantized():
+        parameter = divided.student.get_parameter(f"{name}.weight")
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(parameter.to_local(), dense(weight))
+        assert len(weight.codes) * 2 == len(expected[name].codes)
+        different += int((weight.codes != cut(expected[name].codes)).sum())
+    assert different <= 1e-4 * sum(weight.codes.numel() for weight in expected.values())
+    assert sum(p.numel() for p in divided.shadow.parameters()) * 2 == sum(p.numel() for p in whole.shadow.parameters())
+
+
+def compare_gradients(divided: Trainer, whole: Trainer) -> None:
+    """Check that what backward leaves on shards is the whole gradient's rows."""
+    for trainer in (divided, whole):
+        trainer.accumulate(rollouts(trainer.settings.rows_per_step))
+    for name, tensor in divided.shadow.trained.items():
+        expected = whole.shadow.trained[name].grad
+        assert expected is not None
+        torch.testing.assert_close(tensor.grad, divided.processes.rows(expected), rtol=1e-3, atol=1e-6)
+    for trainer in (divided, whole):
+        trainer.optimizer.zero_grad()
+        trainer.shadow.write_back()
+
+
+def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
+    """Check that shards and whole models write one file and read each other's."""
+    meta = CheckpointMeta(identity="", step=3, sha256="")
+    shards = divided.processes
+    kept = {name: tensor.detach().clone() for name, tensor in divided.shadow.trained.items()}
+    path = save_checkpoint(folder, divided.shadow, divided.optimizer, meta, 1, None, shards)
+    shards.wait()
+    found = path, read_record(path / "meta.json", CheckpointMeta)
+    load_checkpoint(*found, whole.shadow, whole.optimizer)
+    with torch.no_grad():
+        for name, tensor in divided.shadow.trained.items():
+            tensor.zero_()
+            assert torch.equal(shards.rows(whole.shadow.trained[name]), kept[name])
+    load_checkpoint(*found, divided.shadow, divided.optimizer, shards)
+    for name, tensor in divided.shadow.trained.items():
+        assert torch.equal(tensor, kept[name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = [trainer.optimizer.state[trainer.shadow.trained[name]][key] for trainer in (divided, whole)]
+            assert torch.equal(moments[0], shards.rows(moments[1]))
+            assert moments[0].count_nonzero() > 0
+    matches_whole(divided, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_in_bfloat16(together: Together, tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_dir)
+    together(__file__, "train_in_bfloat16")
+
+
+def train_in_bfloat16(processes: Processes, folder: Path) -> None:
+    lone = trainer_on(folder / "model", processes, torch.bfloat16, gradient_accumulation=2)
+    lone.accumulate(rollouts(4))
+    assert {p.grad.dtype for p in lone.shadow.parameters() if p.grad is not None} == {torch.bfloat16}
+    divided, whole = compare_training(folder / "model", processes, torch.bfloat16)
+    assert differing(divided, whole) <= 0.02
+    mine = torch.cat([p.detach().flatten() for p in divided.shadow.parameters()])
+    main = processes.on_main(lambda: mine)
+    assert torch.equal(mine, main), "all processes must hold the same masters to the bit"
+
+
+@pytest.mark.slow
+def test_stores_of_two_processes_are_those_of_one(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_dir_fp32)
+    together(__file__, "write_stores")
+
+
+def write_stores(processes: Processes, folder: Path) -> None:
+    model = models.load_model(folder / "model", torch.float32, torch.device("cpu"))
+    tokenizer = models.load_tokenizer(folder / "model")
+    prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0)
+    generator = Generator(model, [258], SAMPLING, "student")
+    plan = Plan("student", "identity", "writer", prompts, prompts_per_block=2, num_generations=2)
+    divided, alone = RolloutStore(folder / "divided"), RolloutStore(folder / f"alone{processes.rank}")
+    assert fill(divided, plan, generator, Silent(), processes) == fill(alone, plan, generator, Silent())
+    rows, counts = alone.read(), [len(rollout.completion_ids) for rollout in alone.read()]
+    states, own = TeacherStates("teacher"), TeacherStates("teacher")
+    states.fill(divided, model, Silent(), processes)
+    own.fill(alone, model, Silent())
+    assert torch.equal(states.of(rows, counts), own.of(rows, counts))
+    settings = SETTINGS.model_copy(update={"lmbda": 0.5, "refresh_every": 2, "gradient_accumulation": 2})
+    stores = [RolloutStore(folder / "live"), RolloutStore(folder / f"live{processes.rank}")]
+    feeds = [
+        Feed(settings, rollouts(9), Live(settings, prompts.prompts, generator, store, "identity", "writer"), who)
+        for store, who in zip(stores, (processes, ALONE), strict=True)
+    ]
+    found, expected = [], []
+    for step in range(3):
+        found, expected = (feed.rows(step) for feed in feeds)
+        assert [row.completion_ids for row in found] == [row.completion_ids for row in expected]
+        assert [row.source for row in found] == [row.source for row in expected]
+    assert stores[0].manifest().steps == stores[1].manifest().steps
+
+    def resumed() -> list[Rollout]:
+        again = Live(settings, prompts.prompts, generator, stores[0], "identity", "writer")
+        again.resume(2)
+        return Feed(settings, rollouts(9), again).rows(2)
+
+    assert [row.completion_ids for row in processes.on_main(resumed)] == [row.completion_ids for row in expected]
