@@ -12,6 +12,7 @@ demo: $(STAMP)  ## set up, then quantize, distill, evaluate and report on the em
 test: $(STAMP)  ## set up, then check style and types and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 -m "not slow" --durations=5 --cov --cov-report=
 	$(BIN)/pytest -m slow --durations=5 --cov --cov-append --cov-report=term:skip-covered

@@ -27,10 +27,9 @@ from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Trainer
 from kdctl.distill.optimizer import update
 from kdctl.distill.shadow import make_shadow
-from kdctl.eval.distribution import predicting_hidden
 from kdctl.model import load as models
 from kdctl.model.activation_checkpointing import recomputed, set_checkpointing
-from kdctl.model.batch import Batch, collate
+from kdctl.model.batch import Batch, collate, predicting_hidden
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import Rollout
 

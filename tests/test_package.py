@@ -57,7 +57,12 @@ def source_files() -> set[str]:
 def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == source_files()
-    for part in ("presets/smoke.toml", "data/prompts.jsonl", "data/tiny/model.safetensors", "eval/task_files/mmlu_offline.yaml"):
+    for part in (
+        "presets/smoke.toml",
+        "data/prompts.jsonl",
+        "data/tiny/model.safetensors",
+        "eval/task_files/mmlu_offline.yaml",
+    ):
         assert f"kdctl/{part}" in names
 
 

@@ -1,4 +1,4 @@
-"""What a stage tells its user while it works, without knowing how it is shown (layer 0)."""
+"""What a stage tells its user while it works, without knowing how it is shown."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

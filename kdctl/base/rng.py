@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a key, not of a state (layer 0).
+"""Random numbers that are functions of a key, not of a state.
 
 Every draw in kdctl is a hash of what it is for: (seed, step, row) for λ, (seed, policy step, prompt, sample, position)
 for a sampled token. So a resumed run, another batch size or another process sees the same numbers.

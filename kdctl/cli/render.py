@@ -1,4 +1,4 @@
-"""Records to what a person reads on stdout (layer 5)."""
+"""Records to what a person reads on stdout."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

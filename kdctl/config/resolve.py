@@ -1,4 +1,4 @@
-"""Preset name or path, plus overrides, to a resolved ``Preset`` (layer 0: no torch)."""
+"""Preset name or path, plus overrides, to a resolved ``Preset`` (no torch)."""
 
 import difflib
 import hashlib

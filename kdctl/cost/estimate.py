@@ -1,4 +1,4 @@
-"""Sizes of everything that one run makes: memory by phase, disk and tokens (layer 2).
+"""Sizes of everything that one run makes: memory by phase, disk and tokens.
 
 Sizes are those of the tensors that the code makes; sequences are taken to be as long as the preset allows.
 """

@@ -1,4 +1,4 @@
-"""What a network takes in memory, worked out from its configuration alone (layer 2).
+"""What a network takes in memory, worked out from its configuration alone.
 
 Nothing is loaded. Parameters are counted on a model without storage; what passes keep and make is seen by running the
 real ones on tensors that have a shape and no numbers.
@@ -17,9 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kdctl.base.errors import ModelError
 from kdctl.config.preset import QuantizeSection
-from kdctl.distill.divergence import ROWS_IN_CACHE, Objective, token_chunk, value_and_gradient
+from kdctl.distill.divergence import Objective, value_and_gradient
 from kdctl.model.activation_checkpointing import Checkpointing, recomputed, set_checkpointing
 from kdctl.model.attention import Layout, RowCache, forward, use_layouts
+from kdctl.model.head import ROWS_IN_CACHE, token_chunk
 from kdctl.model.load import linear_shapes, skeleton
 from kdctl.quant.apply import select_layers
 

@@ -1,4 +1,4 @@
-"""What a run will take before anything runs: memory by phase, disk and tokens (layer 3).
+"""What a run will take before anything runs: memory by phase, disk and tokens.
 
 Everything follows from the preset and from what ``footprint`` sees of the network. Sizes are those of the tensors that
 the code makes; sequences are taken to be as long as the preset allows.

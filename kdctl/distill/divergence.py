@@ -11,16 +11,15 @@ The generalized JSD vanishes as β → 0 or 1; the ``normalized`` scale divides 
 output head is frozen, so the gradient with respect to the hidden states is formed in the same pass.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kdctl.model.head import Head, rows_at_once
+
 Scale = Literal["normalized", "gkd"]
-ROWS_IN_CACHE = 16
-"""Positions whose float32 logits are worked on at once on a CPU: a few megabytes that stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,6 @@ class Objective:
     def name(self) -> str:
         """Metric name of the divergence."""
         return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
-
-
-@dataclass(frozen=True)
-class Head:
-    """Frozen output head shared by teacher and student: logits = hidden @ weight.T + bias."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Multiply (N, H) hidden states to (N, V) logits in the head's dtype."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Multiply (N, H) hidden states to (N, V) logits, computed in the head's dtype, in float32."""
-        return self(hidden).float()
 
 
 def divergence(student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int = 256) -> Tensor:
@@ -70,7 +53,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx, student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
-        rows = ROWS_IN_CACHE if student.device.type == "cpu" else chunk
+        rows = rows_at_once(student, chunk)
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             logits, wanted = head(student[part]), head(teacher[part])
@@ -137,8 +120,3 @@ def _log_mixture_ratio(delta: Tensor, beta: float) -> Tensor:
     near = torch.log1p(beta * torch.expm1(delta.clamp(max=20.0)))
     far = delta + torch.log(beta + (1 - beta) * torch.exp(-delta.clamp(min=20.0)))
     return torch.where(delta > 20.0, far, near)
-
-
-def token_chunk(vocabulary: int, budget_bytes: int = 64 * 2**20) -> int:
-    """Choose how many positions to multiply at once: two float32 rows of logits each within the budget, at least 16."""
-    return max(16, math.floor(budget_bytes / (2 * 4 * vocabulary)))

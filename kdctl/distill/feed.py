@@ -1,14 +1,17 @@
-"""Which rollouts each step trains on (layer 2): replayed from stores, or generated live into one.
+"""Which rollouts each step trains on: replayed from stores, or generated live into one.
 
-The loop asks for the rows of a step and never knows where they come from.
+The loop asks for the rows of a step and never knows where they come from. Row r of step t owns slot t·B + r, B rows a
+step. A hash of (seed, step, row) decides with probability λ whether the slot is filled on-policy; the slot alone
+decides which prompt it takes from a source. Nothing depends on what ran before, so a resumed run, another split into
+micro-batches or another number of processes sees the same data.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kdctl.base.errors import StoreError
+from kdctl.base.rng import shuffled_index, uniform
 from kdctl.config.preset import DistillSection
-from kdctl.model.batch import on_policy_rows, slot_index
 from kdctl.rollout.sampler import Generator
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
@@ -175,3 +178,13 @@ class Live:
             shards=tuple(self._shards),
             steps=dict(self._steps),
         )
+
+
+def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:
+    """Draw which rows of a step are student-generated: row r where uniform(seed, step, r) < λ."""
+    return [uniform("lambda", seed, step, row) < lmbda for row in range(rows)]
+
+
+def slot_index(slot: int, count: int, seed: int, source: str) -> int:
+    """Return which of a source's ``count`` items fills a slot: reshuffled passes over all of them."""
+    return shuffled_index(slot, count, "order", seed, source)

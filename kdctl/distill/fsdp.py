@@ -1,4 +1,4 @@
-"""Row shards of weights, as FSDP2 makes them (layer 1).
+"""Row shards of weights, as FSDP2 makes them.
 
 FSDP2 (``torch.distributed.fsdp.fully_shard``) divides a weight along out_features, so every group along in_features
 stays whole and the grid of a row needs nothing of the others.

@@ -19,15 +19,15 @@ from kdctl.distill.checkpoint import (
     require_room,
     save_checkpoint,
 )
-from kdctl.distill.divergence import Objective, divergence, token_chunk
+from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed, Live
 from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.shadow import Shadow
-from kdctl.eval.distribution import Yardstick, compare, predicting_hidden, predicting_states, summarize
+from kdctl.eval.distribution import Yardstick, compare, summarize
 from kdctl.model.activation_checkpointing import recomputed
-from kdctl.model.batch import Batch, collate, split
-from kdctl.model.load import head_of
+from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states, split
+from kdctl.model.head import head_of, token_chunk
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.run.tracking import Tracker

@@ -1,4 +1,4 @@
-"""What to look out for during training: held-out KL without a new low, longer completions, vanishing ends (layer 2).
+"""What to look out for during training: held-out KL without a new low, longer completions, vanishing ends.
 
 Everything here is a function of the lines of metrics.jsonl, so a resumed run decides what an undisturbed one decides.
 """

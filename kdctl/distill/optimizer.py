@@ -1,4 +1,4 @@
-"""The optimizer step: gradients as they came from backward, float32 ones a few at a time (layer 1).
+"""The optimizer step: gradients as they came from backward, float32 ones a few at a time.
 
 What lives as long as training does, masters and AdamW's moments, lies in one block each: between activations that come
 and go it would leave holes that nothing fits into.

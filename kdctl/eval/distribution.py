@@ -15,10 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl import stats
 from kdctl.config.resolve import identity
-from kdctl.distill.divergence import ROWS_IN_CACHE, Head, token_chunk
-from kdctl.model.attention import Layout, forward
-from kdctl.model.batch import Batch, collate, split
-from kdctl.model.load import head_of
+from kdctl.model.batch import Batch, collate, predicting_states, split
+from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
 from kdctl.run.records import DistributionMetrics, Rollout, TextMetrics
 
 Array = NDArray[np.float64]
@@ -89,18 +87,6 @@ def _read(teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progr
     return Yardstick(batches, states, head_of(teacher))
 
 
-def predicting_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the final hidden states that predict completion tokens, (M, H), with what backward needs of them."""
-    batch = batch.to(model.device)
-    return forward(model, batch.input_ids, batch.places, Layout(batch.lengths))[batch.predicting]
-
-
-@torch.inference_mode()
-def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the final hidden states that predict completion tokens, (M, H)."""
-    return predicting_hidden(model, batch)
-
-
 def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress | None = None) -> PerDocument:
     """Measure the student against the teacher on every document of the yardstick."""
     parts, heads = [], Heads(head_of(student), yardstick.head)
@@ -125,7 +111,7 @@ def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) 
 
 def _columns(student: Tensor, teacher: Tensor, targets: Tensor, heads: Heads) -> Iterator[Tensor]:
     """Multiply (N, H) hidden states to logits at once, and measure few rows at a time: all in float32 is large."""
-    rows = ROWS_IN_CACHE if student.device.type == "cpu" else len(student)
+    rows = rows_at_once(student, len(student))
     logits = heads.student(student).split(rows), heads.teacher(teacher).split(rows)
     for q, p, target in zip(*logits, targets.split(rows), strict=True):
         yield _per_token(q.float(), p.float(), target)

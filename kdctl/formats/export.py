@@ -1,4 +1,4 @@
-"""A student folder in the formats of other programs: GGUF for llama.cpp, plain safetensors, hqq's own (layer 3)."""
+"""A student folder in the formats of other programs: GGUF for llama.cpp, plain safetensors, hqq's own."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One student folder under inspection: every check that ``kdctl verify`` makes, each a method (layer 2).
+"""One student folder under inspection: every check that ``kdctl verify`` makes, each a method.
 
 A check returns a line on what it found. It raises StoreError where the folder fails, Unknown where it cannot be made.
 """

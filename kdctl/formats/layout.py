@@ -1,4 +1,4 @@
-"""What a student folder must store, worked out from its configuration without a weight (layer 2)."""
+"""What a student folder must store, worked out from its configuration without a weight."""
 
 from dataclasses import dataclass
 from pathlib import Path

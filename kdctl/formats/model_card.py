@@ -1,4 +1,4 @@
-"""The model card of a student folder: records to Markdown, with the metadata that the Hub reads (layer 1)."""
+"""The model card of a student folder: records to Markdown, with the metadata that the Hub reads."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Proves a student folder: integrity, tensors, numbers, and three loaders that agree to the bit (layer 3).
+"""Proves a student folder: integrity, tensors, numbers, and three loaders that agree to the bit.
 
 What can be proven from the folder alone must be; what needs the teacher is "unknown", with the reason, where there is
 none. The first part also is the gate that every new folder passes before it takes its place.

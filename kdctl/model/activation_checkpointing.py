@@ -1,4 +1,4 @@
-"""Activation checkpointing: what backward needs of a decoder layer is computed again instead of kept (layer 2).
+"""Activation checkpointing: what backward needs of a decoder layer is computed again instead of kept.
 
 ``full`` keeps a layer's input and runs the whole layer again (Chen et al. 2016, section 4.1). ``selective`` also keeps
 the results of its matrix products and attention, which cost nearly all the time, and repeats what lies between them.

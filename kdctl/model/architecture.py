@@ -1,4 +1,4 @@
-"""Kinds of network that kdctl does not handle, recognized before any weight is read (layer 2)."""
+"""Kinds of network that kdctl does not handle, recognized before any weight is read."""
 
 from torch import nn
 from transformers import PreTrainedModel

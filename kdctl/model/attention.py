@@ -1,4 +1,4 @@
-"""Attention over sequences laid end to end, beside rows that continue from a cache (layer 2).
+"""Attention over sequences laid end to end, beside rows that continue from a cache.
 
 No token is spent on padding: a batch is one row of tokens, and a layout says where each sequence lies. Models call
 ``attend`` once ``use_layouts`` has named it their implementation; without a layout it is transformers' own ``sdpa``.

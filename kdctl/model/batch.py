@@ -1,9 +1,4 @@
-"""Rollouts to tensors, and which rollouts a step uses.
-
-Row r of step t owns slot t·B + r, B rows a step. A hash of (seed, step, row) decides with probability λ whether the
-slot is filled on-policy; the slot alone decides which prompt it takes from a source. Nothing depends on what ran
-before, so a resumed run, another split into micro-batches or another number of processes sees the same data.
-"""
+"""Rollouts to tensors without padding, and the pass that reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +6,9 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from kdctl.base.rng import shuffled_index, uniform
+from kdctl.model.attention import Layout, forward
 from kdctl.run.records import Rollout
 
 
@@ -74,11 +70,13 @@ def collate(rollouts: Sequence[Rollout], max_tokens: int | None = None) -> Batch
     )
 
 
-def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:
-    """Draw which rows of a step are student-generated: row r where uniform(seed, step, r) < λ."""
-    return [uniform("lambda", seed, step, row) < lmbda for row in range(rows)]
+def predicting_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the final hidden states that predict completion tokens, (M, H), with what backward needs of them."""
+    batch = batch.to(model.device)
+    return forward(model, batch.input_ids, batch.places, Layout(batch.lengths))[batch.predicting]
 
 
-def slot_index(slot: int, count: int, seed: int, source: str) -> int:
-    """Return which of a source's ``count`` items fills a slot: reshuffled passes over all of them."""
-    return shuffled_index(slot, count, "order", seed, source)
+@torch.inference_mode()
+def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the final hidden states that predict completion tokens, (M, H)."""
+    return predicting_hidden(model, batch)

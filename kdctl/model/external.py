@@ -1,4 +1,4 @@
-"""Models that kdctl did not make, measured beside its own: GPTQ, AWQ, compressed-tensors, plain (layer 2)."""
+"""Models that kdctl did not make, measured beside its own: GPTQ, AWQ, compressed-tensors, plain."""
 
 from dataclasses import dataclass
 from pathlib import Path

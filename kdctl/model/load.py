@@ -30,8 +30,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin
 
 from kdctl.base.errors import ModelError
-from kdctl.distill.divergence import Head
 from kdctl.model.architecture import check_architecture
+from kdctl.model.head import check_head
 from kdctl.model.tokenizer import open_gguf_tokenizer, open_tokenizer
 from kdctl.run.paths import atomic_folder, sha256
 from kdctl.system.cpu_products import widen_products
@@ -219,26 +219,6 @@ def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTok
             f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
         )
     return tokenizer
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the frozen output head."""
-    module = model.get_output_embeddings()
-    if not isinstance(module, nn.Linear):
-        raise ModelError(f"model type {model.config.model_type!r} has no linear output head to share")
-    return Head(module.weight.detach(), module.bias.detach() if module.bias is not None else None)
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Raise ModelError unless logits are exactly lm_head(final hidden state)."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
-        raise ModelError(
-            f"model type {model.config.model_type!r} changes its logits after the output head (capping or scaling), "
-            "and kdctl computes divergences from final hidden states and would train on another distribution"
-        )
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tokenizers from disk, and whether two are the same, without which no two models can be compared (layer 2)."""
+"""Tokenizers from disk, and whether two are the same, without which no two models can be compared."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises ModelError if it is missing or damaged."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the Rust library raises no narrower kind for a damaged file
+    except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
 
 

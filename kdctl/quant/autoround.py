@@ -1,4 +1,4 @@
-"""AutoRound: rounding and clipping tuned by signed gradients on calibration tokens, with Intel's auto-round (layer 2).
+"""AutoRound: rounding and clipping tuned by signed gradients on calibration tokens, with Intel's auto-round.
 
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs". The package is
 optional. It patches transformers and logging on import and seeds the process, so it runs in a process of its own

@@ -1,4 +1,4 @@
-"""Layer-by-layer quantization with calibration data (layer 2).
+"""Layer-by-layer quantization with calibration data.
 
 The inputs of each decoder layer come from the already quantized ones before it, so that every layer compensates what
 went wrong earlier. One layer's Hessians are in memory at a time.

@@ -1,4 +1,4 @@
-"""Second-order error compensation on the shipping grid. Pure functions on tensors (layer 1)."""
+"""Second-order error compensation on the shipping grid. Pure functions on tensors."""
 
 import torch
 from torch import Tensor

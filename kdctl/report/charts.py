@@ -1,4 +1,4 @@
-"""What figures show, before anything is drawn: numbers with 95 % intervals, labels and captions (layer 1)."""
+"""What figures show, before anything is drawn: numbers with 95 % intervals, labels and captions."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Columns of result tables: settings, accuracies, distances, with marks of what differs and what is best (layer 2)."""
+"""Columns of result tables: settings, accuracies, distances, with marks of what differs and what is best."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Rows of a report and their differences: a setting's seeds against a baseline's, item by item (layer 2)."""
+"""Rows of a report and their differences: a setting's seeds against a baseline's, item by item."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Figures of numbers over numbers: learning-rate sweeps, training, cost (layer 2)."""
+"""Figures of numbers over numbers: learning-rate sweeps, training, cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The tables behind the verdicts: every comparison, distances, recovery, seeds (layer 2)."""
+"""The tables behind the verdicts: every comparison, distances, recovery, seeds."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""A study's whole report: verdicts, tables, settings and commands, for people and for programs (layer 2)."""
+"""A study's whole report: verdicts, tables, settings and commands, for people and for programs."""
 
 import json
 from collections.abc import Sequence

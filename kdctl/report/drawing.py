@@ -1,4 +1,4 @@
-"""Charts to SVG and PNG, the same bytes every time (layer 2; the only file importing matplotlib)."""
+"""Charts to SVG and PNG, the same bytes every time (the only file importing matplotlib)."""
 
 import io
 import textwrap

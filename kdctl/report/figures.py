@@ -1,4 +1,4 @@
-"""The figures that a study's models can fill (layer 2): forest plots and the grid of settings; curves are beside it."""
+"""The figures that a study's models can fill: forest plots and the grid of settings; curves are beside it."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""From run folders to a report on disk and the tables that are asked for (layer 3)."""
+"""From run folders to a report on disk and the tables that are asked for."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Figures on disk, drawn only where they are not there yet (layer 2)."""
+"""Figures on disk, drawn only where they are not there yet."""
 
 import hashlib
 from collections.abc import Sequence

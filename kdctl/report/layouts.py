@@ -1,4 +1,4 @@
-"""The tables that a study's models can fill: everything, or one setting varied and the others equal (layer 2)."""
+"""The tables that a study's models can fill: everything, or one setting varied and the others equal."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What all figures share: how a row is named, which method made it, and its numbers with their intervals (layer 2)."""
+"""What all figures share: how a row is named, which method made it, and its numbers with their intervals."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""report.html: one file with verdicts, tables that sort, figures, every setting, and how to repeat it (layer 2)."""
+"""report.html: one file with verdicts, tables that sort, figures, every setting, and how to repeat it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a report was made from, and the commands that make it again (layer 2)."""
+"""What a report was made from, and the commands that make it again."""
 
 import json
 import shlex

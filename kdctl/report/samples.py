@@ -1,4 +1,4 @@
-"""What single benchmark items and held-out documents said, read back for paired statistics (layer 2: no torch)."""
+"""What single benchmark items and held-out documents said, read back for paired statistics (no torch)."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

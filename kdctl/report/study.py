@@ -1,4 +1,4 @@
-"""One or several run folders as frozen records: every model with its settings, scores, items and training (layer 2).
+"""One or several run folders as frozen records: every model with its settings, scores, items and training.
 
 What a report says is computed from a ``Study`` and nothing else. Big tables are read when they are first asked for.
 """

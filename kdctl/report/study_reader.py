@@ -1,4 +1,4 @@
-"""Run folders to a ``Study`` (layer 2)."""
+"""Run folders to a ``Study``."""
 
 import dataclasses
 import statistics

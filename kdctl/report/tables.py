@@ -1,4 +1,4 @@
-"""Tables of numbers with errors, intervals and marks, in five forms (layer 1)."""
+"""Tables of numbers with errors, intervals and marks, in five forms."""
 
 import csv
 import html

@@ -1,4 +1,4 @@
-"""What was found, in plain sentences (layer 2)."""
+"""What was found, in plain sentences."""
 
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Row, baseline, per_token, per_token_difference

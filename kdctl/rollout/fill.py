@@ -1,4 +1,4 @@
-"""Filling a rollout store block by block (layer 2)."""
+"""Filling a rollout store block by block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from kdctl.base.rng import uniform
 from kdctl.config.preset import RolloutSection
-from kdctl.distill.divergence import ROWS_IN_CACHE
 from kdctl.model.attention import Layout, RowCache, forward
+from kdctl.model.head import rows_at_once
 from kdctl.run.records import Prompt, Rollout, SamplingRecord
 from kdctl.system.packed import packed
 
@@ -149,7 +149,7 @@ class Generator:
         short = torch.tensor([len(row.tokens) < sampling.min_new_tokens for row in rows], device=device)
         stop = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
         stop[list(self.stop)] = True
-        few = ROWS_IN_CACHE if device.type == "cpu" else len(rows)
+        few = rows_at_once(logits, len(rows))
         drawn = []
         for part in (slice(i, i + few) for i in range(0, len(rows), few)):
             values = logits[part].float()

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdctl.base.progress import Reporter
-from kdctl.eval.distribution import predicting_states
-from kdctl.model.batch import collate, split
+from kdctl.model.batch import collate, predicting_states, split
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.paths import atomic_path, require_free_space
 from kdctl.run.records import Rollout, ShardEntry

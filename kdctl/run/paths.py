@@ -1,4 +1,4 @@
-"""The run folder: names of every file in it, atomic writes, and the preset that it belongs to (layer 0)."""
+"""The run folder: names of every file in it, atomic writes, and the preset that it belongs to."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""What kdctl writes to disk, as typed records (layer 0).
+"""What kdctl writes to disk, as typed records.
 
 JSON files are frozen pydantic models; rollouts, of which there are many, are plain dataclasses.
 """

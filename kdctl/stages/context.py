@@ -1,4 +1,4 @@
-"""One run folder, one preset, and what several stages need of them, loaded once and only when asked for (layer 3).
+"""One run folder, one preset, and what several stages need of them, loaded once and only when asked for.
 
 The yardstick (held-out prompts and the teacher's completions of them) lives here because every stage measures on it.
 """

@@ -1,4 +1,4 @@
-"""Training of one variant, from the PTQ student to ``final/`` (layer 4)."""
+"""Training of one variant, from the PTQ student to ``final/``."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Benchmarks and distances of every model of a run (layer 4)."""
+"""Benchmarks and distances of every model of a run."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What there is to win before training starts: how far the PTQ student is from the teacher (layer 4)."""
+"""What there is to win before training starts: how far the PTQ student is from the teacher."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The whole job on one page, stage after stage; the only place where stages meet (layer 4).
+"""The whole job on one page, stage after stage; the only place where stages meet.
 
 A stage whose outputs are complete and whose identity (a hash of the preset sections it reads and of its inputs) matches
 is skipped with one line. A stage makes what it lacks from an earlier one, saying so.

@@ -1,4 +1,4 @@
-"""Writes student folders: the model card with them, and the gate before them (layer 4)."""
+"""Writes student folders: the model card with them, and the gate before them."""
 
 from pathlib import Path
 

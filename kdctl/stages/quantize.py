@@ -1,4 +1,4 @@
-"""The first stage: the PTQ student, and post-training methods side by side (layer 4)."""
+"""The first stage: the PTQ student, and post-training methods side by side."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Rollout stores of a run: which ones a preset needs, and how they are filled (layer 4)."""
+"""Rollout stores of a run: which ones a preset needs, and how they are filled."""
 
 from collections.abc import Iterable
 

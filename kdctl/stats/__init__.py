@@ -1,4 +1,4 @@
-"""Statistics on per-item results: intervals, paired comparisons, verdicts (layer 1: no torch, no files)."""
+"""Statistics on per-item results: intervals, paired comparisons, verdicts (no torch, no files)."""
 
 from kdctl.stats.bootstrap import LEVEL, exponential, ratio, ratio_difference, removed
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm

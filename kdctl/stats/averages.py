@@ -1,4 +1,4 @@
-"""Averages of several measures over several tasks, whose items may be shared or come in common groups (layer 1).
+"""Averages of several measures over several tasks, whose items may be shared or come in common groups.
 
 Tasks are fixed, their items are samples. Two tasks covary through the groups that both have items in, and only so.
 """

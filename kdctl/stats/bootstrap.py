@@ -1,4 +1,4 @@
-"""Percentile bootstrap over documents or groups of items, the same every time (layer 1)."""
+"""Percentile bootstrap over documents or groups of items, the same every time."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Two models on the same items: one task, the average of several, several comparisons at once (layer 1)."""
+"""Two models on the same items: one task, the average of several, several comparisons at once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the statistics found, as typed records (layer 0).
+"""What the statistics found, as typed records.
 
 Accuracies and their differences are fractions of 1; only ``words`` speak of points, hundredths of 1.
 """

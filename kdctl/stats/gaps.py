@@ -1,4 +1,4 @@
-"""How much of what quantization lost came back, in accuracy (layer 1). For KL see ``bootstrap.removed``."""
+"""How much of what quantization lost came back, in accuracy. For KL see ``bootstrap.removed``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

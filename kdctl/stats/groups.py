@@ -1,4 +1,4 @@
-"""Items that come in groups: what they say less than as many independent items (layer 1)."""
+"""Items that come in groups: what they say less than as many independent items."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

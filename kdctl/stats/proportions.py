@@ -1,4 +1,4 @@
-"""Score intervals of one accuracy and of a paired difference of two (layer 1).
+"""Score intervals of one accuracy and of a paired difference of two.
 
 Score intervals hold where few items or few flips make the normal ones too narrow: they have width even where all
 answers are equal. Groups of items enter as an effective sample size (Rao & Scott 1992): counts divided by the design

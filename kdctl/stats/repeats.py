@@ -1,4 +1,4 @@
-"""Several seeds of one setting on the same items (layer 1).
+"""Several seeds of one setting on the same items.
 
 Two-way random effects: answer(seed, item) = μ + seed + item + residual. The benchmark's items and the seeds are both
 samples, so Var(mean) = σ²_seed/S + σ²_item/N + σ²_residual/(S·N) (Miller 2024 and Madaan et al. 2024, "Quantifying

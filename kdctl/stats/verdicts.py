@@ -1,4 +1,4 @@
-"""From an interval to a verdict in words (layer 1)."""
+"""From an interval to a verdict in words."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Where a sweep stands, read from its run folder, whoever is working on it (layer 2: no torch)."""
+"""Where a sweep stands, read from its run folder, whoever is working on it (no torch)."""
 
 from pathlib import Path
 from statistics import median

@@ -1,4 +1,4 @@
-"""Which values each trial gets, and how it went: Optuna draws them and keeps the state in a journal file (layer 1)."""
+"""Which values each trial gets, and how it went: Optuna draws them and keeps the state in a journal file."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""A sweep as a Kubernetes Job: one pod a shard, one shared volume for run folder and caches (layer 1)."""
+"""A sweep as a Kubernetes Job: one pod a shard, one shared volume for run folder and caches."""
 
 import posixpath
 import re

@@ -1,4 +1,4 @@
-"""Runs trials on this machine: each is a distill variant and its eval in one run folder (layer 4).
+"""Runs trials on this machine: each is a distill variant and its eval in one run folder.
 
 Everything that trials share is made once, by whichever process comes first; the others wait for it. A finished variant
 is skipped and a killed one goes on from its checkpoint, because that is what the stages do.

@@ -1,4 +1,4 @@
-"""Locks in a run folder: one sweep at a time, one process a shared stage or variant (layer 1).
+"""Locks in a run folder: one sweep at a time, one process a shared stage or variant.
 
 They are kernel locks on files, so that the lock of a process that died is free at once, and are only advice on volumes
 whose server does not share them between hosts; there the fixed share of each shard still keeps trials apart.

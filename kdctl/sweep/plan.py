@@ -1,4 +1,4 @@
-"""What a sweep will do, checked in full before the first trial (layer 1: no torch)."""
+"""What a sweep will do, checked in full before the first trial (no torch)."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""A wandb sweep file to parameters that are preset fields (layer 1).
+"""A wandb sweep file to parameters that are preset fields.
 
 The format is wandb's sweep configuration (docs.wandb.ai/models/sweeps/sweep-config-keys), read unchanged. A parameter
 with one value is a setting of the whole sweep, the others are swept; ``preset`` with one value names the base preset.

@@ -1,4 +1,4 @@
-"""A sweep file to what wandb's server and agents are given (layer 1: wandb itself is not imported)."""
+"""A sweep file to what wandb's server and agents are given (wandb itself is not imported)."""
 
 from collections.abc import Sequence
 from typing import Any

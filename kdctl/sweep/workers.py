@@ -1,4 +1,4 @@
-"""Runs several shards of a sweep as processes of their own on one machine (layer 1)."""
+"""Runs several shards of a sweep as processes of their own on one machine."""
 
 import os
 import subprocess

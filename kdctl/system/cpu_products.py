@@ -1,4 +1,4 @@
-"""Half-precision products on CPUs that torch has no fast kernels for: on x86, those without AVX-512 (layer 1).
+"""Half-precision products on CPUs that torch has no fast kernels for: on x86, those without AVX-512.
 
 There a linear layer takes torch eight times as long in bfloat16 as in float32, and fifty times with its gradients
 (benchmarks/products.py). Here operands are widened to float32, which is exact, and the result is rounded once, as by

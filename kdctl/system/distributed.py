@@ -1,4 +1,4 @@
-"""Several processes that work on one run: who does what, and what they tell each other (layer 1).
+"""Several processes that work on one run: who does what, and what they tell each other.
 
 ``accelerate launch`` or ``torchrun`` starts them; each has its own copy of the models, or, where accelerate's
 configuration asks for FSDP2, its rows of them while they train. What is divided is divided by position, what is not is

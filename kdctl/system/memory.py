@@ -1,4 +1,4 @@
-"""The machine's memory: how much there is, and what was freed and is still held (layer 0)."""
+"""The machine's memory: how much there is, and what was freed and is still held."""
 
 import ctypes
 import gc

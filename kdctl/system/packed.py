@@ -1,4 +1,4 @@
-"""Weights as the CPU's matrix product reads them, while many small products use the same ones (layer 2).
+"""Weights as the CPU's matrix product reads them, while many small products use the same ones.
 
 Each half-precision product on a CPU reorders its weight first or, without instructions for it, widens it. Done once for
 a whole block of completions, that is the same sum without the copies: a fifth of a block's time at 4 rows, a tenth at

@@ -17,10 +17,9 @@ from kdctl.distill.checkpoint import checkpoint_bytes
 from kdctl.distill.divergence import Objective
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.distill.shadow import Shadow, make_shadow
-from kdctl.eval.distribution import predicting_hidden
 from kdctl.formats.student import packed_tensors, unquantized_tensors
 from kdctl.model import load as models
-from kdctl.model.batch import collate
+from kdctl.model.batch import collate, predicting_hidden
 from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
 from kdctl.rollout.teacher_states import int8
 from kdctl.run.records import Phase, Rollout

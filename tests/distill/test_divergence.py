@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from kdctl.distill.divergence import Head, Objective, Scale, divergence, token_chunk, value_and_gradient
+from kdctl.distill.divergence import Objective, Scale, divergence, value_and_gradient
+from kdctl.model.head import Head, token_chunk
 
 BETAS = (0.0, 1e-4, 0.01, 0.1, 0.5, 0.9, 0.999, 1.0)
 HIDDEN, VOCABULARY = 12, 101

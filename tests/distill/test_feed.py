@@ -9,8 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection, PromptsSection
 from kdctl.data.prompts import PromptReader
-from kdctl.distill.feed import Feed, Live, Replay
-from kdctl.model.batch import on_policy_rows
+from kdctl.distill.feed import Feed, Live, Replay, on_policy_rows
 from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Rollout

@@ -27,10 +27,10 @@ from kdctl.distill.feed import Feed, Replay
 from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
 from kdctl.distill.monitor import WINDOW
 from kdctl.distill.shadow import ShadowWeights
-from kdctl.eval.distribution import compare, make_yardstick, predicting_hidden, predicting_states, summarize
+from kdctl.eval.distribution import compare, make_yardstick, summarize
 from kdctl.model.attention import Layout, forward
-from kdctl.model.batch import collate
-from kdctl.model.load import head_of
+from kdctl.model.batch import collate, predicting_hidden, predicting_states
+from kdctl.model.head import head_of
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.paths import read_record
 from kdctl.run.records import DistillReport, Rollout

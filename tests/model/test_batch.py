@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from kdctl.model.batch import Batch, collate, on_policy_rows, slot_index
+from kdctl.distill.feed import on_policy_rows, slot_index
+from kdctl.model.batch import Batch, collate
 from kdctl.run.records import Rollout
 
 EOS = 258

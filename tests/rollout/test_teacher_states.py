@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
-from kdctl.eval.distribution import predicting_states
 from kdctl.formats.student import load_student
-from kdctl.model.batch import collate
+from kdctl.model.batch import collate, predicting_states
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates, from_int8, int8
 from kdctl.run.records import Rollout, StoreManifest
