@@ -5,6 +5,7 @@ for a sampled token. So a resumed run, another batch size or another process see
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,9 +21,15 @@ def uniform(*key: int | str) -> float:
     return (digest(*key) >> 11) * 2.0**-53
 
 
+@lru_cache(maxsize=4, typed=True)
 def permutation(count: int, *key: int | str) -> np.ndarray:
-    """Return the permutation of ``range(count)`` that belongs to a key, shape (count,) int64."""
-    return np.random.Generator(np.random.Philox(key=digest(*key))).permutation(count)
+    """Return the permutation of ``range(count)`` that belongs to a key, shape (count,) int64, read-only.
+
+    The last few are kept: consecutive slots of an endless sequence read the same one.
+    """
+    order = np.random.Generator(np.random.Philox(key=digest(*key))).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def shuffled_index(slot: int, count: int, *key: int | str) -> int:

@@ -47,6 +47,15 @@ def test_permutations_of_distinct_keys_differ_and_put_items_anywhere():
     assert (abs(first - 400) < 5 * np.sqrt(400)).all()
 
 
+def test_kept_permutation_is_drawn_once_and_cannot_be_spoiled():
+    found = permutation(1000, "kept", 0)
+    assert permutation(1000, "kept", 0) is found
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 0
+    assert permutation(1000, "kept", "0").tolist() != found.tolist()
+    assert permutation(1000, "kept", True).tolist() != permutation(1000, "kept", 1).tolist()
+
+
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_every_pass_takes_each_item_exactly_once(count: int):
     passes = [[shuffled_index(epoch * count + i, count, "order", 0) for i in range(count)] for epoch in range(6)]
