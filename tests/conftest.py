@@ -16,6 +16,7 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.model import load as models
 from kdctl.system.cpu_products import widen_products
+from kdctl.system.memory import freeze_imports
 
 
 def _helper(name: str) -> ModuleType:
@@ -32,6 +33,11 @@ def _helper(name: str) -> ModuleType:
 tiny = _helper("tiny")
 _helper("made_up")
 TOGETHER = Path(__file__).parent / "together.py"
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the tests import out of every garbage collection."""
+    freeze_imports()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -113,10 +113,12 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
         os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
     _import_transformers()
-    if not verbose:
-        from kdctl.model import load as models
+    from kdctl.model import load as models
+    from kdctl.system.memory import freeze_imports
 
+    if not verbose:
         models.quiet()
+    freeze_imports()
 
 
 def _import_transformers() -> None:

@@ -6,10 +6,25 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
+
+def freeze_imports() -> None:
+    """Take all objects that exist out of every later garbage collection; call it before any model exists.
+
+    After the imports they are some 400,000 of libraries' own, which a collection would walk in 0.2 to 0.5 s.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 def give_back() -> None:
-    """Return freed memory to the operating system where the C library can: glibc keeps it for the next large tensor."""
+    """Return freed memory to the device's driver and, where the C library can, to the operating system.
+
+    Both torch's allocator and glibc would keep it for the next large tensor.
+    """
     gc.collect()
+    torch.accelerator.empty_cache()
     if sys.platform != "linux":
         return
     try:

@@ -2,12 +2,20 @@
 
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from kdctl.system.memory import give_back
+from kdctl.system.memory import freeze_imports, give_back
+
+
+class Knot:
+    """An object that only a garbage collection frees."""
+
+    def __init__(self) -> None:
+        self.self = self
 
 
 def resident() -> int:
@@ -25,3 +33,15 @@ def test_freed_tensors_leave_the_process() -> None:
     give_back()
     assert full - resident() > 0.8 * size * count
     assert float(last.sum()) == size // 4
+
+
+def test_only_what_comes_after_the_freeze_is_collected() -> None:
+    before = weakref.ref(Knot())
+    knot = Knot()
+    freeze_imports()
+    old, new = weakref.ref(knot), weakref.ref(Knot())
+    del knot
+    give_back()
+    assert before() is None
+    assert new() is None
+    assert old() is not None
