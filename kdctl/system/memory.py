@@ -24,7 +24,8 @@ def give_back() -> None:
     Both torch's allocator and glibc would keep it for the next large tensor.
     """
     gc.collect()
-    torch.accelerator.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     if sys.platform != "linux":
         return
     try:
