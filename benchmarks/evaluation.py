@@ -30,7 +30,10 @@ from kdctl.config.resolve import load_preset
 from kdctl.eval.harness import quiet
 from kdctl.eval.likelihood import LikelihoodModel
 from kdctl.eval.tasks import build_tasks
-from kdctl.model import load as models
+from kdctl.model.load import load_model, pick_device
+from kdctl.model.load import quiet as quiet_transformers
+from kdctl.model.reference import model_folder
+from kdctl.model.tokenizer import open_tokenizer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -50,9 +53,9 @@ def arguments() -> argparse.Namespace:
 
 def contestants(reference: str, batch_size: int) -> dict[str, LM]:
     """Wrap one bf16 model in both classes."""
-    folder = models.model_folder(reference, torch.bfloat16)
-    model = models.load_model(folder, torch.bfloat16, models.pick_device("auto"))
-    tokenizer = models.open_tokenizer(folder)
+    folder = model_folder(reference, torch.bfloat16)
+    model = load_model(folder, torch.bfloat16, pick_device("auto"))
+    tokenizer = open_tokenizer(folder)
     options: dict[str, Any] = {
         "pretrained": model,
         "tokenizer": copy.deepcopy(tokenizer),
@@ -90,7 +93,7 @@ def compare(task: ConfigurableTask, values: dict[str, list[float]]) -> tuple[int
 def main() -> None:
     """Print one row a task."""
     given = arguments()
-    models.quiet()
+    quiet_transformers()
     with quiet():
         tasks = build_tasks(EvalSection(tasks=tuple(given.tasks)), offline=False)
         both = contestants(given.model, given.batch_size)

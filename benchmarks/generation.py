@@ -18,7 +18,9 @@ from transformers import GenerationConfig
 
 from kdctl.config.resolve import load_preset
 from kdctl.eval.distribution import text_documents
-from kdctl.model import load as models
+from kdctl.model.load import load_model, pick_device, quiet
+from kdctl.model.reference import model_folder
+from kdctl.model.tokenizer import open_tokenizer
 from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.run.records import Prompt
 
@@ -39,10 +41,10 @@ class Bench:
     """One model and the prompts that both sides continue."""
 
     def __init__(self, reference: str, count: int, tokens: int):
-        folder = models.model_folder(reference, torch.bfloat16)
-        self.model = models.load_model(folder, torch.bfloat16, models.pick_device("auto"))
+        folder = model_folder(reference, torch.bfloat16)
+        self.model = load_model(folder, torch.bfloat16, pick_device("auto"))
         self.tokens = tokens
-        ids = [token for document in text_documents(models.open_tokenizer(folder), 8192) for token in document]
+        ids = [token for document in text_documents(open_tokenizer(folder), 8192) for token in document]
         lengths = torch.randint(SHORTEST, LONGEST, (count,), generator=torch.Generator().manual_seed(0)).tolist()
         apart = (len(ids) - LONGEST) // count
         self.prompts = [Prompt(str(i), i, ids[i * apart : i * apart + n]) for i, n in enumerate(lengths)]
@@ -88,7 +90,7 @@ def clock(work: Callable[[], object]) -> float:
 def main() -> None:
     """Time both sides in turn and print medians."""
     args = arguments()
-    models.quiet()
+    quiet()
     bench = Bench(args.model, args.prompts, args.tokens)
     times: dict[str, list[float]] = {"kdctl": [], "transformers": []}
     for _ in range(args.rounds):

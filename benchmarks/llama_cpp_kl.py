@@ -58,13 +58,14 @@ def read_documents(model: Path, rollouts: Path, count: int) -> tuple[list[dict],
     import torch
 
     from kdctl.formats.student import load_student
-    from kdctl.model import load as models
+    from kdctl.model.load import load_model
+    from kdctl.model.tokenizer import load_tokenizer
     from kdctl.rollout.store import RolloutStore
 
     cpu = torch.device("cpu")
     quantized = "quantization_config" in json.loads((model / "config.json").read_text())
-    network = (load_student(model, cpu).model if quantized else models.load_model(model, torch.bfloat16, cpu)).float()
-    tokenizer = models.load_tokenizer(model)
+    network = (load_student(model, cpu).model if quantized else load_model(model, torch.bfloat16, cpu)).float()
+    tokenizer = load_tokenizer(model)
     documents, logits = [], []
     for rollout in RolloutStore(rollouts).read()[:count]:
         ids = [*rollout.prompt_ids, *rollout.completion_ids]

@@ -27,9 +27,10 @@ from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Trainer
 from kdctl.distill.optimizer import update
 from kdctl.distill.shadow import make_shadow
-from kdctl.model import load as models
 from kdctl.model.activation_checkpointing import recomputed, set_checkpointing
 from kdctl.model.batch import Batch, collate, predicting_hidden
+from kdctl.model.load import load_model, pick_device, quiet
+from kdctl.model.reference import model_folder
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import Rollout
 
@@ -79,8 +80,8 @@ def arguments() -> argparse.Namespace:
 def teacher_of(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """Load the quickstart's teacher, or build a random network of the shape that was asked for."""
     if not args.hidden:
-        folder = models.model_folder(load_preset("quickstart").teacher.model, torch.bfloat16)
-        return models.load_model(folder, torch.bfloat16, device)
+        folder = model_folder(load_preset("quickstart").teacher.model, torch.bfloat16)
+        return load_model(folder, torch.bfloat16, device)
     config = Qwen3Config(
         hidden_size=args.hidden,
         num_hidden_layers=args.layers,
@@ -166,8 +167,8 @@ def show(clock: Clock, least: dict[str, float], found: Callable[[str], float]) -
 def main() -> None:
     """Time the parts and print them."""
     args = arguments()
-    models.quiet()
-    device = models.pick_device("auto")
+    quiet()
+    device = pick_device("auto")
     teacher = teacher_of(args, device)
     settings = DistillSection(train=args.train, steps=args.rounds, max_tokens=args.tokens)
     grid = QuantizeSection(method="minmax", group_size=64)

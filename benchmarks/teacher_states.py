@@ -13,7 +13,7 @@ from pathlib import Path
 from kdctl.config.preset import Preset
 from kdctl.eval.distribution import Yardstick, compare, summarize
 from kdctl.formats.student import load_student
-from kdctl.model import load as models
+from kdctl.model.load import quiet
 from kdctl.rollout.teacher_states import from_int8, int8
 from kdctl.run.paths import RunDir, read_record
 from kdctl.stages.context import open_job
@@ -36,7 +36,7 @@ def rounded(yardstick: Yardstick) -> Yardstick:
 def main() -> None:
     """Compare the teacher with its rounded states, and a student with both."""
     args = arguments()
-    models.quiet()
+    quiet()
     job = open_job(read_record(RunDir(args.run).preset, Preset), args.run)
     exact = job.small_yardstick(args.documents)
     coarse, student = rounded(exact), load_student(job.run.student, job.device).model

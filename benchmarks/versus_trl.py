@@ -26,7 +26,7 @@ from pathlib import Path
 from kdctl.config.resolve import load_preset
 from kdctl.data.prompts import messages_of
 from kdctl.eval import distribution
-from kdctl.model import load as models
+from kdctl.model.load import quiet
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
 from kdctl.stages.context import Job, open_job
@@ -253,7 +253,7 @@ def slope_table(pairs: dict[str, tuple[Case, Case]]) -> str:
 def main() -> None:
     """Run all cases, interleaved, and print the tables."""
     args = arguments()
-    models.quiet()
+    quiet()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(prepare(Path(name), args.data), Path(name), args.peer_python, args.steps)
         cases, pairs = bench.step_cases(), bench.slope_cases()

@@ -14,7 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
-from kdctl.model import load as models
+from kdctl.model.load import load_model, quiet
+from kdctl.model.tokenizer import load_tokenizer
 from kdctl.system.cpu_products import widen_products
 from kdctl.system.memory import freeze_imports
 
@@ -49,7 +50,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("KDCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")  # subprocesses too: tiny tensors are slower on several threads
         torch.set_num_threads(1)
-        models.quiet()
+        quiet()
         widen_products()  # as every model that kdctl loads does: what is compared is computed in one way
         yield
 
@@ -82,19 +83,19 @@ def tiny_dir_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def teacher(tiny_dir: Path) -> PreTrainedModel:
     """Load the tiny teacher, bf16."""
-    return models.load_model(tiny_dir, torch.bfloat16, torch.device("cpu"))
+    return load_model(tiny_dir, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.fixture
 def teacher_fp32(tiny_dir_fp32: Path) -> PreTrainedModel:
     """Load the tiny teacher, fp32."""
-    return models.load_model(tiny_dir_fp32, torch.float32, torch.device("cpu"))
+    return load_model(tiny_dir_fp32, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir: Path) -> PreTrainedTokenizerBase:
     """Load the byte tokenizer."""
-    return models.load_tokenizer(tiny_dir)
+    return load_tokenizer(tiny_dir)
 
 
 @pytest.fixture

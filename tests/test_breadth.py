@@ -30,7 +30,7 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.formats.student import load_student
 from kdctl.formats.verify import find_teacher, verify
-from kdctl.model import load as models
+from kdctl.model.load import linear_shapes
 from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.run.records import Prompt
 from kdctl.stages import pipeline
@@ -110,7 +110,7 @@ def test_a_family_goes_through_every_stage_to_the_bit(
         report = verify(folder, find_teacher(folder), CPU)
         assert {check.status for check in report.checks} == {"passed"}, report.checks
     start, trained = load_student(job.run.student, CPU), load_student(final, CPU)
-    assert start.weights.keys() == models.linear_shapes(job.teacher).keys() == trained.weights.keys()
+    assert start.weights.keys() == linear_shapes(job.teacher).keys() == trained.weights.keys()
     assert any(not torch.equal(weight.codes, trained.weights[name].codes) for name, weight in start.weights.items())
     for name, parameter in job.teacher.named_parameters():
         if name.removesuffix(".weight") not in trained.weights:

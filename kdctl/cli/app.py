@@ -369,9 +369,9 @@ def verify(
         prepare_libraries(teacher is None, verbose)
         from kdctl.formats.verify import find_teacher
         from kdctl.formats.verify import verify as verify_student
-        from kdctl.model import load as models
+        from kdctl.model.load import pick_device
 
-        report = verify_student(folder, find_teacher(folder, teacher), models.pick_device("auto"))
+        report = verify_student(folder, find_teacher(folder, teacher), pick_device("auto"))
         show(report, as_json, console_views().show_verified)
         if not report.passed:
             raise typer.Exit(1)

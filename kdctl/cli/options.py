@@ -113,11 +113,11 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
         os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
     _import_transformers()
-    from kdctl.model import load as models
+    from kdctl.model.load import quiet
     from kdctl.system.memory import freeze_imports
 
     if not verbose:
-        models.quiet()
+        quiet()
     freeze_imports()
 
 

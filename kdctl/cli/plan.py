@@ -42,12 +42,13 @@ def plan(
         from kdctl.cost.network import look_at
         from kdctl.cost.plan import find_machine, make_plan
         from kdctl.distill.divergence import Objective
-        from kdctl.model import load as models
+        from kdctl.model.load import torch_dtype
+        from kdctl.model.reference import find_config
         from kdctl.run.paths import RunDir
 
         teacher, distill = stage.preset.teacher, stage.preset.distill
-        dtype = models.torch_dtype(teacher.dtype)
-        config = models.find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)
+        dtype = torch_dtype(teacher.dtype)
+        config = find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)
         network = look_at(config, stage.preset.quantize, dtype, Objective(distill.beta))
         machine = find_machine(stage.preset.runtime.device, stage.folder, memory)
         found = make_plan(stage.preset, network, machine, RunDir(stage.folder), shards)

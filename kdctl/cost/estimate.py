@@ -16,7 +16,7 @@ from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.rollout.sampler import PROMPT_TOKENS
 from kdctl.rollout.teacher_states import group_size
 from kdctl.run.records import Part, Phase
-from kdctl.system.packed import packed_bytes
+from kdctl.system.cpu_products import packed_bytes
 
 PROCESS_BYTES = 2**29
 """Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""

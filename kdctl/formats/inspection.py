@@ -20,8 +20,10 @@ from kdctl.config.preset import Preset
 from kdctl.eval import distribution as metrics
 from kdctl.formats.layout import expected_tensors
 from kdctl.formats.student import HELDOUT, REPORT, SUMS, Student, check_sums, folder_bytes, read_student, stored_grid
-from kdctl.model import load as models
 from kdctl.model import tokenizer as tokens
+from kdctl.model.folder import fingerprint, read_config, read_tensors, stop_ids
+from kdctl.model.load import load_model, ready
+from kdctl.model.tokenizer import check_vocabulary
 from kdctl.quant.affine import Grid, pack, pack_zero_point
 from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
@@ -74,12 +76,12 @@ class Inspection:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        return models.read_config(self.folder)
+        return read_config(self.folder)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""
-        return dict(models.read_tensors(self.folder))
+        return dict(read_tensors(self.folder))
 
     @cached_property
     def student(self) -> Student:
@@ -93,14 +95,14 @@ class Inspection:
         wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if wrong:
             raise StoreError(f"transformers finds missing or unexpected tensors: {_some(wrong)}")
-        return models.ready(model, self.device)
+        return ready(model, self.device)
 
     @cached_property
     def teacher_folder(self) -> Path:
         """The teacher's folder, if it is the one that the student was made from."""
         if self.teacher.folder is None:
             raise Unknown(self.teacher.reason)
-        found = self.teacher.fingerprint or models.fingerprint(self.teacher.folder)
+        found = self.teacher.fingerprint or fingerprint(self.teacher.folder)
         if found != self.report.teacher:
             raise Unknown(f"{self.teacher.folder} is not the teacher that the folder was made from ({found[:16]})")
         return self.teacher.folder
@@ -108,7 +110,7 @@ class Inspection:
     @cached_property
     def teacher_model(self) -> PreTrainedModel:
         """The teacher in memory."""
-        return models.load_model(self.teacher_folder, self.teacher.dtype, self.device)
+        return load_model(self.teacher_folder, self.teacher.dtype, self.device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,12 +212,12 @@ class Inspection:
     def same_tokenizer(self) -> str:
         """Compare the tokenizer, the stop tokens and the vocabulary's size with the teacher's."""
         own = self.tokenizer
-        models.check_vocabulary(own, self.config)
+        check_vocabulary(own, self.config)
         theirs = tokens.open_tokenizer(self.teacher_folder)
         different = tokens.differences(own, theirs)
-        if models.stop_ids(self.folder, own) != models.stop_ids(self.teacher_folder, theirs):
+        if stop_ids(self.folder, own) != stop_ids(self.teacher_folder, theirs):
             different.append("stop tokens")
-        if self.config.vocab_size != models.read_config(self.teacher_folder).vocab_size:
+        if self.config.vocab_size != read_config(self.teacher_folder).vocab_size:
             different.append("vocabulary size")
         if different:
             raise StoreError(f"not the teacher's: {', '.join(different)}")
@@ -232,7 +234,7 @@ class Inspection:
 
     def same_configuration(self) -> str:
         """Compare what the configuration says of the network with the teacher's, which no check of weights can see."""
-        theirs = models.read_config(self.teacher_folder).to_dict()
+        theirs = read_config(self.teacher_folder).to_dict()
         own = {key: value for key, value in self.config.to_dict().items() if key in theirs.keys() - OWN_KEYS}
         different = sorted(key for key, value in own.items() if value != theirs[key])
         if different:

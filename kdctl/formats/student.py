@@ -20,7 +20,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
-from kdctl.model.load import from_tensors, read_tensors
+from kdctl.model.folder import read_tensors
+from kdctl.model.load import from_tensors
 from kdctl.quant.affine import (
     Grid,
     QParams,

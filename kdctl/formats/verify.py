@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from kdctl.base.errors import KdctlError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.formats.inspection import Inspection, Teacher, Unknown
-from kdctl.model import load as models
+from kdctl.model.load import torch_dtype
+from kdctl.model.reference import model_folder
 from kdctl.run.paths import enclosing_run, read_record, replace_folder
 from kdctl.run.records import Check, VerifyReport
 
@@ -32,15 +33,15 @@ def find_teacher(folder: Path, reference: str | None = None) -> Teacher:
     """
     run = enclosing_run(folder)
     preset = read_record(run.preset, Preset) if run else None
-    dtype = models.torch_dtype(preset.teacher.dtype) if preset else torch.bfloat16
+    dtype = torch_dtype(preset.teacher.dtype) if preset else torch.bfloat16
     offline = bool(preset and preset.runtime.offline)
     if reference is not None:
-        return Teacher(models.model_folder(reference, dtype, offline=offline), dtype, asked=True)
+        return Teacher(model_folder(reference, dtype, offline=offline), dtype, asked=True)
     if preset is None:
         return Teacher(None)
     teacher = preset.teacher
     try:
-        return Teacher(models.model_folder(teacher.model, dtype, teacher.revision, offline), dtype)
+        return Teacher(model_folder(teacher.model, dtype, teacher.revision, offline), dtype)
     except KdctlError as error:
         return Teacher(None, dtype, reason=str(error))
 

@@ -8,8 +8,10 @@ from transformers import CompressedTensorsConfig, PretrainedConfig, PreTrainedMo
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
-from kdctl.model import load as models
 from kdctl.model import tokenizer as tokens
+from kdctl.model.folder import read_config
+from kdctl.model.load import load_model
+from kdctl.model.reference import model_folder
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Foreign:
 
 def find_foreign(name: str, reference: str, dtype: torch.dtype, offline: bool) -> Foreign:
     """Find a model made elsewhere. Raises ModelError if it is not there."""
-    return Foreign(name, reference, models.model_folder(reference, dtype, offline=offline))
+    return Foreign(name, reference, model_folder(reference, dtype, offline=offline))
 
 
 def check_comparable(foreign: Foreign, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -38,7 +40,7 @@ def check_comparable(foreign: Foreign, tokenizer: PreTrainedTokenizerBase, confi
             f"--also {foreign.reference}: {' and '.join(different)} are not the teacher's, and a KL per token between "
             "models that mean different things by a token is no number; compare models of one tokenizer"
         )
-    rows = models.read_config(foreign.folder).vocab_size
+    rows = read_config(foreign.folder).vocab_size
     if rows != config.vocab_size:
         raise ModelError(
             f"--also {foreign.reference}: vocab_size={rows} and the teacher's is {config.vocab_size}, so their "
@@ -51,10 +53,10 @@ def load_foreign(foreign: Foreign, dtype: torch.dtype, device: torch.device) -> 
 
     Raises ModelError if its format needs a package that is not installed.
     """
-    quantization = models.read_config(foreign.folder).to_dict().get("quantization_config") or {}
+    quantization = read_config(foreign.folder).to_dict().get("quantization_config") or {}
     compressed = quantization.get("quant_method") == "compressed-tensors"
     try:
-        return models.load_model(
+        return load_model(
             foreign.folder, dtype, device, CompressedTensorsConfig(dequantize=True) if compressed else None
         )
     except ImportError as error:

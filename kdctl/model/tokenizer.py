@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 from gguf import GGUFReader
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
@@ -26,6 +26,25 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+
+
+def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTokenizerBase:
+    """Load a tokenizer. Raises ModelError if it is missing or has no chat template."""
+    tokenizer = open_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
+        )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise ModelError if the tokenizer can produce ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"the tokenizer's largest id {largest} is outside the model's vocabulary of {config.vocab_size}"
+        )
 
 
 def open_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:

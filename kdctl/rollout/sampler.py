@@ -18,7 +18,7 @@ from kdctl.config.preset import RolloutSection
 from kdctl.model.attention import Layout, RowCache, forward
 from kdctl.model.head import rows_at_once
 from kdctl.run.records import Prompt, Rollout, SamplingRecord
-from kdctl.system.packed import packed
+from kdctl.system.cpu_products import packed
 
 Progress = Callable[[int], None]
 PROMPT_TOKENS = 8192

@@ -25,7 +25,10 @@ from kdctl.data.prompts import PromptReader, PromptSet, messages_of, read_rows
 from kdctl.eval import distribution
 from kdctl.eval.distribution import PerDocument, Yardstick
 from kdctl.formats.student import HELDOUT
-from kdctl.model import load as models
+from kdctl.model.folder import fingerprint, stop_ids
+from kdctl.model.load import load_model, pick_device, skeleton, torch_dtype
+from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
+from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.quant.apply import select_layers
 from kdctl.quant.autoround import check_installed as check_autoround
 from kdctl.quant.autoround import installed as autoround_installed
@@ -83,59 +86,59 @@ class Job:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Number format of teacher and student."""
-        return models.torch_dtype(self.preset.teacher.dtype)
+        return torch_dtype(self.preset.teacher.dtype)
 
     @cached_property
     def device(self) -> torch.device:
         """Where to compute."""
-        return models.pick_device(self.preset.runtime.device)
+        return pick_device(self.preset.runtime.device)
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The teacher's configuration, read without its weights."""
         teacher = self.preset.teacher
-        return models.find_config(teacher.model, self.dtype, teacher.revision, self.offline)
+        return find_config(teacher.model, self.dtype, teacher.revision, self.offline)
 
     @cached_property
     def layers(self) -> list[str]:
         """Names of the layers to quantize, checked against the settings without loading weights."""
-        return select_layers(models.skeleton(self.config), self.preset.quantize)
+        return select_layers(skeleton(self.config), self.preset.quantize)
 
     @cached_property
     def folder(self) -> Path:
         """The teacher's folder of safetensors."""
         teacher = self.preset.teacher
-        path = models.locate(teacher.model, teacher.revision, self.offline)
-        if path.is_file() and not models.gguf_cache(path, self.dtype).is_dir():
+        path = locate(teacher.model, teacher.revision, self.offline)
+        if path.is_file() and not gguf_cache(path, self.dtype).is_dir():
             self.reporter.note(f"converting {path.name} to safetensors, once")
-        return models.model_folder(teacher.model, self.dtype, teacher.revision, self.offline)
+        return model_folder(teacher.model, self.dtype, teacher.revision, self.offline)
 
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the teacher's weights."""
-        return models.fingerprint(self.folder)
+        return fingerprint(self.folder)
 
     @property
     def student_fingerprint(self) -> str:
         """Fingerprint of the PTQ student's folder."""
-        return models.fingerprint(self.run.student)
+        return fingerprint(self.run.student)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, which is the student's too."""
-        tokenizer = models.load_tokenizer(self.folder, self.preset.teacher.model)
-        models.check_vocabulary(tokenizer, self.config)
+        tokenizer = load_tokenizer(self.folder, self.preset.teacher.model)
+        check_vocabulary(tokenizer, self.config)
         return tokenizer
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion."""
-        return models.stop_ids(self.folder, self.tokenizer)
+        return stop_ids(self.folder, self.tokenizer)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The teacher in memory."""
-        return models.load_model(self.folder, self.dtype, self.device)
+        return load_model(self.folder, self.dtype, self.device)
 
     def forget_teacher(self) -> None:
         """Let go of the teacher; it is loaded again when it is asked for."""

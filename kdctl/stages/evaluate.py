@@ -15,8 +15,8 @@ from kdctl.config.resolve import identity
 from kdctl.eval import distribution as metrics
 from kdctl.eval.distribution import PerDocument
 from kdctl.formats.student import load_student
-from kdctl.model import load as models
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
+from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.run.paths import read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Rollout
 from kdctl.stages.context import Job, versions
@@ -38,7 +38,7 @@ class Candidate:
     @cached_property
     def weights(self) -> str:
         """Fingerprint of the weights, hashed once."""
-        return models.fingerprint(self.folder)
+        return fingerprint(self.folder)
 
 
 def evaluate(
@@ -127,7 +127,7 @@ def _evaluate_one(job: Job, one: Candidate, tasks: dict[str, Any]) -> None:
         student_written=summary.get("student_written"),
         text=metrics.text_metrics(found["text"][0]),
         text_distribution=summary["text"],
-        size_bytes=models.weights_bytes(one.folder),
+        size_bytes=weights_bytes(one.folder),
         seconds_s=time.perf_counter() - started,
         versions=versions(),
         settings=read_record(report, DistillReport).settings if report.exists() and not one.foreign else {},

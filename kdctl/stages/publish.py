@@ -12,7 +12,7 @@ from kdctl.formats.inspection import Teacher
 from kdctl.formats.model_card import Origin, Training, model_card
 from kdctl.formats.student import Student, save_student
 from kdctl.formats.verify import accept
-from kdctl.model.load import HUB_ID
+from kdctl.model.reference import HUB_ID
 from kdctl.run.records import QuantizeReport
 from kdctl.stages.context import Job
 from kdctl.system.memory import give_back

@@ -13,8 +13,8 @@ from kdctl.config.resolve import identity
 from kdctl.eval import distribution as metrics
 from kdctl.eval.distribution import PerDocument
 from kdctl.formats.student import Student, check_sums
-from kdctl.model import load as models
 from kdctl.model.batch import Batch, collate, split
+from kdctl.model.folder import weights_bytes
 from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
 from kdctl.quant.autoround import Task, autoround, check_installed
 from kdctl.rollout.store import RolloutStore
@@ -149,7 +149,7 @@ def describe_student(
         identity=name,
         teacher=job.fingerprint,
         skip=job.preset.quantize.skip,
-        teacher_bytes=models.weights_bytes(job.folder),
+        teacher_bytes=weights_bytes(job.folder),
         student_bytes=0,
         quantized_parameters=quantized,
         other_parameters=student.model.num_parameters() - quantized,

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import pytest
 import typer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from kdctl.base.errors import StoreError
@@ -26,7 +27,6 @@ from kdctl.base.version import __version__
 from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
-from kdctl.model import load as models
 from kdctl.report.front import write_report
 from kdctl.report.tables import ABSENT
 from kdctl.run.paths import RunDir
@@ -74,8 +74,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models, "load_model", refuse)
-    monkeypatch.setattr(models, "convert_gguf", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     for stage in (rollout, distill, evaluate):
         monkeypatch.setattr(stage, "load_student", refuse)
     datasets.disable_progress_bars()  # imported long ago, it does not see the variable that the command line sets

@@ -18,12 +18,12 @@ from kdctl.distill.divergence import Objective
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.distill.shadow import Shadow, make_shadow
 from kdctl.formats.student import packed_tensors, unquantized_tensors
-from kdctl.model import load as models
 from kdctl.model.batch import collate, predicting_hidden
+from kdctl.model.folder import read_config
 from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
 from kdctl.rollout.teacher_states import int8
 from kdctl.run.records import Phase, Rollout
-from kdctl.system.packed import packed
+from kdctl.system.cpu_products import packed
 
 MODES: list[dict[str, Any]] = [
     {"distill.train": "weights"},
@@ -38,7 +38,7 @@ ROLLOUT = Rollout("a", 0, 0, [1, 2, 3], [4, 5, 6, 7], None, "stop", 0, 0, "teach
 def network(tiny_dir: Path) -> Network:
     """Look at the tiny network."""
     settings = load_preset("smoke").quantize
-    return look_at(models.read_config(tiny_dir), settings, torch.bfloat16, Objective())
+    return look_at(read_config(tiny_dir), settings, torch.bfloat16, Objective())
 
 
 def preset_with(settings: dict[str, Any]) -> Preset:

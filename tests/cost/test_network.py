@@ -10,9 +10,10 @@ from kdctl.config.preset import QuantizeSection
 from kdctl.cost import network as footprint
 from kdctl.cost.network import Meter, Network, look_at
 from kdctl.distill.divergence import Objective, value_and_gradient
-from kdctl.model import load as models
 from kdctl.model.activation_checkpointing import Checkpointing, recomputed, set_checkpointing
 from kdctl.model.attention import Layout, RowCache, forward, use_layouts
+from kdctl.model.folder import read_config
+from kdctl.model.load import linear_shapes
 
 GRID = QuantizeSection(group_size=32)
 LENGTHS = (512, 512)
@@ -21,7 +22,7 @@ LENGTHS = (512, 512)
 @pytest.fixture(scope="module")
 def network(tiny_dir: Path) -> Network:
     """Look at the tiny network."""
-    return look_at(models.read_config(tiny_dir), GRID, torch.bfloat16, Objective())
+    return look_at(read_config(tiny_dir), GRID, torch.bfloat16, Objective())
 
 
 def _forward(model: PreTrainedModel, cache: RowCache | None = None) -> torch.Tensor:
@@ -33,13 +34,13 @@ def _forward(model: PreTrainedModel, cache: RowCache | None = None) -> torch.Ten
 
 def test_parameters_are_those_of_the_model(network: Network, teacher: PreTrainedModel) -> None:
     assert network.quantized_parameters + network.other_parameters == teacher.num_parameters()
-    assert network.layers == models.linear_shapes(teacher)
+    assert network.layers == linear_shapes(teacher)
     assert sum(network.norms) == sum(p.numel() for n, p in teacher.named_parameters() if "norm" in n)
 
 
 def test_skipped_layers_count_as_other_parameters(tiny_dir: Path, network: Network) -> None:
     skipping = GRID.model_copy(update={"skip": ("*.down_proj",)})
-    found = look_at(models.read_config(tiny_dir), skipping, torch.bfloat16, Objective())
+    found = look_at(read_config(tiny_dir), skipping, torch.bfloat16, Objective())
     assert found.quantized_parameters < network.quantized_parameters
     assert (
         found.quantized_parameters + found.other_parameters == network.quantized_parameters + network.other_parameters

@@ -17,18 +17,21 @@ from kdctl.config.resolve import load_preset
 from kdctl.cost.network import Network, look_at
 from kdctl.cost.plan import Machine, find_machine, make_plan
 from kdctl.distill.divergence import Objective
-from kdctl.model import load as models
+from kdctl.model.folder import read_config
+from kdctl.model.reference import find_config, model_folder
 from kdctl.run.paths import RunDir
 from kdctl.run.records import CostPlan
 
 GIB = 2**30
 MEASURED = """
 import resource, sys
-from kdctl.model import load as models
+from kdctl.model.folder import read_config
+from kdctl.model.load import quiet
+from kdctl.model.reference import find_config, model_folder
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_job
 from kdctl.config.preset import Preset
-models.quiet()
+quiet()
 job = open_job(Preset.model_validate_json(sys.argv[1]), sys.argv[2])
 pipeline.distill(job)
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -54,7 +57,7 @@ def qwen() -> Network:
 @pytest.fixture(scope="module")
 def tiny(tiny_dir: Path) -> Network:
     """Look at the tiny network."""
-    return look_at(models.read_config(tiny_dir), load_preset("smoke").quantize, torch.bfloat16, Objective())
+    return look_at(read_config(tiny_dir), load_preset("smoke").quantize, torch.bfloat16, Objective())
 
 
 def gpu(gib: float) -> Machine:
@@ -181,8 +184,8 @@ def test_a_measured_peak_is_within_a_quarter_of_the_plan(tmp_path: Path, train: 
         "rollout.num_prompts": 16,
     }
     preset = load_preset("quickstart", settings | {"heldout.num_prompts": 16, "heldout.min_completion_tokens": 100})
-    models.model_folder(preset.teacher.model, torch.bfloat16, offline=True)
-    config = models.find_config(preset.teacher.model, torch.bfloat16, offline=True)
+    model_folder(preset.teacher.model, torch.bfloat16, offline=True)
+    config = find_config(preset.teacher.model, torch.bfloat16, offline=True)
     network = look_at(config, preset.quantize, torch.bfloat16, Objective())
     plan = planned(network, preset, Machine("RAM", 64 * GIB, 64 * GIB))
     command = [sys.executable, "-c", MEASURED, preset.model_dump_json(), str(tmp_path / "run")]

@@ -39,7 +39,8 @@ from kdctl.formats.export import hqq_state
 from kdctl.formats.gguf import check_layout, pre_tokenizer_name, rope_factors, row_order, tokenizer_fields
 from kdctl.formats.gguf_blocks import block_kind, to_blocks
 from kdctl.formats.student import Student, load_student, save_student
-from kdctl.model import load as models
+from kdctl.model.folder import fingerprint
+from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import ExportReport, QuantizeReport
@@ -550,7 +551,7 @@ def test_dense_is_the_student_without_quantization_code(student_of: Callable[...
     student, found = load_student(folder, CPU).model, AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_weights(found, student)
     assert torch.equal(logits(found), logits(student))
-    assert models.load_tokenizer(tmp_path / "out").chat_template == tiny.TEMPLATE
+    assert load_tokenizer(tmp_path / "out").chat_template == tiny.TEMPLATE
 
 
 @pytest.mark.slow
@@ -569,7 +570,7 @@ def test_hqq_opens_the_student_to_the_bit(
         assert torch.equal(found.get_submodule(name).dequantize(), student.model.get_parameter(f"{name}.weight"))
     # hqq multiplies by the transposed weight, which rounds otherwise in bf16
     torch.testing.assert_close(logits(found), logits(student.model), atol=0.1, rtol=0.05)
-    assert models.load_tokenizer(tmp_path / "out").chat_template == tiny.TEMPLATE
+    assert load_tokenizer(tmp_path / "out").chat_template == tiny.TEMPLATE
 
 
 def test_groups_that_hqq_cannot_pack_are_refused():
@@ -591,7 +592,7 @@ def test_command_writes_beside_the_student_and_reports(student_of: Callable[...,
     report = ExportReport.model_validate_json(done.stdout)
     assert (report.path, report.block_type) == (str(tmp_path / "student-gguf"), "Q4_1")
     assert report.size_bytes == (tmp_path / "student-gguf" / "model.gguf").stat().st_size
-    assert report.weights == models.fingerprint(folder)
+    assert report.weights == fingerprint(folder)
     done = CliRunner().invoke(cli.app, ["export", str(folder), "--exact", "--out", str(tmp_path / "a" / "b.gguf")])
     assert done.exit_code == 0, done.output
     assert "Q5_0" in done.stdout

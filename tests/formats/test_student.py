@@ -19,7 +19,9 @@ from kdctl.base.errors import ModelError, StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats import student as checkpoint
 from kdctl.formats.student import Student, load_student, packed_tensors, unpacked
-from kdctl.model import load as models
+from kdctl.model.folder import read_config, read_tensors
+from kdctl.model.load import linear_shapes, skeleton
+from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid
 from kdctl.quant.apply import dense
 from kdctl.run.paths import sha256
@@ -122,7 +124,7 @@ def test_embeddings_stay_tied_or_untied(
 ):
     settings = SETTINGS.model_copy(update={"group_size": 8})
     save(request.getfixturevalue(fixture), settings, tmp_path / "student")
-    stored = dict(models.read_tensors(tmp_path / "student"))
+    stored = dict(read_tensors(tmp_path / "student"))
     assert ("lm_head.weight" in stored) == (fixture == "untied")
     loaded = load_student(tmp_path / "student", CPU).model
     head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
@@ -135,7 +137,7 @@ def test_skipped_layers_are_ignored_and_keep_the_teachers_weight(
 ):
     settings = SETTINGS.model_copy(update={"skip": ("*.mlp.down_proj", "*.k_proj")})
     student = save(teacher, settings, tmp_path / "student")
-    skipped = [name for name in models.linear_shapes(teacher) if name.endswith(("down_proj", "k_proj"))]
+    skipped = [name for name in linear_shapes(teacher) if name.endswith(("down_proj", "k_proj"))]
     assert len(skipped) == 4
     config = json.loads((tmp_path / "student" / "config.json").read_text())["quantization_config"]
     assert set(config["ignore"]) == {"lm_head", *skipped}
@@ -163,7 +165,7 @@ def test_saving_a_loaded_student_again_changes_no_stored_number(
 
 def test_folder_is_complete_and_says_its_size(folder: Path, tokenizer: PreTrainedTokenizerBase):
     assert pq.read_table(folder / checkpoint.HELDOUT).to_pydict() == {"tokens": [1.0]}
-    assert models.load_tokenizer(folder).chat_template == tokenizer.chat_template
+    assert load_tokenizer(folder).chat_template == tokenizer.chat_template
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert json.loads((folder / "quantize.json").read_text())["student_bytes"] == size
 
@@ -249,7 +251,7 @@ def test_teacher_folder_is_not_a_student(tiny_dir: Path, tmp_path: Path):
 
 def test_student_is_not_taken_for_a_teacher(folder: Path):
     with pytest.raises(ModelError, match="already quantized"):
-        models.skeleton(models.read_config(folder))
+        skeleton(read_config(folder))
 
 
 def test_failed_save_leaves_the_old_folder(
@@ -271,7 +273,7 @@ def test_failed_save_leaves_the_old_folder(
 
 
 def test_stored_scheme_is_the_grid(folder: Path, teacher: PreTrainedModel):
-    config = models.read_config(folder)
+    config = read_config(folder)
     assert checkpoint.stored_grid(config, folder) == Grid(4, 16, False)
     assert checkpoint.dense_config(config).to_dict() == {
         **teacher.config.to_dict(),

@@ -17,7 +17,7 @@ from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.model import external
-from kdctl.model import load as models
+from kdctl.model.load import load_model
 from kdctl.report.study_reader import read_study
 from kdctl.run.paths import read_record
 from kdctl.run.records import EvalResult
@@ -79,7 +79,7 @@ def test_the_teacher_itself_from_elsewhere_has_no_divergence(job: Job, tiny_dir:
 def test_an_untied_wider_model_is_measured_with_its_own_head(job: Job, tmp_path: Path) -> None:
     other = tiny.build(tmp_path / "other", seed=3, hidden_size=96, tie_word_embeddings=False)
     result = evaluated(job, "other", other)
-    model, nll, tokens = models.load_model(other, torch.bfloat16, CPU), 0.0, 0
+    model, nll, tokens = load_model(other, torch.bfloat16, CPU), 0.0, 0
     for rollout in job.heldout_store.read():
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         logprobs = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].float().log_softmax(-1)

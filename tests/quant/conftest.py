@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats.student import Student, save_student
-from kdctl.model import load as models
+from kdctl.model.load import load_model
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import QuantizeReport
 
@@ -31,7 +31,7 @@ def untied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untied(untied_dir: Path) -> PreTrainedModel:
     """Load the untied teacher, bf16."""
-    return models.load_model(untied_dir, torch.bfloat16, torch.device("cpu"))
+    return load_model(untied_dir, torch.bfloat16, torch.device("cpu"))
 
 
 def make_student(teacher: PreTrainedModel, settings: QuantizeSection) -> Student:

@@ -17,7 +17,8 @@ from kdctl.config.preset import DistillSection, Preset, QuantizeSection
 from kdctl.distill.shadow import make_shadow
 from kdctl.formats.verify import find_teacher, verify
 from kdctl.model.batch import Batch, collate
-from kdctl.model.load import fingerprint, load_model
+from kdctl.model.folder import fingerprint
+from kdctl.model.load import load_model
 from kdctl.quant import autoround as module
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, quantize
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from kdctl.base.errors import DataError, StoreError, TrainingError
 from kdctl.base.progress import Silent
-from kdctl.model import load as models
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import read_record
@@ -113,8 +113,9 @@ def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, filled = [], []
-    load_model, encoded = models.load_model, TeacherStates._encoded
-    monkeypatch.setattr(models, "load_model", lambda folder, *more: loaded.append(folder) or load_model(folder, *more))
+    load, encoded = AutoModelForCausalLM.from_pretrained, TeacherStates._encoded
+    noted = lambda folder, **more: loaded.append(folder) or load(folder, **more)  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
     monkeypatch.setattr(TeacherStates, "_encoded", lambda *given: filled.append(given[1]) or encoded(*given))
     entries = {"beta": {"values": [0.0, 1.0]}, "rollout.keep_states": {"value": "exact"}}
     board = board_of(tmp_path, tiny_dir, entries, evaluate=False)

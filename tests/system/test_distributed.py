@@ -20,8 +20,9 @@ from kdctl.distill.fsdp import local_rows, shard
 from kdctl.distill.loop import Trainer, heldout_metrics
 from kdctl.distill.shadow import ShadowWeights
 from kdctl.eval.distribution import Yardstick, make_yardstick
-from kdctl.model import load as models
 from kdctl.model.activation_checkpointing import Checkpointing, set_checkpointing
+from kdctl.model.load import load_model
+from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.rollout.fill import Plan, fill
 from kdctl.rollout.sampler import Generator, Sampling
@@ -158,7 +159,7 @@ def rollouts(count: int) -> list[Rollout]:
 
 
 def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **settings) -> Trainer:
-    teacher = models.load_model(folder, dtype, torch.device("cpu"))
+    teacher = load_model(folder, dtype, torch.device("cpu"))
     weights = quantize_layers(teacher, select_layers(teacher, GRID), GRID)
     student = build_student(teacher, weights)
     section = SETTINGS.model_copy(update=settings)
@@ -314,8 +315,8 @@ def test_stores_of_two_processes_are_those_of_one(together: Together, tiny_dir_f
 
 
 def write_stores(processes: Processes, folder: Path) -> None:
-    model = models.load_model(folder / "model", torch.float32, torch.device("cpu"))
-    tokenizer = models.load_tokenizer(folder / "model")
+    model = load_model(folder / "model", torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(folder / "model")
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0)
     generator = Generator(model, [258], SAMPLING, "student")
     plan = Plan("student", "identity", "writer", prompts, prompts_per_block=2, num_generations=2)

@@ -1,0 +1,64 @@
+"""What a model folder holds, read without building the model."""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.base.errors import ModelError
+from kdctl.run.paths import sha256
+
+GENERATION = "generation_config.json"
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read a model's configuration from a folder or a GGUF file, without its weights."""
+    try:
+        if path.is_file():
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError, struct.error) as error:
+        raise ModelError(f"{path}: the model's configuration cannot be read: {error}") from None
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every token that ends a completion: those of generation_config.json and the tokenizer's."""
+    found = (folder / GENERATION).is_file()
+    configured = GenerationConfig.from_pretrained(folder).eos_token_id if found else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List a folder's safetensors files. Raises ModelError if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no .safetensors file; kdctl does not open pickled weights")
+    return files
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a folder's safetensors files by name."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
+                yield name, file.get_tensor(name)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash a model folder's configuration, stop tokens and weights, 64 hex digits."""
+    total = hashlib.sha256()
+    generation = [folder / GENERATION] if (folder / GENERATION).is_file() else []
+    for path in [folder / "config.json", *generation, *weight_files(folder)]:
+        total.update(f"{path.name}:{sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Add up the sizes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
