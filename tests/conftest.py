@@ -33,6 +33,8 @@ def _helper(name: str) -> ModuleType:
 
 tiny = _helper("tiny")
 _helper("made_up")
+budget = _helper("budget")
+pytest_addoption, pytest_configure = budget.pytest_addoption, budget.pytest_configure
 TOGETHER = Path(__file__).parent / "together.py"
 
 
