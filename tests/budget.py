@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Generator
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ class Budget:
     """Measures every test and says at the end which were too long."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.shown: int = config.getoption("--processor-time")
-        self.limit_s: float = config.getoption("--processor-limit")
+        self.shown = int(config.option.processor_time)
+        self.limit_s = float(config.option.processor_limit)
         self.seconds: dict[str, float] = {}
         self.over: list[str] = []
         self._began = 0.0
@@ -56,7 +57,7 @@ class Budget:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        facts = dict(report.user_properties)
+        facts: dict[str, Any] = dict(report.user_properties)
         if report.when == "call" and KEY in facts:
             self.seconds[report.nodeid] = facts[KEY]
             if facts[KEY] > self.limit_s and not facts["slow"]:
