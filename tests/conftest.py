@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import kdctl.model  # noqa: F401 - before transformers, which else imports hqq: seconds
+
+# isort: split
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase

@@ -112,25 +112,12 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
-    _import_transformers()
     from kdctl.model.load import quiet
     from kdctl.system.memory import freeze_imports
 
     if not verbose:
         quiet()
     freeze_imports()
-
-
-def _import_transformers() -> None:
-    """Import transformers' caches without the one that HQQ compresses: hqq takes seconds and that cache has no use."""
-    from transformers import utils
-
-    available = utils.is_hqq_available
-    utils.is_hqq_available = lambda *_: False  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        import transformers.cache_utils  # noqa: F401
-    finally:
-        utils.is_hqq_available = available
 
 
 class Stage:

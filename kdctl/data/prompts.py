@@ -8,7 +8,6 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +21,7 @@ from kdctl.base.rng import permutation
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
 from kdctl.run.records import Message, Prompt, Rollout
+from kdctl.system.patches import hub_offline
 
 Row = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -67,24 +67,11 @@ def _load_dataset(source: str, split: str, offline: bool) -> Any:
     try:
         if kind:  # escaped, because datasets takes a path for a pattern
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train")
-        with _hub_mode(offline):
+        with hub_offline(offline):
             return datasets.load_dataset(source, split=split)
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DataError(f"data set {source!r} (split {split!r}) cannot be read: {reason}") from None
-
-
-@contextmanager
-def _hub_mode(offline: bool) -> Iterator[None]:
-    """Keep datasets off the network; only this switch of its own does, and otherwise the environment at import."""
-    import datasets.config
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def messages_of(row: Row) -> list[Message]:

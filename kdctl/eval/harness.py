@@ -9,18 +9,18 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
-import datasets.config
 import huggingface_hub.constants
 import huggingface_hub.utils
 import lm_eval.api.task
 from lm_eval.api.model import CacheHook
 from lm_eval.api.task import Task
 from tqdm import tqdm
+
+from kdctl.system.patches import hub_offline, replaced
 
 LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "transformers", "accelerate")
 PROBE_TIMEOUT_S = 3.0
@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
             if not library.are_progress_bars_disabled():
                 stack.callback(library.enable_progress_bars)
                 library.disable_progress_bars()
-        stack.enter_context(_replaced(lm_eval.api.task, "tqdm", _hidden_bar))
+        stack.enter_context(replaced(lm_eval.api.task, "tqdm", _hidden_bar))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -71,10 +71,7 @@ def hub_access(offline: bool) -> Iterator[str]:
     Without this, huggingface_hub retries for half a minute and more before it says that there is no network.
     """
     obstacle = "offline mode is on" if offline else "" if hub_reachable() else "the Hugging Face Hub cannot be reached"
-    with ExitStack() as stack:
-        if obstacle:
-            stack.enter_context(_replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(_replaced(datasets.config, "HF_HUB_OFFLINE", True))
+    with hub_offline(bool(obstacle)):
         yield obstacle
 
 
@@ -89,15 +86,3 @@ def hub_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Give a module's global another value for the length of a block."""
-    namespace = vars(module)
-    before = namespace[name]
-    namespace[name] = value
-    try:
-        yield
-    finally:
-        namespace[name] = before

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kdctl.system.patches import checkpoint_layers
+
 Checkpointing = Literal["none", "selective", "full"]
 ATEN = torch.ops.aten
 EXPENSIVE = frozenset(
@@ -38,9 +40,7 @@ def set_checkpointing(model: nn.Module, how: Checkpointing) -> None:
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "selective":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
-    for layer in _layers(model):
-        layer.gradient_checkpointing = how != "none"
-        layer._gradient_checkpointing_func = again  # pyright: ignore[reportArgumentType]
+    checkpoint_layers(model, None if how == "none" else again)
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""What kdctl changes inside other libraries: each with its reason, and with what would make it unnecessary.
+
+Two more stand where they are used. ``cpu_products`` replaces kernels of torch, until torch has fast ones for half
+precision on CPUs without AVX-512 (2.13 has none). ``eval.harness`` hides lm-eval's bars, which take no switch (0.4.13).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Give a module's global another value for the length of a block."""
+    namespace = vars(module)
+    before = namespace[name]
+    namespace[name] = value
+    try:
+        yield
+    finally:
+        namespace[name] = before
+
+
+def import_caches_without_hqq() -> None:
+    """Import transformers' caches without the one that HQQ compresses, which has no use here and takes seconds.
+
+    Needed until ``transformers.cache_utils`` imports hqq where it is used (5.23 does so at its top).
+    """
+    from transformers import utils
+
+    with replaced(utils, "is_hqq_available", lambda *_: False):
+        import transformers.cache_utils  # noqa: F401
+
+
+@contextmanager
+def hub_offline(offline: bool) -> Iterator[None]:
+    """Keep the Hub from being asked for data sets, so that local caches answer at once.
+
+    Needed until ``datasets.load_dataset`` takes such an argument: datasets 5.2 and huggingface_hub 1 read the
+    environment once, when they are imported.
+    """
+    with ExitStack() as stack:
+        if offline:
+            import datasets.config
+            import huggingface_hub.constants
+
+            for module in (datasets.config, huggingface_hub.constants):
+                stack.enter_context(replaced(module, "HF_HUB_OFFLINE", True))
+        yield
+
+
+def checkpoint_layers(model: nn.Module, function: Callable[..., Any] | None) -> None:
+    """Let decoder layers in training mode run by a function like ``torch.utils.checkpoint.checkpoint``, or plainly.
+
+    The model's own ``gradient_checkpointing_enable`` is deprecated, and its successor, which transformers 5.20 lacks,
+    also makes the embeddings require gradients. Needed until one of them leaves the embeddings alone.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = function is not None
+            layer._gradient_checkpointing_func = function  # pyright: ignore[reportArgumentType]
