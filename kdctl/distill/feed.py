@@ -65,16 +65,16 @@ class Recorded:
     name: str
 
     def __post_init__(self) -> None:
-        self._rows = {rollout.sample_index: rollout for rollout in self.rollouts}
+        self._places = {rollout.sample_index: place for place, rollout in enumerate(self.rollouts)}
 
     def row(self, slot: int) -> Rollout:
         """Return the rollout of a slot. Raises StoreError if that variant generated none for it."""
-        if slot not in self._rows:
+        if slot not in self._places:
             raise StoreError(
                 f"variant {self.name} generated no rollout for slot {slot}; replay it with its own distill.lmbda, "
                 "seed and batch size and no more than its steps"
             )
-        return self._rows[slot]
+        return self.rollouts[self._places[slot]]
 
 
 @dataclass

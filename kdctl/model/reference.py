@@ -6,7 +6,6 @@ converted once into a cache keyed by the file's content.
 """
 
 import importlib.util
-import os
 import re
 import struct
 from collections.abc import Sequence
@@ -21,16 +20,11 @@ from transformers.utils.quantization_config import GgufConfig
 from kdctl.base.errors import ModelError
 from kdctl.model.folder import read_config
 from kdctl.model.tokenizer import open_gguf_tokenizer
-from kdctl.run.paths import atomic_folder, sha256
+from kdctl.run.paths import atomic_folder, cache_dir, sha256
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-
-
-def cache_dir() -> Path:
-    """Return the folder for converted models: ``$KDCTL_CACHE``, else ``~/.cache/kdctl``."""
-    return Path(os.environ.get("KDCTL_CACHE", "~/.cache/kdctl")).expanduser()
 
 
 def locate(

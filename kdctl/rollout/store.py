@@ -5,14 +5,17 @@ same identity are kept, and the block in flight is generated again from its star
 clock, so a resumed store equals an undisturbed one byte for byte.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdctl.base.errors import StoreError
+from kdctl.rollout.mapped import MappedRollouts, Shards
 from kdctl.run.paths import read_record, sha256, write_bytes, write_record
 from kdctl.run.records import Rollout, ShardEntry, StoreManifest
 
@@ -61,31 +64,37 @@ class RolloutStore:
 
     def write_shard(self, index: int, rollouts: Sequence[Rollout], identity: str) -> ShardEntry:
         """Write one block of rollouts atomically and return its manifest entry."""
-        schema = SCHEMA.with_metadata({IDENTITY: identity.encode()})
-        table = pa.Table.from_pylist([vars(rollout) for rollout in rollouts], schema=schema)
+        return self.write_table(index, pa.Table.from_pylist([vars(r) for r in rollouts], schema=SCHEMA), identity)
+
+    def write_table(self, index: int, table: pa.Table, identity: str) -> ShardEntry:
+        """Write one block of rollouts that are a table of ``SCHEMA``, like ``write_shard``."""
+        table = table.replace_schema_metadata({IDENTITY: identity.encode()})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        write_bytes(self.shard_path(index), buffer.getvalue())
-        return self.entry(index, table)
+        data = buffer.getvalue()
+        write_bytes(self.shard_path(index), data)
+        return self._entry(index, table, data)
 
-    def entry(self, index: int, table: pa.Table) -> ShardEntry:
-        """Describe a shard that is on disk."""
-        tokens = sum(len(ids) for ids in table["completion_ids"].to_pylist())
-        path = self.shard_path(index)
-        step = table["policy_step"][0].as_py()
+    def _entry(self, index: int, table: pa.Table, data: bytes) -> ShardEntry:
+        """Describe a shard by its content and its bytes."""
         return ShardEntry(
-            file=path.name, rows=len(table), completion_tokens=tokens, sha256=sha256(path), policy_step=step
+            file=self.shard_path(index).name,
+            rows=len(table),
+            completion_tokens=pc.sum(pc.list_value_length(table["completion_ids"])).as_py(),  # pyright: ignore
+            sha256=hashlib.sha256(data).hexdigest(),
+            policy_step=table["policy_step"][0].as_py(),
         )
 
     def kept_shard(self, index: int, identity: str) -> ShardEntry | None:
         """Return the entry of a whole shard with this identity left by an earlier run, if there is one."""
         try:
-            table = pq.read_table(self.shard_path(index), page_checksum_verification=True)
+            data = self.shard_path(index).read_bytes()
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         except (OSError, pa.ArrowException):
             return None
         if not table.schema.equals(SCHEMA.with_metadata({IDENTITY: identity.encode()}), check_metadata=True):
             return None
-        return self.entry(index, table)
+        return self._entry(index, table, data)
 
     def finish(self, manifest: StoreManifest) -> None:
         """Write the manifest and remove shards that it does not name, and what a killed run left half-written."""
@@ -99,19 +108,30 @@ class RolloutStore:
         """Make a finished store unfinished, before it is written anew."""
         self.manifest_path.unlink(missing_ok=True)
 
-    def read(self) -> list[Rollout]:
-        """Read all rollouts in order. Raises StoreError if a shard is missing or is not the one that was written."""
-        return [rollout for shard in self.manifest().shards for rollout in self.read_shard(shard)]
+    def read(self) -> MappedRollouts:
+        """Return all rollouts in order, decoded when they are asked for.
 
-    def read_shard(self, shard: ShardEntry) -> list[Rollout]:
-        """Read one shard and check its hash."""
-        path = self.path / shard.file
-        if not path.exists():
-            raise StoreError(f"{path} is named in the manifest and missing; {self._way_out()}")
-        data = path.read_bytes()
-        if sha256(path) != shard.sha256:
-            raise StoreError(f"{path} is not the shard that was written; {self._way_out()}")
-        return [Rollout(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+        Raises StoreError if a shard is missing or is not the one that was written.
+        """
+        return self._checked(self.manifest().shards)
+
+    def read_shard(self, shard: ShardEntry) -> MappedRollouts:
+        """Return the rollouts of one shard like ``read``."""
+        return self._checked([shard])
+
+    def _checked(self, shards: Sequence[ShardEntry]) -> MappedRollouts:
+        """Compare every shard's hash with its entry, before anything is made of its rows."""
+        paths = [self.path / shard.file for shard in shards]
+        for path, shard in zip(paths, shards, strict=True):
+            if not path.exists():
+                raise StoreError(f"{path} is named in the manifest and missing; {self._way_out()}")
+            if sha256(path) != shard.sha256:
+                raise self._changed(path)
+        found = Shards(paths, [shard.rows for shard in shards], self._changed)
+        return MappedRollouts(found, range(found.ends[-1] if shards else 0))
+
+    def _changed(self, path: Path) -> StoreError:
+        return StoreError(f"{path} is not the shard that was written; {self._way_out()}")
 
     def _way_out(self) -> str:
         return f"delete the folder {self.path}, and the same command writes the same rollouts again"

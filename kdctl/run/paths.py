@@ -84,6 +84,11 @@ def enclosing_run(folder: Path) -> RunDir | None:
     return None
 
 
+def cache_dir() -> Path:
+    """Return the folder of what any run can make again: ``$KDCTL_CACHE``, else ``~/.cache/kdctl``."""
+    return Path(os.environ.get("KDCTL_CACHE", "~/.cache/kdctl")).expanduser()
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content, hexadecimal."""
     with open(path, "rb") as file:

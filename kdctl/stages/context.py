@@ -3,7 +3,7 @@
 The yardstick (held-out prompts and the teacher's completions of them) lives here because every stage measures on it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -226,7 +226,7 @@ class Job:
         """Return the first documents of the yardstick, for measuring during training."""
         return self.yardstick_of(self.heldout_store.read()[:documents])
 
-    def yardstick_of(self, rollouts: list[Rollout]) -> Yardstick:
+    def yardstick_of(self, rollouts: Sequence[Rollout]) -> Yardstick:
         """Have the teacher read completions of held-out prompts."""
         with self.reporter.task("teacher reads held-out completions", "batches") as advance:
             return distribution.make_yardstick(self.teacher, rollouts, advance)

@@ -62,7 +62,7 @@ def test_live_store_says_which_rows_each_interval_used(
     assert list(manifest.steps) == [key for key in intervals if rows[key]]
     assert len(manifest.steps) >= 2
     for key, (first, last) in manifest.steps.items():
-        assert written[first:last] == rows[key]
+        assert list(written[first:last]) == rows[key]
         assert {row.policy_step for row in rows[key]} == {intervals[key].start}
 
 

@@ -188,7 +188,7 @@ def test_dataset_store_holds_the_answers(tmp_path):
     manifest = fill_from_dataset(RolloutStore(tmp_path / "s"), PLAN, rollouts)
     assert manifest.sampling is None
     assert [shard.rows for shard in manifest.shards] == [2, 2, 2, 1]
-    assert RolloutStore(tmp_path / "s").read() == rollouts
+    assert list(RolloutStore(tmp_path / "s").read()) == rollouts
 
 
 def test_store_of_other_settings_is_refused_with_what_it_holds(tmp_path, generator):

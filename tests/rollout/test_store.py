@@ -69,7 +69,7 @@ def flip(path: Path, position: int) -> None:
 
 def test_reading_returns_what_was_written_in_order(tmp_path):
     store = write(tmp_path / "s")
-    assert store.read() == [item for block in BLOCKS for item in block]
+    assert list(store.read()) == [item for block in BLOCKS for item in block]
 
 
 def test_dataset_completions_keep_their_missing_logprobs(tmp_path):
@@ -237,7 +237,7 @@ def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
         if entry is None:
             lost += 1
         else:
-            assert store.read_shard(entry) == BLOCKS[0], position
+            assert list(store.read_shard(entry)) == BLOCKS[0], position
         path.write_bytes(whole)
     assert lost > 50
     for length in range(0, len(whole), 97):

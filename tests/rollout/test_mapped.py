@@ -1,0 +1,121 @@
+"""A store read by the row is the list that was written, and only the rows in use are in memory."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kdctl.base.errors import StoreError
+from kdctl.rollout import mapped
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.paths import cache_dir
+from kdctl.run.records import Rollout, StoreManifest
+
+SCALE = Path(__file__).parents[2] / "benchmarks" / "store_scale.py"
+
+
+def rollout(index: int) -> Rollout:
+    tokens = [index, *range(index % 7)]
+    logprobs = None if index % 3 else [-0.5 * token for token in tokens]
+    return Rollout(f"p{index}", index, 0, [*range(index % 4)], tokens, logprobs, "length", 0, 2**40, "teacher")
+
+
+ROWS = [rollout(i) for i in range(40)]
+
+
+def written(folder: Path, rows: list[Rollout] = ROWS, size: int = 9) -> RolloutStore:
+    store = RolloutStore(folder)
+    parts = enumerate(rows[i : i + size] for i in range(0, len(rows), size))
+    shards = tuple(store.write_shard(index, part, "id") for index, part in parts)
+    store.finish(StoreManifest(source="teacher", identity="id", writer="w", sampling=None, shards=shards))
+    return store
+
+
+def test_rows_and_slices_are_those_of_a_list(tmp_path):
+    found = written(tmp_path).read()
+    assert len(found) == 40
+    for index in (0, 8, 9, 26, 39, -1, -40):
+        assert found[index] == ROWS[index]
+    for part in (slice(None), slice(5, 31), slice(None, None, -1), slice(3, 38, 7), slice(20, 20), slice(-3, None)):
+        assert list(found[part]) == ROWS[part], part
+        assert len(found[part]) == len(ROWS[part])
+    assert list(found[4:30][2::3]) == ROWS[4:30][2::3]
+    assert found[10:][3] == ROWS[13]
+    for index in (40, -41):
+        with pytest.raises(IndexError):
+            found[index]
+    assert ROWS[12] in found
+    assert found.index(ROWS[12]) == 12
+
+
+def test_one_shard_is_read_by_the_row_too(tmp_path):
+    store = written(tmp_path)
+    assert list(store.read_shard(store.manifest().shards[1])) == ROWS[9:18]
+
+
+def test_shards_are_untouched_until_a_row_is_asked_for(tmp_path):
+    store = written(tmp_path)
+    found = store.read()
+    store.shard_path(3).unlink()
+    assert list(found[:27]) == ROWS[:27]
+    with pytest.raises(StoreError, match=r"shard-00003\.parquet is not the shard that was written"):
+        found[27]
+
+
+def test_shard_that_was_changed_after_opening_is_refused(tmp_path):
+    store, other = written(tmp_path / "s"), written(tmp_path / "other", ROWS[::-1])
+    found = store.read()
+    assert found[0] == ROWS[0]
+    os.replace(other.shard_path(2), store.shard_path(2))
+    os.replace(other.shard_path(0), store.shard_path(0))
+    with pytest.raises(StoreError, match=r"shard-00002\.parquet is not the shard that was written"):
+        found[20]
+    assert found[1] == ROWS[1], "a shard that was unpacked is read no more"
+
+
+def test_no_list_of_rows_is_held(tmp_path):
+    found = written(tmp_path).read()
+    alive = []
+    for place, _ in enumerate(found):
+        if place % 13 == 0:
+            alive.append(sum(isinstance(thing, Rollout) for thing in gc.get_objects()) - len(ROWS))
+    assert max(alive) <= 2
+
+
+def test_more_shards_than_maps_are_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "MAPPED", 2)
+    monkeypatch.setattr(mapped, "UNPACKED", 2)
+    found = written(tmp_path, size=4).read()
+    for place in [(17 * i) % 40 for i in range(80)]:
+        assert found[place] == ROWS[place]
+
+
+def test_nothing_is_left_in_the_cache(tmp_path):
+    before = set(cache_dir().rglob("*"))
+    found = written(tmp_path).read()
+    assert found[33] == ROWS[33]
+    assert set(cache_dir().rglob("*")) == before
+
+
+def test_full_disk_says_where_and_what_to_do(tmp_path, monkeypatch):
+    found = written(tmp_path).read()
+    full = Path("/dev/full")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full.open("w+b"))
+    with pytest.raises(StoreError, match=r"No space left.*KDCTL_CACHE") as caught:
+        found[0]
+    assert str(cache_dir()) in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCALE.exists(), reason="needs benchmarks/, which the source distribution leaves out")
+def test_a_million_rollouts_open_within_a_gigabyte(tmp_path):
+    command = [sys.executable, str(SCALE), "--folder", str(tmp_path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["rollouts"] == 1_000_000
+    assert found["peak_rss_gb"] < 1.0
+    assert found["cpu_s"] < 2.0, "about 1 s on an idle machine; processor time, so that other work does not count"
