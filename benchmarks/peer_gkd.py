@@ -50,7 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--products", type=Path, help="kdctl/products.py, so that neither side has faster products")
+    parser.add_argument(
+        "--products", type=Path, help="kdctl/system/cpu_products.py, so that neither side has faster products"
+    )
     return parser.parse_args()
 
 
