@@ -16,7 +16,7 @@ from kdctl.formats.student import load_student
 from kdctl.model.load import quiet
 from kdctl.rollout.teacher_states import from_int8, int8
 from kdctl.run.paths import RunDir, read_record
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 
 def arguments() -> argparse.Namespace:
@@ -37,10 +37,10 @@ def main() -> None:
     """Compare the teacher with its rounded states, and a student with both."""
     args = arguments()
     quiet()
-    job = open_job(read_record(RunDir(args.run).preset, Preset), args.run)
+    job = open_run(read_record(RunDir(args.run).preset, Preset), args.run)
     exact = job.small_yardstick(args.documents)
-    coarse, student = rounded(exact), load_student(job.run.student, job.device).model
-    teacher = summarize(compare(job.teacher, coarse))
+    coarse, student = rounded(exact), load_student(job.context.paths.student, job.teacher.device).model
+    teacher = summarize(compare(job.teacher.load(), coarse))
     found = {name: summarize(compare(student, each)) for name, each in (("exact", exact), ("int8", coarse))}
     sizes = {"exact": exact.states[0][:1].nbytes, "int8": sum(t.nbytes for t in int8(exact.states[0][:1]).values())}
     print(f"{teacher.tokens} completion tokens of {teacher.documents} documents\n")

@@ -29,7 +29,7 @@ from kdctl.eval import distribution
 from kdctl.model.load import quiet
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
-from kdctl.stages.context import Job, open_job
+from kdctl.stages.context import Run, open_run
 from kdctl.system import cpu_products
 
 BATCH, MAX_TOKENS, NEW_TOKENS = 4, 256, 64
@@ -83,12 +83,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(folder: Path, data: Path | None) -> Job:
+def prepare(folder: Path, data: Path | None) -> Run:
     """Make a run folder with the PTQ student and a small yardstick, and the data files that both sides read."""
     settings = {"heldout.num_prompts": 8, "heldout.min_completion_tokens": 1, "quantize.method": "minmax"}
     preset = load_preset("quickstart", settings)
-    job = open_job(preset, folder / "run")
-    pipeline.quantize(job)
+    job = open_run(preset, folder / "run")
+    pipeline.quantize(*job)
     rows = _fitting(job, data) if data else _teacher_written(job)
     _write(folder / "data.jsonl", rows)
     for tokens in (SHORT, LONG):
@@ -100,13 +100,13 @@ def _write(path: Path, rows: Sequence[list[dict[str, str]]]) -> None:
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
 
 
-def _fitting(job: Job, data: Path) -> list[list[dict[str, str]]]:
+def _fitting(job: Run, data: Path) -> list[list[dict[str, str]]]:
     """Take conversations whose prompt and answer both fit, so that neither side cuts the other's share."""
-    kept = []
+    kept, render = [], job.teacher.tokenizer().apply_chat_template
     for line in data.read_text().splitlines():
         messages = messages_of(json.loads(line))
         prompt, whole = (
-            len(job.tokenizer.apply_chat_template(part, tokenize=True, add_generation_prompt=start)["input_ids"])
+            len(render(part, tokenize=True, add_generation_prompt=start)["input_ids"])
             for part, start in ((messages[:-1], True), (messages, False))
         )
         if prompt < PROMPT_TOKENS and 32 <= whole - prompt < MAX_TOKENS:
@@ -116,27 +116,27 @@ def _fitting(job: Job, data: Path) -> list[list[dict[str, str]]]:
     return kept
 
 
-def _teacher_written(job: Job) -> list[list[dict[str, str]]]:
+def _teacher_written(job: Run) -> list[list[dict[str, str]]]:
     """Let the teacher answer kdctl's prompts."""
-    pipeline.rollout(job, "teacher")
-    decoded = pipeline.examples(job, "teacher", 200)
+    pipeline.rollout(*job, "teacher")
+    decoded = pipeline.examples(*job, "teacher", 200)
     return [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in decoded
     ]
 
 
-def _filling(job: Job, tokens: int) -> list[list[dict[str, str]]]:
+def _filling(job: Run, tokens: int) -> list[list[dict[str, str]]]:
     """Make conversations that nearly fill sequences of ``tokens``; the peer refuses answers that leave no prompt."""
-    ids = [token for document in distribution.text_documents(job.tokenizer, 8192) for token in document]
+    ids = [token for document in distribution.text_documents(job.teacher.tokenizer(), 8192) for token in document]
     size = tokens - SLOPE_PROMPT
-    texts = [str(job.tokenizer.decode(ids[i * size : (i + 1) * size])) for i in range(len(ids) // size)]
+    texts = [str(job.teacher.tokenizer().decode(ids[i * size : (i + 1) * size])) for i in range(len(ids) // size)]
     return [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in texts * 8]
 
 
 class Bench:
     """Describes the runs of both sides on one folder."""
 
-    def __init__(self, job: Job, folder: Path, peer_python: Path | None, steps: int):
+    def __init__(self, job: Run, folder: Path, peer_python: Path | None, steps: int):
         self.job, self.folder, self.steps = job, folder, steps
         self.peer_python = peer_python.absolute() if peer_python else None
 
@@ -167,7 +167,7 @@ class Bench:
         key = f"{sets['prompts.train']}{sets['prompts.max_prompt_tokens']}{sets['rollout.max_new_tokens']}"
         path = self.folder / f"run_{abs(hash(key))}"
         if not path.exists():
-            shutil.copytree(self.job.run.path, path)
+            shutil.copytree(self.job.context.paths.path, path)
             if sets["prompts.max_prompt_tokens"] != PROMPT_TOKENS:
                 shutil.rmtree(path / "rollouts" / "heldout")  # its prompts are others
         return path
@@ -176,7 +176,7 @@ class Bench:
         """Describe a peer run."""
         if self.peer_python is None:
             return None
-        options = {"model": self.job.folder, "data": self.folder / data, "lmbda": lmbda, "beta": lmbda}
+        options = {"model": self.job.teacher.folder(), "data": self.folder / data, "lmbda": lmbda, "beta": lmbda}
         options |= {"steps": steps or self.steps, "max-tokens": tokens, "products": cpu_products.__file__}
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
         script = str(Path(__file__).with_name("peer_gkd.py").resolve())

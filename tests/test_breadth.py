@@ -34,7 +34,7 @@ from kdctl.model.load import linear_shapes
 from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.run.records import Prompt
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 CPU = torch.device("cpu")
 WINDOW = 16
@@ -103,16 +103,16 @@ def test_a_family_goes_through_every_stage_to_the_bit(
     family: str, tied: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     preset = preset_for(build(family, tied), tokenizer, tmp_path / "teacher")
-    job = open_job(preset, tmp_path / "run")
-    pipeline.quantize(job)
-    final = job.run.variant(pipeline.distill(job).variant).final
-    for folder in (job.run.student, final):
+    job = open_run(preset, tmp_path / "run")
+    pipeline.quantize(*job)
+    final = job.context.paths.variant(pipeline.distill(*job).variant).final
+    for folder in (job.context.paths.student, final):
         report = verify(folder, find_teacher(folder), CPU)
         assert {check.status for check in report.checks} == {"passed"}, report.checks
-    start, trained = load_student(job.run.student, CPU), load_student(final, CPU)
-    assert start.weights.keys() == linear_shapes(job.teacher).keys() == trained.weights.keys()
+    start, trained = load_student(job.context.paths.student, CPU), load_student(final, CPU)
+    assert start.weights.keys() == linear_shapes(job.teacher.load()).keys() == trained.weights.keys()
     assert any(not torch.equal(weight.codes, trained.weights[name].codes) for name, weight in start.weights.items())
-    for name, parameter in job.teacher.named_parameters():
+    for name, parameter in job.teacher.load().named_parameters():
         if name.removesuffix(".weight") not in trained.weights:
             assert torch.equal(parameter, trained.model.get_parameter(name)), name
     head, embedding = trained.model.get_output_embeddings(), trained.model.get_input_embeddings()
@@ -163,11 +163,11 @@ def test_other_architectures_are_refused_by_name_before_any_weight_is_read(name:
     config, reason = REFUSED[name]
     folder = write_config(tmp_path / "teacher", config)
     with pytest.raises(ModelError, match=reason):
-        open_job(load_preset("smoke", {"teacher.model": str(folder)}), tmp_path / "run")
+        open_run(load_preset("smoke", {"teacher.model": str(folder)}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_quantized_teachers_are_refused_by_method_before_any_weight_is_read(method: str, tmp_path: Path) -> None:
     folder = write_config(tmp_path / "teacher", LlamaConfig(**SMALL), quantization_config={"quant_method": method})
     with pytest.raises(ModelError, match=rf"already quantized \({method}\)"):
-        open_job(load_preset("smoke", {"teacher.model": str(folder)}), tmp_path / "run")
+        open_run(load_preset("smoke", {"teacher.model": str(folder)}), tmp_path / "run")

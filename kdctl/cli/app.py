@@ -98,13 +98,13 @@ def quantize(
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
         methods = list(dict.fromkeys(compared.split(","))) if compared is not None else []
         sections = with_methods(stage.preset, methods)
-        job = stage.open()
+        opened = stage.open()
         from kdctl.stages import pipeline
 
         if not sections:
-            show(pipeline.quantize(job, force), as_json, console_views().show_quantized)
+            show(pipeline.quantize(*opened, force=force), as_json, console_views().show_quantized)
             return
-        results = pipeline.compare(job, sections, force)
+        results = pipeline.compare(*opened, sections, force=force)
         if as_json:
             show_json({result.method: result for result in results})
         else:
@@ -148,23 +148,23 @@ def rollout(
         if as_json and example_count:
             raise PresetError("--show prints text and --json must not be mixed with it; leave one of them out")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
-        job = stage.open()
+        opened = stage.open()
         from kdctl.stages import pipeline
 
         sources: list[Source] = [source] if source else pipeline.needed_sources(stage.preset)
         if not sources:
-            job.reporter.note(
+            opened.context.reporter.note(
                 "rollout: this preset generates during training (distill.refresh_every > 0); "
                 "nothing to do, name a --source to fill a store anyway"
             )
-        manifests = {name: pipeline.rollout(job, name, force) for name in sources}
+        manifests = {name: pipeline.rollout(*opened, name, force=force) for name in sources}
         if as_json:
             show_json(manifests)
             return
         for name in sources:
             console_views().show_store(manifests[name])
             if example_count:
-                console_views().show_examples(pipeline.examples(job, name, example_count))
+                console_views().show_examples(pipeline.examples(*opened, name, example_count))
 
 
 @app.command()
@@ -210,10 +210,12 @@ def distill(
     }
     with guarded(divided=True):
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
-        job = stage.open(trains=True)
+        opened = stage.open(trains=True)
         from kdctl.stages import pipeline
 
-        show(pipeline.distill(job, name, force, min_gap), as_json, console_views().show_distilled)
+        show(
+            pipeline.distill(*opened, name=name, force=force, min_gap=min_gap), as_json, console_views().show_distilled
+        )
 
 
 @app.command(name="eval")
@@ -245,15 +247,15 @@ def evaluate(
         if (also is None) != (also_name is None):
             raise PresetError("--also names a model and --as the name of its row; give both or neither")
         stage = Stage(preset, run, settings, verbose, dry_run, **flags)
-        job = stage.open()
+        opened = stage.open()
         from kdctl.stages import pipeline
 
-        foreign = pipeline.open_foreign(job, also_name, also) if also and also_name else None
-        results = pipeline.evaluate(job, models or (), force, foreign)
+        foreign = pipeline.open_foreign(*opened, also_name, also) if also and also_name else None
+        results = pipeline.evaluate(*opened, names=models or (), force=force, also=foreign)
         if as_json:
             show_json(results)
         else:
-            console.show_text(pipeline.report(job))
+            console.show_text(pipeline.report(opened.context))
 
 
 @app.command()
@@ -307,10 +309,10 @@ def run_preset(
     Example: kdctl run quickstart
     """
     with guarded(divided=True):
-        job = Stage(preset, run, settings, verbose, dry_run).open(trains=True)
+        opened = Stage(preset, run, settings, verbose, dry_run).open(trains=True)
         from kdctl.stages import pipeline
 
-        console.show_text(pipeline.run_all(job))
+        console.show_text(pipeline.run_all(*opened))
 
 
 app.command()(plan)

@@ -20,7 +20,7 @@ from kdctl.config import resolve
 from kdctl.config.preset import Preset
 
 if TYPE_CHECKING:
-    from kdctl.stages.context import Job
+    from kdctl.stages.context import Run
 
 DEFAULT_PRESET = "quickstart"
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
@@ -121,7 +121,7 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
 
 
 class Stage:
-    """One command's options, resolved; opens the job only when work is to be done."""
+    """One command's options, resolved; opens the run only when work is to be done."""
 
     def __init__(
         self,
@@ -139,10 +139,10 @@ class Stage:
             console.show_text(self.preset.model_dump_json(indent=2))
             raise typer.Exit
 
-    def open(self, trains: bool = False) -> "Job":
+    def open(self, trains: bool = False) -> "Run":
         """Import the heavy parts and open the run folder; for training, several processes must divide a step's rows."""
         prepare_libraries(self.preset.runtime.offline, self.verbose)
-        from kdctl.stages.context import open_job
+        from kdctl.stages.context import open_run
         from kdctl.system.distributed import connect, started_too_few
 
         processes = connect(self.preset.runtime.device)
@@ -151,7 +151,7 @@ class Stage:
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
-        return open_job(self.preset, self.folder, reporter, processes)
+        return open_run(self.preset, self.folder, reporter=reporter, ranks=processes)
 
 
 def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,23 +16,42 @@ from kdctl.distill.fsdp import local_rows, shard, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.distill.monitor import Outcome
 from kdctl.distill.shadow import make_shadow
-from kdctl.eval import distribution as metrics
+from kdctl.eval import distribution
 from kdctl.eval.distribution import PerDocument
 from kdctl.formats.model_card import Training
 from kdctl.formats.student import Student, load_student
 from kdctl.model.activation_checkpointing import set_checkpointing
+from kdctl.model.folder import fingerprint
+from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import build_student, share_frozen
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import VariantDir, read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
-from kdctl.stages.context import Job, versions
+from kdctl.stages.context import Context, versions
 from kdctl.stages.gate import check_gap
 from kdctl.stages.publish import accept_student, write_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
-from kdctl.stages.rollout import Stores, filled, needed_sources, teacher_states
+from kdctl.stages.rollout import (
+    Stores,
+    ensure_rollouts,
+    ensure_teacher_states,
+    generator,
+    needed_sources,
+    train_prompts,
+)
+from kdctl.stages.yardstick import Measuring, ensure_measuring
 from kdctl.system.memory import give_back
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one variant is trained on. identity: hash of the settings and of everything that training reads."""
+
+    variant: VariantDir
+    stores: Stores
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -54,121 +74,139 @@ def check_name(name: str, option: str = "--name") -> str:
 
 
 def distill(
-    job: Job, name: str | None = None, force: bool = False, min_gap: float = 0.0, watch: Watch | None = None
+    context: Context,
+    teacher: Teacher,
+    measuring: Measuring | None = None,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    min_gap: float = 0.0,
+    watch: Watch | None = None,
 ) -> DistillReport:
     """Train one variant and write its ``final/`` folder. ``watch`` is told of every step and may end it by raising.
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
-    job.processes.check_trainable(job.preset.distill)
-    base = read_record(job.run.preset, Preset).distill
-    variant = job.run.variant(check_name(name) if name else variant_name(job.preset.distill, base))
-    if job.preset.distill.replay is not None:
-        recorded(job, job.preset.distill.replay)
-    ensure_student(job)
-    if not force and job.processes.on_main(variant.report.exists):
-        return _finished(job, variant)
-    before = measured_ptq(job)
-    check_gap(job, before, min_gap)
-    stores = shared_stages(job)
-    name_now = _distill_identity(job, stores)
+    context.ranks.check_trainable(context.preset.distill)
+    variant = context.paths.variant(check_name(name) if name else default_name(context))
+    if context.preset.distill.replay is not None:
+        recorded(context, context.preset.distill.replay)
+    ensure_student(context, teacher, measuring)
+    measuring = measuring or ensure_measuring(context, teacher)
+    if not force and context.ranks.on_main(variant.report.exists):
+        return _finished(context, _plan(context, teacher, variant))
+    before = measured_ptq(context, measuring)
+    check_gap(context, teacher, before, min_gap)
+    plan = _plan(context, teacher, variant)
     if force:
-        job.on_main(lambda: shutil.rmtree(variant.path, ignore_errors=True))
-    trained = _train(job, variant, before, stores, name_now, watch)
-    return job.on_main(lambda: _finish_variant(job, variant, trained, stores, name_now))
+        context.on_main(lambda _: shutil.rmtree(variant.path, ignore_errors=True))
+    trained = _train(context, measuring, plan, before, watch)
+    return context.on_main(lambda main: _finish_variant(main, teacher, plan, trained))
 
 
-def measured_ptq(job: Job) -> PerDocument:
+def default_name(context: Context) -> str:
+    """Name a variant after the settings in which it differs from its run folder's own."""
+    return variant_name(context.preset.distill, read_record(context.paths.preset, Preset).distill)
+
+
+def measured_ptq(context: Context, measuring: Measuring) -> PerDocument:
     """Return the PTQ student's distance from the teacher on the yardstick, which its folder states."""
-    stated = job.measured(job.run.student)
-    return stated or job.measure(load_student(job.run.student, job.device).model, "PTQ student")
+    folder = context.paths.student
+    stated = measuring.measured(folder)
+    return stated or measuring.measure(load_student(folder, measuring.teacher.device).model, "PTQ student")
 
 
-def _finished(job: Job, variant: VariantDir) -> DistillReport:
+def _finished(context: Context, plan: Plan) -> DistillReport:
     """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
-    found = read_record(variant.report, DistillReport)
-    if found.identity != _distill_identity(job, shared_stages(job)):
+    found = read_record(plan.variant.report, DistillReport)
+    if found.identity != plan.identity:
         raise StoreError(
-            f"{variant.path} was trained with other settings or from other inputs; --name keeps both, --force redoes it"
+            f"{plan.variant.path} was trained with other settings or from other inputs; --name keeps both, --force "
+            "redoes it"
         )
-    job.reporter.note(f"distill: {variant.path} is complete, skipped")
+    context.reporter.note(f"distill: {plan.variant.path} is complete, skipped")
     return found
 
 
-def shared_stages(job: Job) -> Stores:
-    """Make what all variants of a run share, where it is missing: student, yardstick and the stores that are read."""
-    ensure_student(job)
-    _ = job.heldout_store
-    return {source: filled(job, source) for source in needed_sources(job.preset)}
+def ensure_stores(context: Context, teacher: Teacher) -> Stores:
+    """Return the stores that training reads, filled where they are missing."""
+    return {source: ensure_rollouts(context, teacher, source) for source in needed_sources(context.preset)}
 
 
-def _distill_identity(job: Job, stores: Stores) -> str:
+def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
     """Hash the distill section and what it reads; live generation reads the rollout section and prompts too."""
-    sections: dict[str, Any] = {"distill": job.preset.distill}
-    inputs = {"student": job.student_fingerprint, "teacher": job.fingerprint}
+    preset, stores = context.preset, ensure_stores(context, teacher)
+    sections: dict[str, Any] = {"distill": preset.distill}
+    inputs = {"student": fingerprint(context.paths.student), "teacher": teacher.fingerprint()}
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
-    if job.preset.distill.live:
-        sections["rollout"] = job.preset.rollout
-        inputs["prompts"] = job.train_prompts().fingerprint()
-    if job.preset.distill.replay is not None:
-        inputs["replay"] = recorded(job, job.preset.distill.replay).fingerprint()
-    if job.preset.rollout.keep_states != "no":
-        sections["states"] = job.preset.rollout.keep_states
-    return identity("distill", sections, inputs)
+    if preset.distill.live:
+        sections["rollout"] = preset.rollout
+        inputs["prompts"] = train_prompts(context, teacher).fingerprint()
+    if preset.distill.replay is not None:
+        inputs["replay"] = recorded(context, preset.distill.replay).fingerprint()
+    if preset.rollout.keep_states != "no":
+        sections["states"] = preset.rollout.keep_states
+    return Plan(variant, stores, identity("distill", sections, inputs))
 
 
-def _train(
-    job: Job, variant: VariantDir, before: PerDocument, stores: Stores, name: str, watch: Watch | None
-) -> Trained:
+def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocument, watch: Watch | None) -> Trained:
     """Train the PTQ student and write it beside its place. It ends with this call: the gate needs its room."""
-    student = load_student(job.run.student, job.device)
-    share_frozen(student.model, job.teacher, student.weights)
-    outcome = _run_loop(job, variant, student, stores, name, watch)
-    if not job.processes.sharded:
-        return job.on_main(lambda: _write_trained(job, variant, student, before, outcome, name))
-    job.forget_teacher()
-    return job.on_main(lambda: _write_trained(job, variant, _rebuilt(job, student), before, outcome, name))
+    teacher = measuring.teacher
+    student = load_student(context.paths.student, teacher.device)
+    share_frozen(student.model, teacher.load(), student.weights)
+    outcome = _run_loop(context, measuring, plan, student, watch)
+    if context.ranks.sharded:
+        teacher.forget()
+    return context.on_main(
+        lambda main: _write_trained(main, measuring, plan, _whole(context, teacher, student), before, outcome)
+    )
 
 
-def _rebuilt(job: Job, divided: Student) -> Student:
-    """Build a student whose model is divided anew from its weights, which the main process has whole."""
-    return Student(build_student(job.teacher, divided.weights), divided.weights)
+def _whole(context: Context, teacher: Teacher, student: Student) -> Student:
+    """Return a student with its whole model, which is built anew from the weights where training divided it."""
+    if not context.ranks.sharded:
+        return student
+    return Student(build_student(teacher.load(), student.weights), student.weights)
 
 
-def _run_loop(
-    job: Job, variant: VariantDir, student: Student, stores: Stores, name: str, watch: Watch | None
-) -> Outcome:
+def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Student, watch: Watch | None) -> Outcome:
     """Run the training loop, which leaves the student as it is to be kept."""
-    settings = job.preset.distill
-    feed, states = _feed(job, variant, student, stores, name)
-    if job.processes.sharded:
-        for model in (job.teacher, student.model):
-            shard(model, student.weights.keys(), job.processes)
-    shadow = make_shadow(settings, student.model, local_rows(student.model, student.weights), job.teacher)
+    settings, ranks, teacher = context.preset.distill, context.ranks, measuring.teacher
+    feed, states = _feed(context, teacher, plan, student)
+    if ranks.sharded:
+        for model in (teacher.load(), student.model):
+            shard(model, student.weights.keys(), ranks)
+    shadow = make_shadow(settings, student.model, local_rows(student.model, student.weights), teacher.load())
     student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
-    set_checkpointing(student.model, job.preset.runtime.activation_checkpointing)
-    trainer = Trainer(job.teacher, student.model, shadow, feed, settings, states)
-    small = job.small_yardstick(settings.heldout_documents)
+    set_checkpointing(student.model, context.preset.runtime.activation_checkpointing)
+    trainer = Trainer(teacher.load(), student.model, shadow, feed, settings, states)
+    small = measuring.yardstick(settings.heldout_documents)
     give_back()
-
-    def tracker(resume_step: int) -> Tracker:
-        if not job.processes.is_main:
-            return Untracked()
-        config = {**job.preset.model_dump(mode="json"), "variant": variant.name}
-        run = open_wandb(job.preset.tracking, job.run.path, variant.name, config)
-        return Tracker(variant.metrics, resume_step, run, watch)
-
-    with job.reporter.task(f"distilling {variant.name}", "steps") as advance:
-        outputs = Outputs(variant.checkpoints, tracker, name, advance, job.reporter.note)
+    with context.reporter.task(f"distilling {plan.variant.name}", "steps") as advance:
+        opened = _tracker(context, plan, watch)
+        outputs = Outputs(plan.variant.checkpoints, opened, plan.identity, advance, context.reporter.note)
         outcome = train(trainer, small, outputs)
-    student.weights.update(whole_rows(shadow.quantized(), job.processes))
+    student.weights.update(whole_rows(shadow.quantized(), ranks))
     shadow.detach()
     return outcome
 
 
-def recorded(job: Job, name: str) -> RolloutStore:
+def _tracker(context: Context, plan: Plan, watch: Watch | None) -> Callable[[int], Tracker]:
+    """Return what opens the variant's metrics, given the step that training resumes from."""
+
+    def opened(resume_step: int) -> Tracker:
+        if not context.ranks.is_main:
+            return Untracked()
+        config = {**context.preset.model_dump(mode="json"), "variant": plan.variant.name}
+        run = open_wandb(context.preset.tracking, context.paths.path, plan.variant.name, config)
+        return Tracker(plan.variant.metrics, resume_step, run, watch)
+
+    return opened
+
+
+def recorded(context: Context, name: str) -> RolloutStore:
     """Return the live rollouts of another variant. Raises StoreError if it has none."""
-    store = RolloutStore(job.run.variant(name).rollouts)
+    store = RolloutStore(context.paths.variant(name).rollouts)
     if not store.manifest_path.exists():
         raise StoreError(
             f"distill.replay={name!r}: no live rollouts in {store.path}; name a finished variant that generated its own"
@@ -176,57 +214,62 @@ def recorded(job: Job, name: str) -> RolloutStore:
     return store
 
 
-def _feed(job: Job, variant: VariantDir, ptq: Student, stores: Stores, name: str) -> tuple[Feed, TeacherStates | None]:
+def _feed(context: Context, teacher: Teacher, plan: Plan, ptq: Student) -> tuple[Feed, TeacherStates | None]:
     """Put together where each row of a step comes from, and the teacher's states of it where they are kept."""
-    settings = job.preset.distill
+    settings, stores, ranks = context.preset.distill, plan.stores, context.ranks
     off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
+    if settings.replay is not None and settings.lmbda > 0:
+        store = recorded(context, settings.replay)
+        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay), ranks)
+        return feed, ensure_teacher_states(context, teacher, [*stores.values(), store])
+    states = ensure_teacher_states(context, teacher, stores.values())
     if settings.lmbda == 0:
-        return Feed(settings, off_policy, None, job.processes), teacher_states(job, stores.values())
-    if settings.replay is not None:
-        store = recorded(job, settings.replay)
-        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay), job.processes)
-        return feed, teacher_states(job, [*stores.values(), store])
-    states = teacher_states(job, stores.values())
+        return Feed(settings, off_policy, None, ranks), states
     if not settings.live:
-        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed), job.processes), states
-    generator = job.generator(ptq.model, "student")
-    prompts, store = job.train_prompts().prompts, RolloutStore(variant.rollouts)
-    live = Live(settings, prompts, generator, store, name, job.student_fingerprint)
+        return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed), ranks), states
+    return Feed(settings, off_policy, _live(context, teacher, plan, ptq, states), ranks), states
+
+
+def _live(context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: TeacherStates | None) -> Live:
+    """Generate during training into the variant's own store."""
+    prompts, store = train_prompts(context, teacher).prompts, RolloutStore(plan.variant.rollouts)
+    sampler, writer = generator(context, teacher, ptq.model, "student"), fingerprint(context.paths.student)
+    live = Live(context.preset.distill, prompts, sampler, store, plan.identity, writer)
     if states is not None:
-        live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, job.teacher)
-    return Feed(settings, off_policy, live, job.processes), states
+        live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, teacher.load())
+    return live
 
 
 def _write_trained(
-    job: Job, variant: VariantDir, student: Student, before: PerDocument, outcome: Outcome, name: str
+    context: Context, measuring: Measuring, plan: Plan, student: Student, before: PerDocument, outcome: Outcome
 ) -> Trained:
     """Measure the trained student and write it beside its place."""
-    after = job.measure(student.model, "distilled student")
-    described = describe_student(job, student, name, after)
-    summary, removed = metrics.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
+    after = measuring.measure(student.model, "distilled student")
+    described = describe_student(context, measuring, student, plan.identity, after)
+    summary, removed = distribution.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
     if removed.high < 0:
-        job.reporter.note(
+        context.reporter.note(
             f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
             f"→ {described.distribution.forward_kl.value:.4f}; lower distill.lr"
         )
-    training = Training(variant.name, job.preset.distill, outcome.kept_step, summary, removed)
-    write_student(job, variant.final, student, described, after, training)
+    training = Training(plan.variant.name, context.preset.distill, outcome.kept_step, summary, removed)
+    write_student(measuring.teacher, plan.variant.final, student, described, after, training)
     return Trained(outcome, summary, described.distribution, removed)
 
 
-def _finish_variant(job: Job, variant: VariantDir, trained: Trained, stores: Stores, name: str) -> DistillReport:
+def _finish_variant(context: Context, teacher: Teacher, plan: Plan, trained: Trained) -> DistillReport:
     """Verify ``final/`` and move it in, then write ``distill.json``."""
-    accept_student(job, variant.final)
-    settings, lines = job.preset.distill, read_metrics(variant.metrics)
+    accept_student(context, teacher, plan.variant.final)
+    settings, lines, stores = context.preset.distill, read_metrics(plan.variant.metrics), plan.stores
     if settings.live:
-        stores = {**stores, "student": RolloutStore(variant.rollouts)}
+        stores = {**stores, "student": RolloutStore(plan.variant.rollouts)}
     step_seconds = [line["time/step_s"] for line in lines]
     report = DistillReport(
-        identity=name,
-        teacher=job.fingerprint,
-        variant=variant.name,
+        identity=plan.identity,
+        teacher=teacher.fingerprint(),
+        variant=plan.variant.name,
         settings=settings.model_dump(),
-        student=job.student_fingerprint,
+        student=fingerprint(context.paths.student),
         stores={source: store.fingerprint() for source, store in stores.items()},
         before=trained.before,
         after=trained.after,
@@ -239,7 +282,7 @@ def _finish_variant(job: Job, variant: VariantDir, trained: Trained, stores: Sto
         step_seconds_median_s=median(step_seconds),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
         versions=versions(),
-        **grid_record(job.preset.quantize),
+        **grid_record(context.preset.quantize),
     )
-    write_record(variant.report, report)
+    write_record(plan.variant.report, report)
     return report

@@ -6,10 +6,12 @@ from kdctl import stats
 from kdctl.base.errors import TrainingError
 from kdctl.eval import distribution
 from kdctl.eval.distribution import PerDocument
+from kdctl.model.folder import fingerprint
+from kdctl.model.teacher import Teacher
 from kdctl.report.samples import read_items
 from kdctl.run.paths import RunDir, read_record
 from kdctl.run.records import DistributionMetrics, EvalResult
-from kdctl.stages.context import Job
+from kdctl.stages.context import Context
 from kdctl.stats import Paired
 from kdctl.stats.findings import Comparison
 
@@ -17,15 +19,15 @@ KL_NOISE = 1e-3
 """Nats a token: about what bfloat16 instead of float32 makes of equal weights, 0.0013 for SmolLM2-135M."""
 
 
-def check_gap(job: Job, before: PerDocument, min_gap: float) -> None:
+def check_gap(context: Context, teacher: Teacher, before: PerDocument, min_gap: float) -> None:
     """Say what the PTQ student lost, and warn if that is within noise.
 
     Raises TrainingError if the lower end of the interval of its KL to the teacher is below ``min_gap``, nats a token:
     training starts only where the gap is surely as large as asked for.
     """
-    found, accuracy = distribution.summarize(before), accuracy_gap(job)
+    found, accuracy = distribution.summarize(before), accuracy_gap(context, teacher)
     for line in gap_lines(found, accuracy):
-        job.reporter.note(line)
+        context.reporter.note(line)
     kl = found.forward_kl
     if kl.low < min_gap:
         raise TrainingError(
@@ -56,17 +58,17 @@ def gap_lines(found: DistributionMetrics, accuracy: Comparison | None) -> list[s
     return lines
 
 
-def accuracy_gap(job: Job) -> Comparison | None:
+def accuracy_gap(context: Context, teacher: Teacher) -> Comparison | None:
     """Compare the teacher with the PTQ student, as a difference teacher − ptq on the average of their common tasks.
 
     None where there are no results of both on the present weights, or no task of both.
     """
-    teacher = _results(job.run, "teacher", job.fingerprint)
-    ptq = _results(job.run, "ptq", job.student_fingerprint)
-    if teacher is None or ptq is None:
+    original = _results(context.paths, "teacher", teacher.fingerprint())
+    ptq = _results(context.paths, "ptq", fingerprint(context.paths.student))
+    if original is None or ptq is None:
         return None
-    common = [name for name in ptq.tasks if name in teacher.tasks]
-    pairs = {name: _paired(job.run, name, ptq.tasks[name].metric) for name in common}
+    common = [name for name in ptq.tasks if name in original.tasks]
+    pairs = {name: _paired(context.paths, name, ptq.tasks[name].metric) for name in common}
     known = {name: pair for name, pair in pairs.items() if pair is not None}
     return stats.compare_average(known) if known else None
 

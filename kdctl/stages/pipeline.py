@@ -8,19 +8,25 @@ import shutil
 
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Source
-from kdctl.config.resolve import variant_name
+from kdctl.model.teacher import Teacher
 from kdctl.report.front import write_report
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import StoreManifest
-from kdctl.stages.context import Job
-from kdctl.stages.distill import distill, shared_stages
+from kdctl.stages.context import Context
+from kdctl.stages.distill import distill, ensure_stores
 from kdctl.stages.evaluate import evaluate, open_foreign
 from kdctl.stages.quantize import compare, ensure_student, quantize
-from kdctl.stages.rollout import examples, fill_source, needed_sources, teacher_states
+from kdctl.stages.rollout import ensure_teacher_states, examples, fill_source, needed_sources
+from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 __all__ = [
+    "Measuring",
     "compare",
     "distill",
+    "ensure_measuring",
+    "ensure_stores",
+    "ensure_student",
+    "ensure_teacher_states",
     "evaluate",
     "examples",
     "needed_sources",
@@ -29,47 +35,46 @@ __all__ = [
     "report",
     "rollout",
     "run_all",
-    "shared_stages",
-    "teacher_states",
-    "variant_name",
 ]
 
 
-def rollout(job: Job, source: Source, force: bool = False) -> StoreManifest:
+def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool = False) -> StoreManifest:
     """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
-    store = RolloutStore(job.run.rollouts(source))
+    store = RolloutStore(context.paths.rollouts(source))
     if force:
-        job.on_main(lambda: shutil.rmtree(store.path, ignore_errors=True))
+        context.on_main(lambda _: shutil.rmtree(store.path, ignore_errors=True))
     if source == "student":
-        ensure_student(job)
-    if not fill_source(job, source, store):
-        job.reporter.note(f"rollout: {store.path} is complete, skipped")
-    teacher_states(job, [store])
+        ensure_student(context, teacher)
+    if not fill_source(context, teacher, source, store):
+        context.reporter.note(f"rollout: {store.path} is complete, skipped")
+    ensure_teacher_states(context, teacher, [store])
     return store.manifest()
 
 
-def run_all(job: Job) -> str:
+def run_all(context: Context, teacher: Teacher) -> str:
     """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
-    job.processes.check_trainable(job.preset.distill)
-    if not job.processes.on_main(job.run.eval_root.exists):
+    preset, ranks = context.preset, context.ranks
+    ranks.check_trainable(preset.distill)
+    if not ranks.on_main(context.paths.eval_root.exists):
         from kdctl.eval.tasks import build_tasks
 
-        job.processes.main_first(lambda: build_tasks(job.preset.eval, job.offline))
-    quantize(job)
-    for source in needed_sources(job.preset):
-        rollout(job, source)
-    distill(job)
-    evaluate(job)
-    return report(job)
+        ranks.main_first(lambda: build_tasks(preset.eval, teacher.offline))
+    measuring = ensure_measuring(context, teacher)
+    quantize(context, teacher, measuring)
+    for source in needed_sources(preset):
+        rollout(context, teacher, source)
+    distill(context, teacher, measuring)
+    evaluate(context, teacher, measuring)
+    return report(context)
 
 
-def report(job: Job) -> str:
+def report(context: Context) -> str:
     """Write the report and return its main table, or why there is none: models were not evaluated alike."""
 
-    def written() -> str:
+    def written(main: Context) -> str:
         try:
-            return write_report([job.run], tracking=job.preset.tracking)
+            return write_report([main.paths], tracking=main.preset.tracking)
         except DataError as error:
             return f"no report: {error}"
 
-    return job.on_main(written)
+    return context.on_main(written)

@@ -8,18 +8,19 @@ from yaml import YAMLError
 
 from kdctl.eval import distribution
 from kdctl.eval.distribution import PerDocument
-from kdctl.formats.inspection import Teacher
+from kdctl.formats.inspection import Teacher as Original
 from kdctl.formats.model_card import Origin, Training, model_card
 from kdctl.formats.student import Student, save_student
 from kdctl.formats.verify import accept
 from kdctl.model.reference import HUB_ID
+from kdctl.model.teacher import Teacher
 from kdctl.run.records import QuantizeReport
-from kdctl.stages.context import Job
+from kdctl.stages.context import Context
 from kdctl.system.memory import give_back
 
 
 def write_student(
-    job: Job,
+    teacher: Teacher,
     folder: Path,
     student: Student,
     report: QuantizeReport,
@@ -30,32 +31,33 @@ def write_student(
 
     training: how it was trained, None for a PTQ student.
     """
-    origin = origin_of(job)
+    origin = origin_of(teacher)
     table = distribution.as_table(per_document)
     save_student(
-        _pending(folder), student, job.tokenizer, report, table, lambda sized: model_card(sized, origin, training)
+        _pending(folder), student, teacher.tokenizer(), report, table, lambda sized: model_card(sized, origin, training)
     )
 
 
-def accept_student(job: Job, folder: Path) -> None:
+def accept_student(context: Context, teacher: Teacher, folder: Path) -> None:
     """Verify a folder that ``write_student`` wrote and move it to its place. Raises StoreError if it does not verify.
 
     The model is loaded twice more for that, so the caller should hold no student any longer. It is loaded to the CPU:
     what is compared is the same everywhere, and an accelerator that holds the teacher may have no room left.
     """
     give_back()
-    with job.reporter.task(f"verifying {folder.name}"):
-        accept(_pending(folder), folder, Teacher(job.folder, job.dtype, job.fingerprint), torch.device("cpu"))
+    with context.reporter.task(f"verifying {folder.name}"):
+        original = Original(teacher.folder(), teacher.dtype, teacher.fingerprint())
+        accept(_pending(folder), folder, original, torch.device("cpu"))
 
 
 def _pending(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.new")
 
 
-def origin_of(job: Job) -> Origin:
+def origin_of(teacher: Teacher) -> Origin:
     """Say where the teacher came from."""
-    reference = job.preset.teacher.model
-    return Origin(reference, reference if is_hub_id(reference) else None, license_of(job.folder))
+    reference = teacher.settings.model
+    return Origin(reference, reference if is_hub_id(reference) else None, license_of(teacher.folder()))
 
 
 def is_hub_id(reference: str) -> bool:

@@ -10,19 +10,21 @@ from kdctl.base.errors import StoreError
 from kdctl.base.progress import Advance
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import identity
-from kdctl.eval import distribution as metrics
+from kdctl.eval import distribution
 from kdctl.eval.distribution import PerDocument
 from kdctl.formats.student import Student, check_sums
 from kdctl.model.batch import Batch, collate, split
 from kdctl.model.folder import weights_bytes
+from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
 from kdctl.quant.autoround import Task, autoround, check_installed
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.paths import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport
-from kdctl.stages.context import Job, versions
+from kdctl.stages.context import Context, layers_of, versions
 from kdctl.stages.publish import accept_student, write_student
-from kdctl.stages.rollout import filled
+from kdctl.stages.rollout import ensure_rollouts
+from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 CALIBRATION_BATCH = 16
 
@@ -36,60 +38,74 @@ class Recipe:
     calibration: RolloutStore | None
 
 
-def quantize(job: Job, force: bool = False) -> QuantizeReport:
-    """Make ``student/`` from the teacher by post-training quantization."""
-    report = job.run.student / "quantize.json"
-    recipe = recipe_of(job, job.preset.quantize)
-    if force or not job.processes.on_main(report.exists):
-        _ = job.heldout_store
-    return job.on_main(lambda: _quantize(job, recipe, report, force))
+def quantize(
+    context: Context, teacher: Teacher, measuring: Measuring | None = None, *, force: bool = False
+) -> QuantizeReport:
+    """Make ``student/`` from the teacher by post-training quantization, unless it is complete."""
+    path = context.paths.student / "quantize.json"
+    recipe = recipe_of(context, teacher, context.preset.quantize)
+    if not force and context.ranks.on_main(path.exists):
+        return context.on_main(lambda main: _finished(main, recipe, path))
+    found = measuring or ensure_measuring(context, teacher)
+    return context.on_main(lambda main: _make(main, teacher, found, recipe, path))
 
 
-def _quantize(job: Job, recipe: Recipe, report: Path, force: bool) -> QuantizeReport:
-    """Make and measure the student, or read what is said of the one that is there."""
-    if report.exists() and not force:
-        found = read_record(report, QuantizeReport)
-        if found.identity == recipe.identity:
-            check_sums(job.run.student)
-            job.reporter.note(f"quantize: {job.run.student} is complete, skipped")
-            return found
-        raise StoreError(f"{job.run.student} was made from another teacher or with other settings; use another --run")
-    _write_new(job, recipe)
-    accept_student(job, job.run.student)
-    return read_record(report, QuantizeReport)
+def _finished(context: Context, recipe: Recipe, path: Path) -> QuantizeReport:
+    """Return what is said of the student that is there. Raises StoreError if another teacher or settings made it."""
+    found = read_record(path, QuantizeReport)
+    if found.identity != recipe.identity:
+        raise StoreError(f"{path.parent} was made from another teacher or with other settings; use another --run")
+    check_sums(path.parent)
+    context.reporter.note(f"quantize: {path.parent} is complete, skipped")
+    return found
 
 
-def _write_new(job: Job, recipe: Recipe) -> None:
+def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe, path: Path) -> QuantizeReport:
+    """Make and measure the student, and accept it."""
+    _write_new(context, teacher, measuring, recipe)
+    accept_student(context, teacher, context.paths.student)
+    return read_record(path, QuantizeReport)
+
+
+def _write_new(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe) -> None:
     """Make the student, measure it and write it beside its place. It ends with this call: the gate needs its room."""
-    student, seconds = make_student(job, recipe)
-    per_document = job.measure(student.model, "student")
-    described = describe_student(job, student, recipe.identity, per_document, seconds)
-    write_student(job, job.run.student, student, described, per_document)
+    student, seconds = make_student(context, teacher, recipe)
+    per_document = measuring.measure(student.model, "student")
+    report = describe_student(context, measuring, student, recipe.identity, per_document, seconds)
+    write_student(teacher, context.paths.student, student, report, per_document)
 
 
-def compare(job: Job, sections: Sequence[QuantizeSection], force: bool = False) -> list[MethodResult]:
+def compare(
+    context: Context, teacher: Teacher, sections: Sequence[QuantizeSection], *, force: bool = False
+) -> list[MethodResult]:
     """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
     if any(settings.method == "autoround" for settings in sections):
         check_installed()
-    return job.on_main(lambda: [_compared(job, recipe_of(job, settings), force) for settings in sections])
+
+    def compared(main: Context) -> list[MethodResult]:
+        measuring = ensure_measuring(main, teacher)
+        return [_compared(main, measuring, recipe_of(main, teacher, settings), force) for settings in sections]
+
+    return context.on_main(compared)
 
 
-def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
+def _compared(context: Context, measuring: Measuring, recipe: Recipe, force: bool) -> MethodResult:
     """Quantize with one method and measure, or read what was measured before."""
-    settings, path = recipe.settings, job.run.compared(recipe.settings.method)
+    settings, path = recipe.settings, context.paths.compared(recipe.settings.method)
     if path.exists() and not force:
         found = read_record(path, MethodResult)
-        if (found.identity, found.yardstick) == (recipe.identity, job.yardstick_identity):
-            job.reporter.note(f"compare: {path} is complete, skipped")
+        if (found.identity, found.yardstick) == (recipe.identity, measuring.identity):
+            context.reporter.note(f"compare: {path} is complete, skipped")
             return found
-    student, seconds = make_student(job, recipe)
+    teacher = measuring.teacher
+    student, seconds = make_student(context, teacher, recipe)
     result = MethodResult(
         identity=recipe.identity,
         seconds_s=seconds,
-        sqnr_db=sqnr(job.teacher, student.weights),
-        yardstick=job.yardstick_identity,
-        distribution=metrics.summarize(job.measure(student.model, settings.method)),
-        text=metrics.text_perplexity(student.model, job.text),
+        sqnr_db=sqnr(teacher.load(), student.weights),
+        yardstick=measuring.identity,
+        distribution=distribution.summarize(measuring.measure(student.model, settings.method)),
+        text=distribution.text_perplexity(student.model, measuring.text()),
         versions=versions(),
         **grid_record(settings),
     )
@@ -97,70 +113,75 @@ def _compared(job: Job, recipe: Recipe, force: bool) -> MethodResult:
     return result
 
 
-def recipe_of(job: Job, settings: QuantizeSection) -> Recipe:
+def recipe_of(context: Context, teacher: Teacher, settings: QuantizeSection) -> Recipe:
     """Put together what decides a PTQ student, filling the calibration store where it is missing."""
-    calibration = filled(job, settings.calibration_source) if settings.calibrated else None
-    inputs = {"teacher": job.fingerprint} | ({"calibration": calibration.fingerprint()} if calibration else {})
-    name = identity("quantize", {"quantize": settings, "dtype": str(job.dtype)}, inputs)
+    calibration = ensure_rollouts(context, teacher, settings.calibration_source) if settings.calibrated else None
+    inputs = {"teacher": teacher.fingerprint()} | ({"calibration": calibration.fingerprint()} if calibration else {})
+    name = identity("quantize", {"quantize": settings, "dtype": str(teacher.dtype)}, inputs)
     return Recipe(settings, name, calibration)
 
 
-def make_student(job: Job, recipe: Recipe) -> tuple[Student, float]:
+def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[Student, float]:
     """Quantize the teacher; also return how long it took, in seconds."""
-    started, settings = time.perf_counter(), recipe.settings
-    with job.reporter.task(f"quantizing {len(job.layers)} layers with {settings.method}", "layers") as advance:
-        weights = _quantized(job, recipe, advance)
+    started, settings, names = time.perf_counter(), recipe.settings, layers_of(teacher, context.preset)
+    with context.reporter.task(f"quantizing {len(names)} layers with {settings.method}", "layers") as advance:
+        weights = _quantized(context, teacher, recipe, names, advance)
     seconds = time.perf_counter() - started
-    return Student(build_student(job.teacher, weights), weights), seconds
+    return Student(build_student(teacher.load(), weights), weights), seconds
 
 
-def _quantized(job: Job, recipe: Recipe, advance: Advance) -> Weights:
+def _quantized(context: Context, teacher: Teacher, recipe: Recipe, names: list[str], advance: Advance) -> Weights:
     """Run a method, on calibration sequences where it takes them."""
     settings = recipe.settings
     if recipe.calibration is None:
-        return quantize_layers(job.teacher, job.layers, settings, advance)
-    batches = calibration_batches(job, recipe.calibration)
+        return quantize_layers(teacher.load(), names, settings, advance)
+    batches = calibration_batches(context, teacher, recipe.calibration)
     if settings.method == "gptq":
-        return quantize_calibrated(job.teacher, job.layers, settings, batches, advance)
+        return quantize_calibrated(teacher.load(), names, settings, batches, advance)
     task = Task(
-        teacher=job.folder,
-        dtype=job.preset.teacher.dtype,
-        device=str(job.device),
+        teacher=teacher.folder(),
+        dtype=teacher.settings.dtype,
+        device=str(teacher.device),
         settings=settings,
-        names=tuple(job.layers),
-        seed=job.preset.rollout.seed,
+        names=tuple(names),
+        seed=context.preset.rollout.seed,
     )
     return autoround(task, batches, advance)
 
 
-def calibration_batches(job: Job, store: RolloutStore) -> list[Batch]:
+def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:
     """Cut the first sequences of a store into batches, prompts and completions together."""
-    rollouts = store.read()[: job.preset.quantize.calibration_sequences]
-    longest = job.preset.distill.max_tokens
-    return [collate(part, longest).to(job.device) for part in split(rollouts, CALIBRATION_BATCH)]
+    rollouts = store.read()[: context.preset.quantize.calibration_sequences]
+    longest = context.preset.distill.max_tokens
+    return [collate(part, longest).to(teacher.device) for part in split(rollouts, CALIBRATION_BATCH)]
 
 
 def describe_student(
-    job: Job, student: Student, name: str, per_document: PerDocument, seconds: float = 0.0
+    context: Context,
+    measuring: Measuring,
+    student: Student,
+    name: str,
+    per_document: PerDocument,
+    seconds: float = 0.0,
 ) -> QuantizeReport:
     """Put together what quantize.json says of a student in memory."""
-    quantized = sum(weight.codes.numel() for weight in student.weights.values())
+    teacher, quantized = measuring.teacher, sum(weight.codes.numel() for weight in student.weights.values())
     return QuantizeReport(
         identity=name,
-        teacher=job.fingerprint,
-        skip=job.preset.quantize.skip,
-        teacher_bytes=weights_bytes(job.folder),
+        teacher=teacher.fingerprint(),
+        skip=context.preset.quantize.skip,
+        teacher_bytes=weights_bytes(teacher.folder()),
         student_bytes=0,
         quantized_parameters=quantized,
         other_parameters=student.model.num_parameters() - quantized,
-        layers=layer_errors(job.teacher, student.weights),
-        yardstick=job.yardstick_identity,
-        distribution=metrics.summarize(per_document),
-        text=metrics.text_perplexity(student.model, job.text),
-        teacher_text=job.teacher_text,
+        layers=layer_errors(teacher.load(), student.weights),
+        yardstick=measuring.identity,
+        distribution=distribution.summarize(per_document),
+        text=distribution.text_perplexity(student.model, measuring.text()),
+        teacher_text=measuring.teacher_text(),
         seconds_s=seconds,
         versions=versions(),
-        **grid_record(job.preset.quantize),
+        **grid_record(context.preset.quantize),
     )
 
 
@@ -169,8 +190,8 @@ def grid_record(settings: QuantizeSection) -> dict[str, Any]:
     return settings.model_dump(include={"bits", "group_size", "symmetric", "method"})
 
 
-def ensure_student(job: Job) -> None:
+def ensure_student(context: Context, teacher: Teacher, measuring: Measuring | None = None) -> None:
     """Make ``student/`` where it is missing."""
-    if not job.processes.on_main((job.run.student / "quantize.json").exists):
-        job.reporter.note("no student yet: quantizing first")
-        quantize(job)
+    if not context.ranks.on_main((context.paths.student / "quantize.json").exists):
+        context.reporter.note("no student yet: quantizing first")
+        quantize(context, teacher, measuring)

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterable
 
+from transformers import PreTrainedModel
+
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset, Source
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptSet, as_rollout
 from kdctl.formats.student import load_student
+from kdctl.model.folder import fingerprint
+from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
+from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.records import Rollout
-from kdctl.stages.context import Job
+from kdctl.stages.context import Context
+from kdctl.stages.yardstick import heldout_prompts, prompt_reader
 
 Stores = dict[Source, RolloutStore]
 
@@ -21,61 +27,79 @@ def needed_sources(preset: Preset) -> list[Source]:
     return list(preset.distill.stores)
 
 
-def filled(job: Job, source: Source) -> RolloutStore:
+def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> PromptSet:
+    """Read the training prompts; none of them is a held-out one."""
+    settings, longest = context.preset.rollout, context.preset.prompts.max_prompt_tokens
+    excluded = frozenset(prompt.id for prompt in heldout_prompts(context, teacher).prompts)
+    found = prompt_reader(context, teacher).train(settings.num_prompts, settings.seed, answers, excluded)
+    if found.skipped:
+        context.reporter.note(f"{found.skipped} prompts longer than {longest} tokens left out")
+    if len(found.prompts) < settings.num_prompts:
+        context.reporter.note(f"only {len(found.prompts)} prompts for rollout.num_prompts={settings.num_prompts}")
+    return found
+
+
+def generator(context: Context, teacher: Teacher, model: PreTrainedModel, source: str) -> Generator:
+    """Make a sampler of completions from a model, with the preset's settings."""
+    settings = context.preset.rollout
+    return Generator(model, teacher.stop_ids(), Sampling.of(settings), source, settings.batch_size)
+
+
+def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> RolloutStore:
     """Return a finished store, filling it first where it is missing."""
-    store = RolloutStore(job.run.rollouts(source))
+    store = RolloutStore(context.paths.rollouts(source))
     if not store.manifest_path.exists():
-        job.reporter.note(f"no {source} rollouts yet: making them first")
-    fill_source(job, source, store)
+        context.reporter.note(f"no {source} rollouts yet: making them first")
+    fill_source(context, teacher, source, store)
     return store
 
 
-def fill_source(job: Job, source: Source, store: RolloutStore) -> bool:
+def fill_source(context: Context, teacher: Teacher, source: Source, store: RolloutStore) -> bool:
     """Fill a store unless it is complete; tell whether anything was done. A student must be there to write its own."""
-    settings, prompts = job.preset.rollout, job.train_prompts(answers=source == "dataset")
+    settings, prompts = context.preset.rollout, train_prompts(context, teacher, answers=source == "dataset")
     writer = {
-        "student": lambda: job.student_fingerprint,
-        "teacher": lambda: job.fingerprint,
+        "student": lambda: fingerprint(context.paths.student),
+        "teacher": teacher.fingerprint,
         "dataset": prompts.fingerprint,
     }[source]()
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
     name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
     plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
-    if job.processes.on_main(lambda: usable(store, name)):
+    if context.ranks.on_main(lambda: usable(store, name)):
         return False
     if source == "dataset":
-        job.on_main(lambda: fill_from_dataset(store, plan, dataset_rollouts(job, prompts)))
+        context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, prompts)))
     else:
-        model = job.teacher if source == "teacher" else load_student(job.run.student, job.device).model
-        fill(store, plan, job.generator(model, source), job.reporter, job.processes)
+        model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
+        fill(store, plan, generator(context, teacher, model, source), context.reporter, context.ranks)
     return True
 
 
-def teacher_states(job: Job, stores: Iterable[RolloutStore]) -> TeacherStates | None:
+def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:
     """Return the teacher's states of finished stores, made where they are missing; None where none are kept."""
-    kept = job.preset.rollout.keep_states
+    kept = context.preset.rollout.keep_states
     if kept == "no":
         return None
-    states = TeacherStates(job.fingerprint, kept)
+    states = TeacherStates(teacher.fingerprint(), kept)
     for store in stores:
-        states.fill(store, job.teacher, job.reporter, job.processes)
+        states.fill(store, teacher.load(), context.reporter, context.ranks)
     return states
 
 
-def examples(job: Job, source: Source, count: int) -> list[tuple[str, str]]:
+def examples(context: Context, teacher: Teacher, source: Source, count: int) -> list[tuple[str, str]]:
     """Decode the first prompts and completions of a store."""
-    rollouts = RolloutStore(job.run.rollouts(source)).read()[:count]
-    decode = job.tokenizer.decode
+    rollouts = RolloutStore(context.paths.rollouts(source)).read()[:count]
+    decode = teacher.tokenizer().decode
     return [(str(decode(r.prompt_ids)), str(decode(r.completion_ids))) for r in rollouts]
 
 
-def dataset_rollouts(job: Job, prompts: PromptSet) -> list[Rollout]:
+def dataset_rollouts(context: Context, teacher: Teacher, prompts: PromptSet) -> list[Rollout]:
     """Return a data set's completions, cut at ``max_new_tokens``. Raises DataError if all are empty."""
-    settings = job.preset.rollout
-    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, job.stop_ids) for prompt in prompts.prompts]
+    settings, stop = context.preset.rollout, teacher.stop_ids()
+    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, stop) for prompt in prompts.prompts]
     rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
     if not rollouts:
         raise DataError(
-            f"every answer in prompts.train={job.preset.prompts.train!r} is empty; there is nothing to learn"
+            f"every answer in prompts.train={context.preset.prompts.train!r} is empty; there is nothing to learn"
         )
     return rollouts

@@ -4,6 +4,8 @@ Everything that trials share is made once, by whichever process comes first; the
 is skipped and a killed one goes on from its checkpoint, because that is what the stages do.
 """
 
+from dataclasses import replace
+
 import torch
 
 from kdctl.base.errors import DataError, TrainingError
@@ -11,7 +13,8 @@ from kdctl.base.progress import Reporter
 from kdctl.run.records import DistillReport, EvalResult, TaskScore
 from kdctl.run.tracking import Watch
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import Context, open_run
+from kdctl.stages.yardstick import Measuring
 from kdctl.sweep.board import Board
 from kdctl.sweep.journal import Values
 from kdctl.sweep.locks import only_sweep, waiting
@@ -25,19 +28,19 @@ class FellBehind(Exception):
 class LocalSweep:
     """A sweep in a run folder that is opened.
 
-    One job serves all trials, so models and yardstick are loaded once: trials differ in distill and rollout settings,
-    which nothing that a job keeps depends on.
+    One teacher and one yardstick serve all trials, which differ in distill and rollout settings only.
     """
 
     def __init__(self, board: Board, reporter: Reporter):
         self.board, self.plan, self.reporter = board, board.plan, reporter
         self.stages = board.locks / "stages"
         with waiting(self.stages / "shared.lock"):
-            self.job = open_job(self.plan.preset, board.run.path, reporter)
+            self.context, self.teacher = open_run(self.plan.preset, board.run.path, reporter=reporter)
+            self.measuring: Measuring | None = None
             if self.plan.evaluate and not board.run.eval_root.exists():
                 from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
 
-                build_tasks(self.job.preset.eval, self.job.offline)
+                build_tasks(self.plan.preset.eval, self.teacher.offline)
             self.journal = board.journal()
         self.base = board.base()
 
@@ -67,22 +70,28 @@ class LocalSweep:
 
     def run_trial(self, values: Values, watch: Watch | None = None) -> float:
         """Train and evaluate one variant and return the sweep's metric."""
-        job, name = self.job, self.plan.variant(values, self.base)
-        job.preset = self.plan.trial_preset(values)
+        context = replace(self.context, preset=self.plan.trial_preset(values))
+        name, teacher = self.plan.variant(values, self.base), self.teacher
         with waiting(self.stages / "shared.lock"):
-            stores = pipeline.shared_stages(job)
-            if not job.run.variant(name).report.exists():
-                pipeline.teacher_states(job, stores.values())
+            measuring = self._measuring(context)
+            stores = pipeline.ensure_stores(context, teacher)
+            if not context.paths.variant(name).report.exists():
+                pipeline.ensure_teacher_states(context, teacher, stores.values())
         with waiting(self.stages / f"{name}.lock"):
-            report = pipeline.distill(job, name, watch=watch)
-            result = pipeline.evaluate(job, [name])[name] if self.plan.evaluate else None
-        return metric_value(self.plan.sweep.metric.name, report, result)
+            report = pipeline.distill(context, teacher, measuring, name=name, watch=watch)
+            scored = pipeline.evaluate(context, teacher, measuring, names=[name]) if self.plan.evaluate else {}
+        return metric_value(self.plan.sweep.metric.name, report, scored.get(name))
+
+    def _measuring(self, context: Context) -> Measuring:
+        """Make the student and the yardstick where they are missing; the yardstick is read once for all trials."""
+        pipeline.ensure_student(context, self.teacher)
+        self.measuring = self.measuring or pipeline.ensure_measuring(context, self.teacher)
+        return self.measuring
 
     def evaluate_references(self) -> None:
         """Score teacher and PTQ student, which every row of the report is compared with."""
-        self.job.preset = self.plan.preset
         with waiting(self.stages / "shared.lock"):
-            pipeline.evaluate(self.job, ["teacher", "ptq"])
+            pipeline.evaluate(self.context, self.teacher, self.measuring, names=["teacher", "ptq"])
 
 
 def run_shard(board: Board, shard: Shard, reporter: Reporter) -> None:

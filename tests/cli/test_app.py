@@ -31,7 +31,7 @@ from kdctl.report.front import write_report
 from kdctl.report.tables import ABSENT
 from kdctl.run.paths import RunDir
 from kdctl.stages import distill, evaluate, pipeline, rollout
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
 STAGES = ("quantize", "rollout", "distill", "eval", "run")
@@ -264,7 +264,7 @@ def test_the_folder_is_named_after_the_preset(
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / "preset.json").write_text(load_preset("smoke").model_dump_json())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "run_all", lambda job: f"ran in {job.run.path}")
+    monkeypatch.setattr(pipeline, "run_all", lambda context, _: f"ran in {context.paths.path}")
     done = invoke(*shlex.split(arguments))
     assert (done.exit_code, done.stdout) == (0, f"ran in {folder}\n")
     assert (tmp_path / folder / "preset.json").is_file()
@@ -343,7 +343,7 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(invoke: Invoke, tmp
 def test_a_folder_of_another_teacher_or_quantizer_is_refused_with_both_values(
     invoke: Invoke, tmp_path: Path, arguments: str, parts: tuple[str, ...]
 ) -> None:
-    open_job(load_preset("smoke"), tmp_path)
+    open_run(load_preset("smoke"), tmp_path)
     before = (tmp_path / "preset.json").read_bytes()
     check_refused(invoke(*shlex.split(arguments), "--run", tmp_path), *parts)
     assert (tmp_path / "preset.json").read_bytes() == before

@@ -29,11 +29,11 @@ from kdctl.model.folder import read_config
 from kdctl.model.load import quiet
 from kdctl.model.reference import find_config, model_folder
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 from kdctl.config.preset import Preset
 quiet()
-job = open_job(Preset.model_validate_json(sys.argv[1]), sys.argv[2])
-pipeline.distill(job)
+job = open_run(Preset.model_validate_json(sys.argv[1]), sys.argv[2])
+pipeline.distill(*job)
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

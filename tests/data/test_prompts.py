@@ -16,9 +16,10 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import load_preset
 from kdctl.data.prompts import PromptReader, as_rollout, messages_of, prompt_id, read_rows, split_answer
-from kdctl.run.paths import RunDir
 from kdctl.run.records import Prompt
-from kdctl.stages.context import Job
+from kdctl.stages.context import open_run
+from kdctl.stages.rollout import train_prompts
+from kdctl.stages.yardstick import heldout_prompts
 
 EOS = 258
 
@@ -185,13 +186,13 @@ def test_excluded_prompts_never_appear(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_one_file_for_both_is_split_by_the_job(tiny_dir, tmp_path, answers):
+def test_one_file_for_both_is_split(tiny_dir, tmp_path, answers):
     rows = [{"messages": [user(f"question {i}"), assistant("yes")]} for i in range(30)] * 2
     source = write(tmp_path / "data.jsonl", rows)
     settings = {"teacher.model": str(tiny_dir), "prompts.train": source, "prompts.heldout": source}
-    job = Job(load_preset("smoke", settings | {"rollout.num_prompts": 99}), RunDir(tmp_path / "run"))
-    heldout = {prompt.id for prompt in job.heldout_prompts.prompts}
-    train = {prompt.id for prompt in job.train_prompts(answers).prompts}
+    run = open_run(load_preset("smoke", settings | {"rollout.num_prompts": 99}), tmp_path / "run")
+    heldout = {prompt.id for prompt in heldout_prompts(*run).prompts}
+    train = {prompt.id for prompt in train_prompts(*run, answers).prompts}
     assert len(heldout) == 16
     assert len(train) == 14
     assert not heldout & train

@@ -10,7 +10,7 @@ from kdctl.formats.model_card import Origin, Training, model_card
 from kdctl.run.paths import read_record
 from kdctl.run.records import Estimate, QuantizeReport
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 from kdctl.stages.publish import is_hub_id, license_of, origin_of
 
 HUB = Origin("org/Model-1B-Instruct", "org/Model-1B-Instruct", "apache-2.0")
@@ -22,7 +22,7 @@ def report(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantize
     from kdctl.config.resolve import load_preset
 
     preset = load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []})
-    return pipeline.quantize(open_job(preset, tmp_path_factory.mktemp("run")))
+    return pipeline.quantize(*open_run(preset, tmp_path_factory.mktemp("run")))
 
 
 def test_metadata_is_what_the_hub_reads(report: QuantizeReport, tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_vllm_is_named_only_for_what_it_documents(
 
 @pytest.mark.slow
 def test_every_student_folder_carries_its_card_under_the_sums(smoke: Preset, tmp_path: Path) -> None:
-    job = open_job(smoke, tmp_path)
-    variant = job.run.variant(pipeline.distill(job).variant)
-    for folder in (job.run.student, variant.final):
+    job = open_run(smoke, tmp_path)
+    variant = job.context.paths.variant(pipeline.distill(*job).variant)
+    for folder in (job.context.paths.student, variant.final):
         report = read_record(folder / "quantize.json", QuantizeReport)
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert f"{report.distribution.forward_kl.value:.4f}" in text
@@ -110,7 +110,7 @@ def test_license_comes_from_the_teachers_card_only(smoke: Preset, tiny_dir: Path
     ):
         (tmp_path / "README.md").write_text(text)
         assert license_of(tmp_path) == expected
-    assert origin_of(open_job(smoke, tmp_path / "run")) == Origin(str(tiny_dir))
+    assert origin_of(open_run(smoke, tmp_path / "run").teacher) == Origin(str(tiny_dir))
 
 
 def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from kdctl.formats import verify
 from kdctl.formats.student import write_sums
 from kdctl.run.records import VerifyReport
 from kdctl.stages import pipeline, publish
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 CPU = torch.device("cpu")
 GATE = ["integrity", "record", "tensors", "grid", "loaders", "logits", "tokenizer"]
@@ -50,7 +50,7 @@ def made(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOf:
                 teacher = sys.modules["tiny"].build(place, tie_word_embeddings=False, attention_bias=True, **AWKWARD)
             preset = load_preset("smoke", {"teacher.model": str(teacher), "eval.tasks": [], **GRIDS[kind]})
             found[kind] = tmp_path_factory.mktemp(kind)
-            pipeline.quantize(open_job(preset, found[kind]))
+            pipeline.quantize(*open_run(preset, found[kind]))
         return found[kind]
 
     return make
@@ -126,8 +126,8 @@ def test_a_good_folder_passes_every_check(made: RunOf, kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_distilled_folder_passes_every_check(smoke: Preset, tmp_path: Path) -> None:
-    job = open_job(smoke, tmp_path)
-    final = job.run.variant(pipeline.distill(job).variant).final
+    job = open_run(smoke, tmp_path)
+    final = job.context.paths.variant(pipeline.distill(*job).variant).final
     report = verified(final)
     assert status(report) == dict.fromkeys(GATE + MEASURED, "passed"), details(report)
 
@@ -389,9 +389,9 @@ def damaging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("damaging")
 def test_the_gate_keeps_a_failed_student_under_another_name(smoke: Preset, tmp_path: Path) -> None:
-    job = open_job(smoke, tmp_path)
+    job = open_run(smoke, tmp_path)
     with pytest.raises(StoreError, match=r"grid: .*weight_scale.*student\.failed"):
-        pipeline.quantize(job)
+        pipeline.quantize(*job)
     assert sorted(path.name for path in tmp_path.glob("*student*")) == ["student.failed"]
     assert (tmp_path / "student.failed" / "model.safetensors").is_file()
 
@@ -401,9 +401,9 @@ def test_a_failed_student_leaves_the_earlier_one_where_it_was(
 ) -> None:
     before = (run / "student" / "SHA256SUMS").read_bytes()
     request.getfixturevalue("damaging")
-    job = open_job(load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []}), run)
+    job = open_run(load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []}), run)
     with pytest.raises(StoreError, match="does not verify"):
-        pipeline.quantize(job, force=True)
+        pipeline.quantize(*job, force=True)
     assert (run / "student" / "SHA256SUMS").read_bytes() == before
     assert (run / "student.failed").is_dir()
 
@@ -413,10 +413,10 @@ def test_the_gate_keeps_a_failed_variant_under_another_name(
     run: Path, tiny_dir: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue("damaging")
-    job = open_job(load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []}), run)
+    job = open_run(load_preset("smoke", {"teacher.model": str(tiny_dir), "eval.tasks": []}), run)
     with pytest.raises(StoreError, match=r"final\.failed"):
-        pipeline.distill(job, name="broken")
-    variant = job.run.variant("broken")
+        pipeline.distill(*job, name="broken")
+    variant = job.context.paths.variant("broken")
     assert (variant.path / "final.failed").is_dir()
     assert not variant.final.exists()
     assert not variant.report.exists()

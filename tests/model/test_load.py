@@ -14,7 +14,7 @@ from kdctl.config.resolve import load_preset
 from kdctl.model.folder import read_config
 from kdctl.model.load import from_tensors, linear_shapes, load_model, pick_device, skeleton
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -38,7 +38,7 @@ def test_quantized_teacher_is_refused_before_any_weight_is_read(tmp_path):
     (teacher / "config.json").write_text(json.dumps(config))
     preset = load_preset("smoke", {"teacher.model": str(teacher)})
     with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
-        open_job(preset, tmp_path / "run")
+        open_run(preset, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from kdctl.quant.methods import quantize_weight
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Rollout
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 GRIDS = [Grid(4, 32, False), Grid(4, 32, True), Grid(3, 64, False), Grid(2, 32, True), Grid(8, 64, True)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -133,10 +133,10 @@ def test_a_student_that_is_there_needs_no_package(
     section = smoke.quantize.model_copy(update={"method": "autoround"})
     preset = smoke.model_copy(update={"quantize": section})
     with pytest.raises(PresetError, match="needs the package auto-round"):
-        open_job(preset, tmp_path)
+        open_run(preset, tmp_path)
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "quantize.json").write_text("{}")
-    assert open_job(preset, tmp_path).layers
+    assert open_run(preset, tmp_path).context.preset == preset
 
 
 def test_a_layer_that_was_left_out_is_named(
@@ -264,8 +264,8 @@ def test_symmetric_grids_are_ours_in_float32(teacher_fp32: PreTrainedModel, tiny
 @pytest.mark.slow
 def test_quantize_calibrates_on_the_store_and_writes_a_proven_folder(smoke: Preset, tmp_path: Path) -> None:
     section = smoke.quantize.model_copy(update={"method": "autoround", "autoround_iters": 5})
-    job = open_job(smoke.model_copy(update={"quantize": section}), tmp_path)
-    report = pipeline.quantize(job)
+    job = open_run(smoke.model_copy(update={"quantize": section}), tmp_path)
+    report = pipeline.quantize(*job)
     assert (report.method, report.versions.auto_round) == ("autoround", version("auto-round"))
-    assert RolloutStore(job.run.rollouts("teacher")).manifest_path.exists()
-    assert verify(job.run.student, find_teacher(job.run.student), torch.device("cpu")).passed
+    assert RolloutStore(job.context.paths.rollouts("teacher")).manifest_path.exists()
+    assert verify(job.context.paths.student, find_teacher(job.context.paths.student), torch.device("cpu")).passed

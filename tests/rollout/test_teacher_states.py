@@ -16,7 +16,7 @@ from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates, from_int8, int8
 from kdctl.run.records import Rollout, StoreManifest
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 ROWS = [
     Rollout(f"p{i}", i, 0, [65 + i] * (2 + i), [70 + i] * (3 + 2 * i), None, "length", 0, 0, "teacher")
@@ -88,8 +88,8 @@ def test_states_kept_as_int8_are_read_back_and_take_half(teacher_fp32: PreTraine
 @pytest.mark.parametrize("kind", ["exact", "int8"])
 def test_training_on_kept_states_is_near_training_with_a_live_teacher(smoke: Preset, tmp_path: Path, kind: str) -> None:
     kept = build_preset(smoke.model_dump(), {"rollout.keep_states": kind}, "test")
-    live = pipeline.distill(open_job(smoke, tmp_path / "run"))
-    cached = pipeline.distill(open_job(kept, tmp_path / "run"), name="cached")
+    live = pipeline.distill(*open_run(smoke, tmp_path / "run"))
+    cached = pipeline.distill(*open_run(kept, tmp_path / "run"), name="cached")
     assert (tmp_path / "run" / "rollouts" / "teacher" / "shard-00000.states.safetensors").exists()
     assert cached.stores == live.stores
     assert cached.after.forward_kl.value == pytest.approx(live.after.forward_kl.value, rel=0.05)
@@ -99,11 +99,11 @@ def test_training_on_kept_states_is_near_training_with_a_live_teacher(smoke: Pre
 def test_replaying_a_live_run_on_its_kept_states_gives_its_weights_to_the_bit(smoke: Preset, tmp_path: Path) -> None:
     changes = {"rollout.keep_states": "exact", "distill.lmbda": 0.5, "distill.refresh_every": 2}
     preset = build_preset(smoke.model_dump(), changes, "test")
-    first = pipeline.distill(open_job(preset, tmp_path), name="first")
+    first = pipeline.distill(*open_run(preset, tmp_path), name="first")
     again = build_preset(preset.model_dump(), {"distill.replay": "first"}, "test")
-    second = pipeline.distill(open_job(again, tmp_path), name="second")
+    second = pipeline.distill(*open_run(again, tmp_path), name="second")
     assert second.after == first.after
-    run = open_job(preset, tmp_path).run
+    run = open_run(preset, tmp_path).context.paths
     one, two = (load_student(run.variant(name).final, torch.device("cpu")).weights for name in ("first", "second"))
     for name in one:
         assert torch.equal(one[name].codes, two[name].codes)

@@ -11,27 +11,27 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 LIVE = {"distill.lmbda": 1.0, "distill.refresh_every": 2}
 
 
 def test_replay_of_a_variant_without_live_rollouts_is_refused_before_any_work(smoke: Preset, tmp_path: Path) -> None:
     preset = build_preset(smoke.model_dump(), LIVE | {"distill.replay": "absent"}, "test")
-    job = open_job(preset, tmp_path)
+    job = open_run(preset, tmp_path)
     with pytest.raises(StoreError, match=r"distill\.replay='absent'.*name a finished variant"):
-        pipeline.distill(job)
-    assert not job.run.student.exists()
+        pipeline.distill(*job)
+    assert not job.context.paths.student.exists()
 
 
 @pytest.mark.slow
 def test_replay_with_more_steps_than_were_recorded_names_the_slot(smoke: Preset, tmp_path: Path) -> None:
     preset = build_preset(smoke.model_dump(), LIVE | {"distill.steps": 2}, "test")
-    pipeline.distill(open_job(preset, tmp_path), name="first")
+    pipeline.distill(*open_run(preset, tmp_path), name="first")
     longer = build_preset(preset.model_dump(), {"distill.replay": "first", "distill.steps": 3}, "test")
     slot = 2 * preset.distill.rows_per_step
     with pytest.raises(StoreError, match=rf"variant first generated no rollout for slot {slot};"):
-        pipeline.distill(open_job(longer, tmp_path), name="longer")
+        pipeline.distill(*open_run(longer, tmp_path), name="longer")
 
 
 @pytest.mark.slow
@@ -44,16 +44,22 @@ def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, 
         "distill.heldout_documents": 4,
     }
     preset = build_preset(smoke.model_dump(), constant | early, "test")
-    job = open_job(preset, tmp_path)
-    report = pipeline.distill(job, name="early")
+    job = open_run(preset, tmp_path)
+    report = pipeline.distill(*job, name="early")
     assert report.kept_step is not None
     assert (report.stopped, report.steps) == ("patience", report.kept_step + 1)
-    assert f"{report.kept_step} steps, learning rate 0.01" in (job.run.variant("early").final / "README.md").read_text()
+    assert (
+        f"{report.kept_step} steps, learning rate 0.01"
+        in (job.context.paths.variant("early").final / "README.md").read_text()
+    )
     fewer = build_preset(smoke.model_dump(), constant | {"distill.steps": report.kept_step}, "test")
-    straight = pipeline.distill(open_job(fewer, tmp_path), name="straight")
+    straight = pipeline.distill(*open_run(fewer, tmp_path), name="straight")
     assert (straight.stopped, straight.kept_step) == ("steps", report.kept_step)
     assert straight.after == report.after
-    kept, other = (load_student(job.run.variant(name).final, job.device).weights for name in ("early", "straight"))
+    kept, other = (
+        load_student(job.context.paths.variant(name).final, job.teacher.device).weights
+        for name in ("early", "straight")
+    )
     assert all(torch.equal(weight.codes, other[name].codes) for name, weight in kept.items())
 
 
@@ -66,6 +72,6 @@ def test_training_that_only_does_harm_is_said(smoke: Preset, tmp_path: Path, lr:
 
     said: list[str] = []
     preset = build_preset(smoke.model_dump(), {"distill.lr": lr, "distill.steps": 3}, "test")
-    report = pipeline.distill(open_job(preset, tmp_path, Notes()))
+    report = pipeline.distill(*open_run(preset, tmp_path, reporter=Notes()))
     assert (report.removed.value < 0) == harmful
     assert any(text.startswith("warning: the student is farther") for text in said) == harmful

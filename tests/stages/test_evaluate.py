@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
+from kdctl.model.folder import fingerprint
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import DistributionMetrics, EvalResult, Rollout
 from kdctl.stages import pipeline
-from kdctl.stages.context import Job, open_job
+from kdctl.stages.context import Run, open_run
+from kdctl.stages.yardstick import ensure_measuring
 
 
 @pytest.fixture
@@ -49,33 +51,33 @@ def naive(teacher: PreTrainedModel, student: PreTrainedModel, prompt: list[int],
     return [len(completion), *map(float, sums)]
 
 
-def table(job: Job, model: str, kind: str) -> dict[str, list]:
-    return pq.read_table(job.run.eval(model) / "samples" / f"{kind}.parquet").to_pydict()
+def table(job: Run, model: str, kind: str) -> dict[str, list]:
+    return pq.read_table(job.context.paths.eval(model) / "samples" / f"{kind}.parquet").to_pydict()
 
 
-def own(job: Job, model: str) -> dict[str, Rollout]:
+def own(job: Run, model: str) -> dict[str, Rollout]:
     """Read what a model wrote itself, by prompt."""
-    return {r.prompt_id: r for r in RolloutStore(job.run.eval(model) / "rollouts").read()}
+    return {r.prompt_id: r for r in RolloutStore(job.context.paths.eval(model) / "rollouts").read()}
 
 
-def evaluated(preset: Preset, folder: Path, force: bool = False) -> tuple[Job, dict[str, EvalResult]]:
-    job = open_job(preset, folder)
-    pipeline.quantize(job)
-    return job, pipeline.evaluate(job, force=force)
+def evaluated(preset: Preset, folder: Path, force: bool = False) -> tuple[Run, dict[str, EvalResult]]:
+    job = open_run(preset, folder)
+    pipeline.quantize(*job)
+    return job, pipeline.evaluate(*job, force=force)
 
 
 def test_student_written_and_text_tables_are_those_of_a_naive_computation(exact: Preset, tmp_path: Path) -> None:
     job, results = evaluated(exact, tmp_path)
-    student, written = load_student(job.run.student, torch.device("cpu")).model, own(job, "ptq")
+    student, written = load_student(job.context.paths.student, torch.device("cpu")).model, own(job, "ptq")
     found = table(job, "ptq", "student_written")
     documents = {
         "student_written": [(written[name].prompt_ids, written[name].completion_ids) for name in found["prompt_id"]],
-        "text": [(ids[:1], ids[1:]) for ids in job.text],
+        "text": [(ids[:1], ids[1:]) for ids in ensure_measuring(*job).text()],
     }
     for kind, pairs in documents.items():
         columns = table(job, "ptq", kind)
         columns.pop("prompt_id", None)
-        reference = np.array([naive(job.teacher, student, *pair) for pair in pairs]).T
+        reference = np.array([naive(job.teacher.load(), student, *pair) for pair in pairs]).T
         np.testing.assert_allclose(list(columns.values()), reference, rtol=1e-4, atol=1e-4, err_msg=kind)
     summary = results["ptq"].student_written
     assert summary is not None
@@ -85,9 +87,9 @@ def test_student_written_and_text_tables_are_those_of_a_naive_computation(exact:
 
 def test_the_student_writes_like_the_yardstick_was_written(exact: Preset, tmp_path: Path) -> None:
     job, _ = evaluated(exact, tmp_path)
-    held, store = job.heldout_store, RolloutStore(job.run.eval("ptq") / "rollouts")
+    held, store = RolloutStore(job.context.paths.heldout), RolloutStore(job.context.paths.eval("ptq") / "rollouts")
     assert store.manifest().sampling == held.manifest().sampling
-    assert store.manifest().writer == job.student_fingerprint
+    assert store.manifest().writer == fingerprint(job.context.paths.student)
     pairs = list(zip(held.read(), store.read(), strict=True))
     assert all(a.prompt_ids == b.prompt_ids and b.source == "student" for a, b in pairs)
     assert any(a.completion_ids != b.completion_ids for a, b in pairs)
@@ -100,7 +102,7 @@ def test_the_teachers_own_completions_are_the_yardstick(brief: Preset, tmp_path:
     job, results = evaluated(brief, tmp_path)
     teacher = results["teacher"]
     assert teacher.student_written == teacher.distribution
-    assert not (job.run.eval("teacher") / "rollouts").exists()
+    assert not (job.context.paths.eval("teacher") / "rollouts").exists()
     for summary in (teacher.distribution, teacher.text_distribution):
         assert summary is not None
         assert summary.forward_kl.value == summary.reverse_kl.value == 0
@@ -111,26 +113,29 @@ def test_the_teachers_own_completions_are_the_yardstick(brief: Preset, tmp_path:
 @pytest.mark.slow
 def test_text_perplexity_is_the_same_wherever_it_stands(brief: Preset, tmp_path: Path) -> None:
     job, results = evaluated(brief, tmp_path)
+    stated = ensure_measuring(*job).teacher_text()
     for result in results.values():
         assert isinstance(result.text_distribution, DistributionMetrics)
         assert result.text_distribution.perplexity == result.text.perplexity
-        assert result.text_distribution.teacher_perplexity == pytest.approx(job.teacher_text.perplexity.value)
-    assert results["ptq"].text == pipeline.quantize(job).text
+        assert result.text_distribution.teacher_perplexity == pytest.approx(stated.perplexity.value)
+    assert results["ptq"].text == pipeline.quantize(*job).text
 
 
 @pytest.mark.slow
 def test_a_variant_and_a_model_made_elsewhere_write_their_own(brief: Preset, tiny_dir: Path, tmp_path: Path) -> None:
-    job = open_job(brief, tmp_path / "run")
-    pipeline.distill(job, name="mine")
+    job = open_run(brief, tmp_path / "run")
+    pipeline.distill(*job, name="mine")
     copy = shutil.copytree(tiny_dir, tmp_path / "copy")
-    results = pipeline.evaluate(job, also=pipeline.open_foreign(job, "copy", str(copy)))
+    results = pipeline.evaluate(*job, also=pipeline.open_foreign(*job, "copy", str(copy)))
     same = results["copy"].student_written
     assert same is not None
     assert same.forward_kl.value == 0
     # equal weights draw equal tokens, because the random numbers are those of the yardstick
-    assert [r.completion_ids for r in own(job, "copy").values()] == [r.completion_ids for r in job.heldout_store.read()]
+    assert [r.completion_ids for r in own(job, "copy").values()] == [
+        r.completion_ids for r in RolloutStore(job.context.paths.heldout).read()
+    ]
     assert own(job, "mine") != own(job, "ptq")
-    assert RolloutStore(job.run.eval("mine") / "rollouts").manifest().writer == results["mine"].weights
+    assert RolloutStore(job.context.paths.eval("mine") / "rollouts").manifest().writer == results["mine"].weights
 
 
 @pytest.mark.slow
@@ -138,14 +143,14 @@ def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_othe
     brief: Preset, tiny_dir: Path, tmp_path: Path
 ) -> None:
     job, _ = evaluated(brief, tmp_path / "run")
-    shard = job.run.eval("ptq") / "rollouts" / "shard-00000.parquet"
+    shard = job.context.paths.eval("ptq") / "rollouts" / "shard-00000.parquet"
     before = shard.stat().st_mtime_ns
     other = build_preset(brief.model_dump(), {"eval.batch_size": 3}, "test")
     evaluated(other, tmp_path / "run")
     assert shard.stat().st_mtime_ns == before
-    shutil.copytree(job.run.eval("ptq") / "rollouts", job.run.eval("copy") / "rollouts")
-    pipeline.evaluate(job, also=pipeline.open_foreign(job, "copy", str(tiny_dir)))
-    assert RolloutStore(job.run.eval("copy") / "rollouts").manifest().writer == job.fingerprint
+    shutil.copytree(job.context.paths.eval("ptq") / "rollouts", job.context.paths.eval("copy") / "rollouts")
+    pipeline.evaluate(*job, also=pipeline.open_foreign(*job, "copy", str(tiny_dir)))
+    assert RolloutStore(job.context.paths.eval("copy") / "rollouts").manifest().writer == job.teacher.fingerprint()
 
 
 @pytest.mark.slow
@@ -154,6 +159,6 @@ def test_student_written_completions_can_be_left_out(brief: Preset, tmp_path: Pa
     job, results = evaluated(off, tmp_path)
     assert [result.student_written for result in results.values()] == [None, None]
     for name in results:
-        assert not (job.run.eval(name) / "rollouts").exists()
-        assert not (job.run.eval(name) / "samples" / "student_written.parquet").exists()
+        assert not (job.context.paths.eval(name) / "rollouts").exists()
+        assert not (job.context.paths.eval(name) / "samples" / "student_written.parquet").exists()
     assert all(evaluated(brief, tmp_path)[1][name].student_written for name in results)

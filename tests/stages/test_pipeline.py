@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from kdctl.base.errors import DataError, StoreError
 from kdctl.config.preset import DistillSection, Preset
-from kdctl.config.resolve import load_preset
+from kdctl.config.resolve import load_preset, variant_name
 from kdctl.formats.student import check_sums, load_student
 from kdctl.quant.affine import quantize
 from kdctl.report.study_reader import read_study
 from kdctl.rollout.store import RolloutStore
 from kdctl.stages import pipeline
-from kdctl.stages.context import Job, open_job
+from kdctl.stages.context import Context, Run, open_run
 
 CPU = torch.device("cpu")
 
@@ -44,32 +44,32 @@ def with_settings(preset: Preset, **overrides: object) -> Preset:
     return build_preset(preset.model_dump(), changed, "test")
 
 
-def job_for(preset: Preset, folder: Path) -> Job:
-    return open_job(preset, folder, Notes())
+def job_for(preset: Preset, folder: Path) -> Run:
+    return open_run(preset, folder, reporter=Notes())
 
 
-def notes(job: Job) -> list[str]:
-    assert isinstance(job.reporter, Notes)
-    return job.reporter.lines
+def notes(job: Run) -> list[str]:
+    assert isinstance(job.context.reporter, Notes)
+    return job.context.reporter.lines
 
 
 @pytest.mark.slow
 def test_distill_makes_what_it_lacks_and_says_so(smoke: Preset, tmp_path: Path) -> None:
     job = job_for(smoke, tmp_path)
-    report = pipeline.distill(job)
+    report = pipeline.distill(*job)
     assert "no student yet: quantizing first" in notes(job)
     assert "no teacher rollouts yet: making them first" in notes(job)
     assert report.removed.value == pytest.approx(1 - report.after.forward_kl.value / report.before.forward_kl.value)
     assert report.removed.value > 0.1
-    check_sums(job.run.variant(report.variant).final)
+    check_sums(job.context.paths.variant(report.variant).final)
 
 
 @pytest.mark.slow
 def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: Path) -> None:
-    pipeline.run_all(job_for(smoke, tmp_path))
+    pipeline.run_all(*job_for(smoke, tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     job = job_for(smoke, tmp_path)
-    pipeline.run_all(job)
+    pipeline.run_all(*job)
     stages = [line.split(":")[0] for line in notes(job)]
     assert stages == ["quantize", "rollout", "distill", "eval", "eval", "eval"]
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -80,7 +80,7 @@ def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: P
 
 def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: Preset, tmp_path: Path) -> None:
     run = make_run(tmp_path, {}, ["alpha"])
-    job = Job(smoke, run)
+    job = Context(smoke, run)
     assert pipeline.report(job).startswith("**ptq**")
     evaluated(run, "ptq", {"alpha": answers(0.6)}, limit=9)
     assert "no report" in pipeline.report(job)
@@ -89,35 +89,35 @@ def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: 
 
 @pytest.mark.slow
 def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tmp_path: Path) -> None:
-    first = pipeline.distill(job_for(smoke, tmp_path))
+    first = pipeline.distill(*job_for(smoke, tmp_path))
     on_policy = with_settings(smoke, distill__lmbda=1.0, distill__beta=1.0)
-    second = pipeline.distill(job_for(on_policy, tmp_path))
+    second = pipeline.distill(*job_for(on_policy, tmp_path))
     assert {first.variant, second.variant} == {"lambda0_beta0_lr0.001_seed0", "lambda1_beta1_lr0.001_seed0"}
-    pipeline.evaluate(job_for(on_policy, tmp_path))
-    rows = read_study([job_for(smoke, tmp_path).run]).models
+    pipeline.evaluate(*job_for(on_policy, tmp_path))
+    rows = read_study([job_for(smoke, tmp_path).context.paths]).models
     assert [row.name for row in rows] == ["teacher", "ptq", first.variant, second.variant]
     assert [row.settings.lmbda for row in rows] == [None, None, 0.0, 1.0]
-    live = RolloutStore(job_for(smoke, tmp_path).run.variant(second.variant).rollouts)
+    live = RolloutStore(job_for(smoke, tmp_path).context.paths.variant(second.variant).rollouts)
     assert {rollout.policy_step for rollout in live.read()} == {0, 2, 4}
 
 
 def test_variant_names_carry_what_differs_in_schema_order() -> None:
     base = DistillSection()
-    assert pipeline.variant_name(base, base) == "lambda0_beta0_lr0.0001_seed0"
+    assert variant_name(base, base) == "lambda0_beta0_lr0.0001_seed0"
     other = base.model_copy(update={"temperature": 2.0, "steps": 7, "lr": 2e-5})
-    assert pipeline.variant_name(other, base) == "lambda0_beta0_lr2e-05_seed0_steps7_temperature2"
+    assert variant_name(other, base) == "lambda0_beta0_lr2e-05_seed0_steps7_temperature2"
 
 
 @pytest.mark.slow
 def test_final_is_a_student_folder_whose_codes_are_those_of_its_weights(smoke: Preset, tmp_path: Path) -> None:
     job = job_for(smoke, tmp_path)
-    report = pipeline.distill(job)
-    final = job.run.variant(report.variant).final
+    report = pipeline.distill(*job)
+    final = job.context.paths.variant(report.variant).final
     student = load_student(final, CPU)
     plain = AutoModelForCausalLM.from_pretrained(final, dtype=torch.bfloat16)
     ids = torch.arange(40).view(2, 20)
     assert torch.equal(student.model(ids).logits, plain(ids).logits)
-    started = load_student(job.run.student, CPU)
+    started = load_student(job.context.paths.student, CPU)
     changed = 0
     for name, weight in student.weights.items():
         assert torch.equal(weight.qparams.scale, started.weights[name].qparams.scale)
@@ -131,10 +131,10 @@ def test_final_is_a_student_folder_whose_codes_are_those_of_its_weights(smoke: P
 def test_replayed_student_rollouts_train_too(smoke: Preset, tmp_path: Path) -> None:
     replay = with_settings(smoke, distill__lmbda=1.0, distill__refresh_every=0)
     job = job_for(replay, tmp_path)
-    report = pipeline.distill(job)
+    report = pipeline.distill(*job)
     assert set(report.stores) == {"student"}
     assert "no student rollouts yet: making them first" in notes(job)
-    assert not job.run.variant(report.variant).rollouts.exists()
+    assert not job.context.paths.variant(report.variant).rollouts.exists()
 
 
 @pytest.mark.slow
@@ -147,8 +147,8 @@ def test_dataset_completions_train_too(smoke: Preset, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     preset = with_settings(smoke, prompts__train=str(file), distill__off_policy_source="dataset")
     job = job_for(preset, tmp_path / "run")
-    assert set(pipeline.distill(job).stores) == {"dataset"}
-    stored = RolloutStore(job.run.rollouts("dataset")).read()
+    assert set(pipeline.distill(*job).stores) == {"dataset"}
+    stored = RolloutStore(job.context.paths.rollouts("dataset")).read()
     assert sorted(bytes(r.completion_ids[:6]) == b"" for r in stored) == [False] * 6
     assert all(r.logprobs is None and r.source == "dataset" for r in stored)
 
@@ -162,12 +162,12 @@ def test_every_mode_trains_from_every_method_and_starts_at_the_student(
     changes = {f"distill__{key}": value for key, value in mode.items()}
     preset = with_settings(smoke, quantize__method=method, distill__lr=3e-4, distill__steps=8, **changes)
     job = job_for(preset, tmp_path)
-    report = pipeline.distill(job)
+    report = pipeline.distill(*job)
     # gptq leaves a random model of this size little to win; what matters is that training does not undo it
     limit = 1.1 if method == "gptq" else 1.0
     assert report.after.forward_kl.value < limit * report.before.forward_kl.value
-    start = load_student(job.run.student, CPU)
-    final = load_student(job.run.variant(report.variant).final, CPU)
+    start = load_student(job.context.paths.student, CPU)
+    final = load_student(job.context.paths.variant(report.variant).final, CPU)
     same = [torch.equal(final.weights[name].codes, weight.codes) for name, weight in start.weights.items()]
     assert all(same) == (preset.distill.train == "scales")
 
@@ -176,7 +176,7 @@ def test_every_mode_trains_from_every_method_and_starts_at_the_student(
 def test_gptq_comes_closer_to_the_teacher_than_min_max(smoke: Preset, tmp_path: Path) -> None:
     found = {
         method: pipeline.quantize(
-            job_for(with_settings(smoke, quantize__method=method, quantize__bits=3), tmp_path / method)
+            *job_for(with_settings(smoke, quantize__method=method, quantize__bits=3), tmp_path / method)
         )
         for method in ("minmax", "gptq")
     }
@@ -197,25 +197,25 @@ def test_a_folder_of_another_teacher_or_quantizer_is_refused(
 
 
 def test_other_rollout_settings_for_a_filled_store_are_refused(smoke: Preset, tmp_path: Path) -> None:
-    pipeline.rollout(job_for(smoke, tmp_path), "teacher")
+    pipeline.rollout(*job_for(smoke, tmp_path), "teacher")
     warmer = with_settings(smoke, rollout__temperature=2.0)
     with pytest.raises(StoreError, match=r"temperature=1\.0"):
-        pipeline.rollout(job_for(warmer, tmp_path), "teacher")
-    manifest = pipeline.rollout(job_for(warmer, tmp_path), "teacher", force=True)
+        pipeline.rollout(*job_for(warmer, tmp_path), "teacher")
+    manifest = pipeline.rollout(*job_for(warmer, tmp_path), "teacher", force=True)
     assert manifest.sampling is not None
     assert manifest.sampling.temperature == 2.0
 
 
 def test_a_yardstick_that_is_too_short_is_refused(smoke: Preset, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"heldout\.min_completion_tokens is 100000"):
-        pipeline.quantize(job_for(with_settings(smoke, heldout__min_completion_tokens=100_000), tmp_path))
+        pipeline.quantize(*job_for(with_settings(smoke, heldout__min_completion_tokens=100_000), tmp_path))
 
 
 def test_unknown_models_are_refused_before_evaluating(smoke: Preset, tmp_path: Path) -> None:
     job = job_for(smoke, tmp_path)
     with pytest.raises(DataError, match="no model 'nobody'"):
-        pipeline.evaluate(job, ["nobody"])
-    assert "teacher" not in job.__dict__
+        pipeline.evaluate(*job, names=["nobody"])
+    assert not job.teacher.loaded
 
 
 def test_shipped_presets_ask_for_the_stores_that_their_lambda_needs() -> None:

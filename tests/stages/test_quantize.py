@@ -13,19 +13,19 @@ from kdctl.config.preset import Preset
 from kdctl.formats.student import load_student
 from kdctl.quant.apply import dense, quantize_layers, sqnr
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 
 METHODS = ("minmax", "hqq", "gptq")
 
 
 @pytest.mark.slow
 def test_compare_measures_what_quantize_measures_and_makes_no_student(smoke: Preset, tmp_path: Path) -> None:
-    job = open_job(smoke, tmp_path / "compared")
-    found = {one.method: one for one in pipeline.compare(job, app.with_methods(smoke, METHODS))}
+    job = open_run(smoke, tmp_path / "compared")
+    found = {one.method: one for one in pipeline.compare(*job, app.with_methods(smoke, METHODS))}
     assert tuple(found) == METHODS
-    assert not job.run.student.exists()
+    assert not job.context.paths.student.exists()
     for method, section in zip(METHODS, app.with_methods(smoke, METHODS), strict=True):
-        made = pipeline.quantize(open_job(smoke.model_copy(update={"quantize": section}), tmp_path / method))
+        made = pipeline.quantize(*open_run(smoke.model_copy(update={"quantize": section}), tmp_path / method))
         assert made.distribution == found[method].distribution
         assert made.text == found[method].text
         assert made.identity == found[method].identity
@@ -34,17 +34,17 @@ def test_compare_measures_what_quantize_measures_and_makes_no_student(smoke: Pre
 
 def test_compare_measures_each_method_once(smoke: Preset, tmp_path: Path) -> None:
     sections = app.with_methods(smoke, ["minmax"])
-    first = pipeline.compare(open_job(smoke, tmp_path), sections)
-    assert pipeline.compare(open_job(smoke, tmp_path), sections) == first, "the seconds would differ"
-    again = pipeline.compare(open_job(smoke, tmp_path), sections, force=True)
+    first = pipeline.compare(*open_run(smoke, tmp_path), sections)
+    assert pipeline.compare(*open_run(smoke, tmp_path), sections) == first, "the seconds would differ"
+    again = pipeline.compare(*open_run(smoke, tmp_path), sections, force=True)
     assert again[0].distribution == first[0].distribution
     assert again[0].seconds_s != first[0].seconds_s
 
 
 def test_compare_continues_in_a_folder_that_has_a_student(smoke: Preset, tmp_path: Path) -> None:
-    pipeline.quantize(open_job(smoke, tmp_path))
+    pipeline.quantize(*open_run(smoke, tmp_path))
     before = load_student(tmp_path / "student", torch.device("cpu")).weights
-    pipeline.compare(open_job(smoke, tmp_path), app.with_methods(smoke, ["minmax"]))
+    pipeline.compare(*open_run(smoke, tmp_path), app.with_methods(smoke, ["minmax"]))
     after = load_student(tmp_path / "student", torch.device("cpu")).weights
     assert all(torch.equal(before[name].codes, after[name].codes) for name in before)
 

@@ -14,7 +14,7 @@ from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import read_record
 from kdctl.run.records import DistillReport
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 from kdctl.sweep.board import Board
 from kdctl.sweep.local import metric_value, run_shard
 from kdctl.sweep.plan import Shard, plan_sweep
@@ -70,7 +70,7 @@ def test_every_trial_is_a_variant_with_its_evaluation_and_the_best_is_the_lowest
 @pytest.mark.slow
 def test_a_sweep_trains_what_distill_trains(swept: Board, tmp_path: Path) -> None:
     preset = swept.plan.trial_preset(swept.plan.trials[3])
-    alone = pipeline.distill(open_job(preset, tmp_path / "alone"))
+    alone = pipeline.distill(*open_run(preset, tmp_path / "alone"))
     together = read_record(swept.run.variant(alone.variant).report, DistillReport)
     assert (alone.after, alone.identity) == (together.after, together.identity)
 
@@ -93,10 +93,10 @@ def test_a_trial_that_diverges_does_not_end_the_sweep_and_is_tried_again(
     board = board_of(tmp_path, tiny_dir, {"beta": {"values": [0.0, 1.0]}}, evaluate=False)
     distill, notes = pipeline.distill, Notes()
 
-    def diverging(job, name, **more):
-        if job.preset.distill.beta == 0:
+    def diverging(context, *more, **named):
+        if context.preset.distill.beta == 0:
             raise TrainingError("loss nan")
-        return distill(job, name, **more)
+        return distill(context, *more, **named)
 
     monkeypatch.setattr(pipeline, "distill", diverging)
     run_shard(board, Shard(), notes)
@@ -146,7 +146,7 @@ def test_a_trial_that_falls_behind_is_stopped_for_good(tmp_path: Path, tiny_dir:
     run_shard(board, Shard(), notes)
     assert notes.said[-1] == "trial lr=0.001 was stopped by early_terminate, skipped"
     assert statuses(board) == ["complete", "stopped"]
-    pipeline.distill(open_job(board.plan.trial_preset(board.plan.trials[1]), board.run.path))
+    pipeline.distill(*open_run(board.plan.trial_preset(board.plan.trials[1]), board.run.path))
     assert [variant.name for variant in board.run.variants()] == [
         "lambda0_beta0_lr0.001_seed0",
         "lambda0_beta0_lr1e-12_seed0",

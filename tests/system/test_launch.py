@@ -20,7 +20,7 @@ from kdctl.run.paths import VariantDir, read_record
 from kdctl.run.records import EvalResult
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
-from kdctl.stages.context import open_job
+from kdctl.stages.context import open_run
 from kdctl.system import distributed
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
@@ -86,7 +86,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(smoke: Preset, tiny_dir_fp32: 
     preset, file = settings(smoke, tiny_dir_fp32, tmp_path)
     stdout, stderr = (started := launch("run", file, tmp_path / "two")).communicate(timeout=200)
     assert started.returncode == 0, stderr
-    printed = pipeline.run_all(open_job(preset, tmp_path / "one"))
+    printed = pipeline.run_all(*open_run(preset, tmp_path / "one"))
     assert len(stdout.splitlines()) == len(printed.splitlines()), "only the main process prints"
     two, alone = only_variant(tmp_path / "two"), only_variant(tmp_path / "one")
     for store in ("heldout", "teacher"):
@@ -157,8 +157,8 @@ def test_a_killed_process_ends_all_and_one_or_two_go_on(
     if victim:
         assert launch("distill", file, tmp_path / "killed", how).wait(timeout=120) == 0
     else:
-        pipeline.distill(open_job(preset, tmp_path / "killed"))
-    pipeline.distill(open_job(preset, tmp_path / "whole"))
+        pipeline.distill(*open_run(preset, tmp_path / "killed"))
+    pipeline.distill(*open_run(preset, tmp_path / "whole"))
     resumed, whole = only_variant(tmp_path / "killed"), only_variant(tmp_path / "whole")
     assert [line["step"] for line in read_metrics(resumed.metrics)] == list(range(1, 41))
     assert differing_codes(resumed.final, whole.final) <= 0.01

@@ -1,0 +1,30 @@
+"""kdctl from Python: open a run, then the same stages as on the command line.
+
+from kdctl.api import distill, evaluate, open_run, quantize
+
+run = open_run("quickstart", "runs/mine", {"distill.steps": 32})
+quantize(*run)
+distill(*run)
+results = evaluate(*run)
+"""
+
+from kdctl.base.errors import KdctlError
+from kdctl.stages.context import Context, Run, open_run
+from kdctl.stages.distill import distill
+from kdctl.stages.evaluate import evaluate
+from kdctl.stages.pipeline import report, rollout, run_all
+from kdctl.stages.quantize import compare, quantize
+
+__all__ = [
+    "Context",
+    "KdctlError",
+    "Run",
+    "compare",
+    "distill",
+    "evaluate",
+    "open_run",
+    "quantize",
+    "report",
+    "rollout",
+    "run_all",
+]

@@ -1,0 +1,87 @@
+"""The teacher: where its files are, what they say, and its weights when they are asked for."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdctl.base.progress import Reporter, Silent
+from kdctl.config.preset import RuntimeSection, TeacherSection
+from kdctl.model.folder import fingerprint, stop_ids
+from kdctl.model.load import load_model, pick_device, torch_dtype
+from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
+from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
+from kdctl.system.memory import give_back
+
+T = TypeVar("T")
+
+
+def _once(method: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Remember what a method without arguments returned."""
+
+    @wraps(method)
+    def remembered(self: "Teacher") -> T:
+        if method.__name__ not in self._found:
+            self._found[method.__name__] = method(self)
+        return self._found[method.__name__]
+
+    return remembered
+
+
+class Teacher:
+    """One full-precision model. Nothing is fetched, converted or loaded before a method is called; each works once."""
+
+    def __init__(self, settings: TeacherSection, runtime: RuntimeSection, reporter: Reporter | None = None):
+        self.settings, self.offline, self.reporter = settings, runtime.offline, reporter or Silent()
+        self.dtype = torch_dtype(settings.dtype)
+        self.device = pick_device(runtime.device)
+        self._found: dict[str, Any] = {}
+
+    @_once
+    def config(self) -> PretrainedConfig:
+        """Read the configuration, without weights."""
+        return find_config(self.settings.model, self.dtype, self.settings.revision, self.offline)
+
+    @_once
+    def folder(self) -> Path:
+        """Return the folder of safetensors, which is downloaded or converted from GGUF first where it has to be."""
+        reference, revision = self.settings.model, self.settings.revision
+        path = locate(reference, revision, self.offline)
+        if path.is_file() and not gguf_cache(path, self.dtype).is_dir():
+            self.reporter.note(f"converting {path.name} to safetensors, once")
+        return model_folder(reference, self.dtype, revision, self.offline)
+
+    @_once
+    def fingerprint(self) -> str:
+        """Hash the weights."""
+        return fingerprint(self.folder())
+
+    @_once
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer, which is the student's too. Raises ModelError if its ids do not fit the network."""
+        tokenizer = load_tokenizer(self.folder(), self.settings.model)
+        check_vocabulary(tokenizer, self.config())
+        return tokenizer
+
+    @_once
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a completion."""
+        return stop_ids(self.folder(), self.tokenizer())
+
+    @_once
+    def load(self) -> PreTrainedModel:
+        """Load the weights; they stay in memory until ``forget``."""
+        return load_model(self.folder(), self.dtype, self.device)
+
+    @property
+    def loaded(self) -> bool:
+        """Tell whether the weights are in memory."""
+        return "load" in self._found
+
+    def forget(self) -> None:
+        """Let go of the weights; they are loaded again when they are asked for."""
+        self._found.pop("load", None)
+        give_back()

@@ -1,0 +1,149 @@
+"""The yardstick of a run: held-out completions by the teacher and plain text, on which every student is measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel
+
+from kdctl.base.errors import DataError
+from kdctl.base.progress import Reporter
+from kdctl.config.resolve import identity
+from kdctl.data.prompts import PromptReader, PromptSet
+from kdctl.eval import distribution
+from kdctl.eval.distribution import PerDocument, Yardstick
+from kdctl.formats.student import HELDOUT
+from kdctl.model.teacher import Teacher
+from kdctl.rollout.fill import Plan, fill, usable
+from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.paths import read_record
+from kdctl.run.records import QuantizeReport, Rollout, TextMetrics
+from kdctl.stages.context import Context
+
+
+def prompt_reader(context: Context, teacher: Teacher) -> PromptReader:
+    """Return what reads prompts with the teacher's tokenizer."""
+    return PromptReader(teacher.tokenizer(), context.preset.prompts, teacher.offline)
+
+
+def heldout_prompts(context: Context, teacher: Teacher) -> PromptSet:
+    """Read the held-out prompts."""
+    settings = context.preset.heldout
+    return prompt_reader(context, teacher).heldout(settings.num_prompts, settings.seed)
+
+
+def heldout_plan(context: Context, teacher: Teacher, role: str, writer: str) -> Plan:
+    """Say what a store of held-out completions holds. role: who writes them; writer: its fingerprint."""
+    settings, prompts = context.preset.heldout, heldout_prompts(context, teacher)
+    sections = {"heldout": settings.model_dump(exclude={"text_tokens", "min_completion_tokens"})}
+    name = identity("heldout", sections, {role: writer, "prompts": prompts.fingerprint()})
+    source = "heldout" if role == "teacher" else role
+    return Plan(source, name, writer, prompts, settings.prompts_per_block)
+
+
+def write_heldout(context: Context, teacher: Teacher, store: RolloutStore, plan: Plan, model: PreTrainedModel) -> None:
+    """Have a model complete the held-out prompts at temperature 1, with the same random numbers as any other."""
+    settings = context.preset.heldout
+    sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
+    source = "teacher" if plan.source == "heldout" else plan.source
+    generator = Generator(model, teacher.stop_ids(), sampling, source, settings.prompts_per_block)
+    fill(store, plan, generator, context.reporter, context.ranks)
+
+
+def ensure_heldout(context: Context, teacher: Teacher) -> RolloutStore:
+    """Return the teacher's held-out completions, written first where they are missing.
+
+    Raises DataError if they have fewer tokens than ``heldout.min_completion_tokens``.
+    """
+    settings = context.preset.heldout
+    store = RolloutStore(context.paths.heldout)
+    plan = heldout_plan(context, teacher, "teacher", teacher.fingerprint())
+    if not context.ranks.on_main(lambda: usable(store, plan.identity)):
+        write_heldout(context, teacher, store, plan, teacher.load())
+    tokens = store.manifest().completion_tokens
+    if tokens < settings.min_completion_tokens:
+        raise DataError(
+            f"the yardstick has {tokens} completion tokens and heldout.min_completion_tokens is "
+            f"{settings.min_completion_tokens}; with fewer every interval is too wide. Raise heldout.num_prompts "
+            f"(now {settings.num_prompts}) and use another --run"
+        )
+    return store
+
+
+def ensure_student_written(
+    context: Context, teacher: Teacher, model: PreTrainedModel, writer: str, folder: Path
+) -> RolloutStore:
+    """Return held-out completions by a model itself, written first where ``folder`` does not hold this model's."""
+    store, plan = RolloutStore(folder), heldout_plan(context, teacher, "student", writer)
+    if not store.complete(plan.identity):
+        write_heldout(context, teacher, store, plan, model)
+    return store
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Measures models against the teacher. What the teacher reads it reads once, when a measurement first needs it."""
+
+    teacher: Teacher
+    store: RolloutStore
+    text_tokens: int
+    reporter: Reporter
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything that students are measured on."""
+        return distribution.yardstick_identity(self.text_tokens, self.store.fingerprint(), self.teacher.fingerprint())
+
+    @cached_property
+    def _read(self) -> Yardstick:
+        return self.yardstick_of(self.store.read())
+
+    @cached_property
+    def _text_read(self) -> Yardstick:
+        return distribution.text_yardstick(self.teacher.load(), self.text())
+
+    @cached_property
+    def _teacher_text(self) -> TextMetrics:
+        return distribution.text_perplexity(self.teacher.load(), self.text())
+
+    def yardstick(self, documents: int | None = None) -> Yardstick:
+        """Return the held-out completions, or their first ``documents``, with the teacher's states."""
+        return self._read if documents is None else self.yardstick_of(self.store.read()[:documents])
+
+    def yardstick_of(self, rollouts: Sequence[Rollout]) -> Yardstick:
+        """Have the teacher read completions of held-out prompts."""
+        with self.reporter.task("teacher reads held-out completions", "batches") as advance:
+            return distribution.make_yardstick(self.teacher.load(), rollouts, advance)
+
+    def text(self) -> list[list[int]]:
+        """Return the plain text for perplexity, as documents of tokens."""
+        return distribution.text_documents(self.teacher.tokenizer(), self.text_tokens)
+
+    def text_yardstick(self) -> Yardstick:
+        """Return the plain text with the teacher's states."""
+        return self._text_read
+
+    def teacher_text(self) -> TextMetrics:
+        """Return the teacher's perplexity on plain text."""
+        return self._teacher_text
+
+    def measured(self, folder: Path) -> PerDocument | None:
+        """Read what a student folder says of itself, if it was measured on this yardstick."""
+        if read_record(folder / "quantize.json", QuantizeReport).yardstick != self.identity:
+            return None
+        return distribution.from_table(pq.read_table(folder / HELDOUT))
+
+    def measure(self, model: PreTrainedModel, label: str, yardstick: Yardstick | None = None) -> PerDocument:
+        """Compare a model with the teacher on the yardstick, or on other completions that the teacher has read."""
+        yardstick = yardstick or self.yardstick()
+        with self.reporter.task(f"{label} reads held-out completions", "batches") as advance:
+            return distribution.compare(model, yardstick, advance)
+
+
+def ensure_measuring(context: Context, teacher: Teacher) -> Measuring:
+    """Return what measures models of a run, its held-out completions written first where they are missing."""
+    store = ensure_heldout(context, teacher)
+    return Measuring(teacher, store, context.preset.heldout.text_tokens, context.reporter)
