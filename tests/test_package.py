@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,13 +19,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel without network, with the build backend that is installed."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist, and the wheel from the unpacked sdist, without network, with the backend that is installed."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.glob("kdctl-*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    """Find the wheel."""
+    (path,) = dist.glob("kdctl-*.whl")
     return path
 
 
@@ -64,6 +71,15 @@ def test_the_wheel_holds_every_file_and_no_other(wheel: Path) -> None:
         "eval/task_files/mmlu_offline.yaml",
     ):
         assert f"kdctl/{part}" in names
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone to compare with")
+def test_the_sdist_holds_what_a_clone_does(dist: Path) -> None:
+    (path,) = dist.glob("kdctl-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in listed if not name.startswith(".")} <= names
 
 
 def test_what_runs_is_the_installed_package(target: Path, tmp_path: Path) -> None:
