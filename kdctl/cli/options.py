@@ -7,8 +7,9 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
 import typer
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from kdctl.base.errors import KdctlError
 from kdctl.base.progress import Silent
 from kdctl.cli import console
+from kdctl.cli.fields import Flags
 from kdctl.config import resolve
 from kdctl.config.preset import Preset
 
@@ -39,6 +41,25 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again e
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved preset as JSON and stop.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of every command that resolves a preset."""
+
+    run: RunOption = None
+    settings: SetOption = None
+    verbose: VerboseOption = False
+
+
+@dataclass(frozen=True)
+class StageOptions(RunOptions):
+    """Options of every command that does one stage."""
+
+    preset: PresetOption = None
+    force: ForceOption = False
+    as_json: JsonOption = False
+    dry_run: DryRunOption = False
 
 
 def process_rank() -> int:
@@ -88,7 +109,7 @@ def _stop(message: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> Preset:
+def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: Flags) -> Preset:
     """Find the preset that a command works with: named, the folder's own, or the default; flags win over --set."""
     overrides = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
     if name is None:
@@ -123,21 +144,18 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
 class Stage:
     """One command's options, resolved; opens the run only when work is to be done."""
 
-    def __init__(
-        self,
-        preset: str | None,
-        run: Path | None,
-        settings: list[str] | None,
-        verbose: bool = False,
-        dry_run: bool = False,
-        **flags: Any,
-    ):
-        self.preset = resolve_preset(preset, run, settings, {key.replace("__", "."): v for key, v in flags.items()})
-        self.folder = run_folder(preset, run)
-        self.verbose = verbose
+    def __init__(self, preset: str | None, options: RunOptions, dry_run: bool = False, flags: Flags | None = None):
+        self.preset = resolve_preset(preset, options.run, options.settings, flags or {})
+        self.folder = run_folder(preset, options.run)
+        self.verbose = options.verbose
         if dry_run:
             console.show_text(self.preset.model_dump_json(indent=2))
             raise typer.Exit
+
+    @classmethod
+    def of(cls, options: StageOptions, flags: Flags) -> Self:
+        """Resolve the options of a command that does one stage."""
+        return cls(options.preset, options, options.dry_run, flags)
 
     def open(self, trains: bool = False) -> "Run":
         """Import the heavy parts and open the run folder; for training, several processes must divide a step's rows."""
@@ -165,10 +183,3 @@ def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> Non
 def show_json(results: Mapping[str, BaseModel]) -> None:
     """Print several results as one JSON object."""
     console.show_text(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
-
-
-def console_views() -> Any:
-    """Import what renders results, which needs records only."""
-    from kdctl.cli import render as views
-
-    return views

@@ -1,7 +1,7 @@
 """``kdctl sweep``: read the file, check all of it, then run it here, through wandb or on Kubernetes."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +12,7 @@ import typer
 from kdctl.base.errors import PresetError
 from kdctl.cli import console
 from kdctl.cli import render as views
+from kdctl.cli.fields import options
 from kdctl.cli.options import (
     DEFAULT_PRESET,
     JsonOption,
@@ -32,24 +33,32 @@ if TYPE_CHECKING:
 
 DEFAULT_SWEEP = "quickstart_grid"
 Backend = Literal["local", "wandb", "kubernetes"]
+ALLOWED: dict[Backend, tuple[str, ...]] = {
+    "local": ("--jobs", "--shard"),
+    "wandb": ("--agents", "--sweep-id"),
+    "kubernetes": ("--agents", "--sweep-id", "--pod", "--apply"),
+}
+"""Options that mean something only with some backends."""
 
 
 @dataclass(frozen=True)
 class Request:
     """The options that decide what a sweep is, wherever it runs."""
 
-    file: str
-    preset: str | None
-    settings: tuple[str, ...]
-    max_trials: int | None
-    evaluate: bool
-    verbose: bool
+    file: Annotated[str, typer.Argument(help="Name of a shipped sweep, or a wandb sweep file.")] = DEFAULT_SWEEP
+    preset: PresetOption = None
+    settings: SetOption = None
+    max_trials: Annotated[
+        int | None, typer.Option(help="Largest grid; number of random or bayes trials. (default: 64)", min=1)
+    ] = None
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate variants, or only train them.")] = True
+    verbose: VerboseOption = False
 
     def command(self, folder: str) -> list[str]:
         """Return the arguments of kdctl that mean the same sweep in another process."""
         words = ["sweep", self.file, "--run", folder]
         words += ["--preset", self.preset] if self.preset else []
-        words += [word for setting in self.settings for word in ("--set", setting)]
+        words += [word for setting in self.settings or () for word in ("--set", setting)]
         words += ["--max-trials", str(self.max_trials)] if self.max_trials else []
         words += [] if self.evaluate else ["--no-eval"]
         return words + (["--verbose"] if self.verbose else [])
@@ -61,44 +70,52 @@ class Request:
 
 
 @dataclass(frozen=True)
-class PodOptions:
-    """The options of --backend kubernetes."""
+class Where:
+    """The options that decide where trials run."""
 
-    pods: int
-    sweep_id: str | None
-    settings: tuple[str, ...]
-    apply: bool
-
-
-def sweep(
-    file: Annotated[str, typer.Argument(help="Name of a shipped sweep, or a wandb sweep file.")] = DEFAULT_SWEEP,
-    values: Annotated[
-        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Run only the one trial with these values.")
-    ] = None,
-    preset: PresetOption = None,
     run: Annotated[
         Path | None, typer.Option("--run", "-r", help="Run folder. (default: runs/<sweep name>)", file_okay=False)
-    ] = None,
-    settings: SetOption = None,
-    jobs: Annotated[int, typer.Option(help="Trials at once, each in a process of its own.", min=1)] = 1,
-    shard: Annotated[str | None, typer.Option(help="i/N: only trials i, i + N, ..., counted from 0.")] = None,
-    max_trials: Annotated[
-        int | None, typer.Option(help="Largest grid; number of random or bayes trials. (default: 64)", min=1)
-    ] = None,
-    backend: Annotated[Backend, typer.Option(help="Where trials run: here, wandb agents here, or pods.")] = "local",
-    agents: Annotated[int, typer.Option(help="wandb agents, or pods. 0: only create the wandb sweep.", min=0)] = 1,
+    ] = None
+    backend: Annotated[Backend, typer.Option(help="Where trials run: here, wandb agents here, or pods.")] = "local"
+    jobs: Annotated[int, typer.Option(help="Trials at once, each in a process of its own.", min=1)] = 1
+    shard: Annotated[str | None, typer.Option(help="i/N: only trials i, i + N, ..., counted from 0.")] = None
+    agents: Annotated[int, typer.Option(help="wandb agents, or pods. 0: only create the wandb sweep.", min=0)] = 1
     sweep_id: Annotated[
         str | None, typer.Option(help="wandb sweep that exists: agents or pods join it, instead of a new one.")
-    ] = None,
+    ] = None
     pod: Annotated[
         list[str] | None,
         typer.Option(help="image=, gpus=, cpus=, memory=, claim= or secret= of a pod. Repeatable."),
+    ] = None
+    apply: Annotated[bool, typer.Option("--apply", help="Hand the manifests to kubectl; else print them.")] = False
+
+    def check(self) -> None:
+        """Raise PresetError for options that mean nothing where the trials will run, or with several processes."""
+        if process_count() > 1:
+            raise PresetError(
+                f"{process_count()} processes were launched, and a sweep divides trials, not one trial; start it as "
+                "one process, with --jobs for several trials at once"
+            )
+        allowed = ALLOWED[self.backend]
+        given = {"jobs": self.jobs > 1, "agents": self.agents != 1}
+        for name in ("jobs", "shard", "agents", "sweep_id", "pod", "apply"):
+            option = "--" + name.replace("_", "-")
+            if given.get(name, vars(self)[name]) and option not in allowed:
+                raise PresetError(
+                    f"{option} means nothing with --backend {self.backend}, which takes {', '.join(allowed)}"
+                )
+
+
+@options()
+def sweep(
+    request: Request,
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Run only the one trial with these values.")
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Hand the manifests to kubectl; else print them.")] = False,
-    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate variants, or only train them.")] = True,
     as_json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
-    verbose: VerboseOption = False,
+    *,
+    where: Where,
 ) -> None:
     """Train and evaluate many variants in one run folder, as a wandb sweep file says.
 
@@ -107,48 +124,21 @@ def sweep(
     with guarded(divided=True):
         from kdctl.sweep.space import read_sweep
 
-        if process_count() > 1:
-            raise PresetError(
-                f"{process_count()} processes were launched, and a sweep divides trials, not one trial; start it as "
-                "one process, with --jobs for several trials at once"
-            )
-
-        check_backend(
-            backend,
-            {
-                "--jobs": jobs > 1,
-                "--shard": shard,
-                "--agents": agents != 1,
-                "--sweep-id": sweep_id,
-                "--pod": pod,
-                "--apply": apply,
-            },
-        )
-        found = read_sweep(file)
-        folder = run or Path("runs") / found.name
-        request = Request(file, preset, tuple(settings or ()), max_trials, evaluate, verbose)
+        where.check()
+        found = read_sweep(request.file)
+        folder = where.run or Path("runs") / found.name
         if values:
             run_one(request, found, folder, values)
         elif dry_run:
             show_plan(planned(request, found, folder))
-        elif backend == "wandb":
-            run_agents(request, found, folder, agents, sweep_id)
-        elif backend == "kubernetes":
-            run_pods(request, found, folder, PodOptions(agents, sweep_id, tuple(pod or ()), apply))
+        elif where.backend == "wandb":
+            run_agents(request, found, folder, where)
+        elif where.backend == "kubernetes":
+            run_pods(request, found, folder, where)
         else:
             board = planned(request, found, folder)
-            run_here(request, board, jobs, shard)
+            run_here(request, board, where.jobs, where.shard)
             show(board.report(board.journal()), as_json, views.show_sweep)
-
-
-def check_backend(backend: Backend, given: Mapping[str, object]) -> None:
-    """Refuse options that mean nothing where the trials will run."""
-    allowed = {"local": ("--jobs", "--shard"), "wandb": ("--agents", "--sweep-id")}.get(
-        backend, ("--agents", "--sweep-id", "--pod", "--apply")
-    )
-    for option, value in given.items():
-        if value and option not in allowed:
-            raise PresetError(f"{option} means nothing with --backend {backend}, which takes {', '.join(allowed)}")
 
 
 def planned(request: Request, found: "Sweep", folder: Path) -> "Board":
@@ -156,7 +146,7 @@ def planned(request: Request, found: "Sweep", folder: Path) -> "Board":
     from kdctl.sweep.board import Board
     from kdctl.sweep.plan import plan_sweep
 
-    overrides = resolve.parse_assignments(request.settings)
+    overrides = resolve.parse_assignments(request.settings or [])
     plan = plan_sweep(found, request.base(found, folder), overrides, request.max_trials, request.evaluate)
     return Board(plan, folder)
 
@@ -213,7 +203,7 @@ def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequenc
     from kdctl.sweep.board import Board
     from kdctl.sweep.plan import base_plan, parse_trial
 
-    overrides = resolve.parse_assignments(request.settings)
+    overrides = resolve.parse_assignments(request.settings or [])
     plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
     values = parse_trial(found, assignments)
     plan.trial_preset(values)
@@ -227,7 +217,7 @@ def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequenc
     console.show_pairs(plan.variant(values, one.base), [(found.metric.name, f"{value:.6g}")])
 
 
-def run_agents(request: Request, found: "Sweep", folder: Path, agents: int, sweep_id: str | None) -> None:
+def run_agents(request: Request, found: "Sweep", folder: Path, where: Where) -> None:
     """Create a wandb sweep, unless one is named, and run agents of it until it is done."""
     from kdctl.run import tracking
     from kdctl.sweep.board import Board
@@ -235,7 +225,7 @@ def run_agents(request: Request, found: "Sweep", folder: Path, agents: int, swee
     from kdctl.sweep.wandb_config import wandb_config
     from kdctl.sweep.workers import run_workers
 
-    overrides = resolve.parse_assignments(request.settings)
+    overrides = resolve.parse_assignments(request.settings or [])
     plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
     if found.method == "grid":
         grid_trials(found, request.max_trials)
@@ -243,10 +233,10 @@ def run_agents(request: Request, found: "Sweep", folder: Path, agents: int, swee
     board.run.prepare()
     words = request.command(str(folder)) + logging_on(plan.preset)
     config = wandb_config(plan, words, request.max_trials)
-    name = sweep_id or tracking.create_sweep(config, plan.preset.tracking)
+    name = where.sweep_id or tracking.create_sweep(config, plan.preset.tracking)
     console.show_text(f"wandb agent {name}")
-    if agents:
-        run_workers([[sys.executable, "-m", "wandb", "agent", name]] * agents, board.folder)
+    if where.agents:
+        run_workers([[sys.executable, "-m", "wandb", "agent", name]] * where.agents, board.folder)
 
 
 def logging_on(preset: Preset) -> list[str]:
@@ -254,21 +244,21 @@ def logging_on(preset: Preset) -> list[str]:
     return ["--set", "tracking.wandb=online"] if preset.tracking.wandb == "off" else []
 
 
-def run_pods(request: Request, found: "Sweep", folder: Path, options: PodOptions) -> None:
+def run_pods(request: Request, found: "Sweep", folder: Path, where: Where) -> None:
     """Print the manifests of a Job, or hand them to kubectl. Its pods are shards, or agents of a wandb sweep."""
     from kdctl.sweep import kubernetes as k8s
 
-    if options.pods < 1:
+    if where.agents < 1:
         raise PresetError("--agents 0 is for --backend wandb; a Job needs at least one pod")
-    pod, pods = k8s.parse_pod(options.settings), options.pods
-    if options.sweep_id:
-        command = k8s.agent_command(options.sweep_id)
+    pod, pods = k8s.parse_pod(where.pod or ()), where.agents
+    if where.sweep_id:
+        command = k8s.agent_command(where.sweep_id)
     else:
         place = k8s.pod_folder(PurePosixPath(folder))
         pods = min(pods, planned(request, found, folder).plan.total)
         command = k8s.shard_command(request.command(place), pods)
     text = k8s.render(k8s.Fleet(found.name, command, pods, own_files(request, found)), pod)
-    console.show_text(k8s.apply(text) if options.apply else text)
+    console.show_text(k8s.apply(text) if where.apply else text)
 
 
 def own_files(request: Request, found: "Sweep") -> dict[str, str]:
