@@ -1,5 +1,8 @@
 """Where a sweep stands, read from its run folder, whoever is working on it (no torch)."""
 
+import json
+import os
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -9,7 +12,6 @@ from optuna.trial import FrozenTrial, TrialState
 from kdctl.config.preset import Preset
 from kdctl.run.paths import RunDir, read_record
 from kdctl.run.records import SweepReport, TrialRecord
-from kdctl.run.tracking import read_metrics
 from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
 
@@ -22,11 +24,42 @@ STATUS: dict[TrialState, Status] = {
 }
 
 
+class Pace:
+    """How far an unfinished variant is, from its metrics.jsonl; each look reads what was added since the last."""
+
+    def __init__(self) -> None:
+        self.done, self._file, self._read = 0, 0, 0
+        self._seconds: list[float] = []
+
+    def look(self, path: Path) -> None:
+        """Read new lines; a file written anew, as a resumed training does, is read from its start."""
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            return
+        with file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._read:
+                self.done, self._seconds, self._file, self._read = 0, [], found.st_ino, 0
+            file.seek(self._read)
+            added = file.read()
+        added = added[: added.rfind(b"\n") + 1]  # a last line may be half written
+        self._read += len(added)
+        for line in map(json.loads, filter(None, added.split(b"\n"))):
+            self.done = int(line["step"])
+            self._seconds.append(line["time/step_s"])
+
+    def left(self, steps: int) -> float | None:
+        """Return the seconds that the other steps will take."""
+        return (steps - self.done) * median(self._seconds) if self._seconds else None
+
+
 class Board:
     """Reads one sweep's state in one run folder."""
 
     def __init__(self, plan: SweepPlan, folder: Path):
         self.plan, self.run = plan, RunDir(folder)
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
 
     @property
     def folder(self) -> Path:
@@ -75,17 +108,10 @@ class Board:
             taken = trial.duration.total_seconds() if trial.duration else None
             update = {"metric": trial.value, "step": steps, "seconds_s": taken}
         else:
-            step, left = self._pace(variant, steps)
-            update = {"step": step, "left_s": left if trial.state == TrialState.RUNNING else None}
+            pace = self._paces[variant]
+            pace.look(self.run.variant(variant).metrics)
+            update = {"step": pace.done, "left_s": pace.left(steps) if trial.state == TrialState.RUNNING else None}
         return row.model_copy(update={"status": STATUS[trial.state], **update})
-
-    def _pace(self, variant: str, steps: int) -> tuple[int, float | None]:
-        """Return the steps done by an unfinished variant and the seconds that the others will take."""
-        lines = read_metrics(self.run.variant(variant).metrics)
-        if not lines:
-            return 0, None
-        done = int(lines[-1]["step"])
-        return done, (steps - done) * median(line["time/step_s"] for line in lines)
 
 
 def preview(plan: SweepPlan) -> list[TrialRecord]:
