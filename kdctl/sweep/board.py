@@ -24,8 +24,8 @@ STATUS: dict[TrialState, Status] = {
 }
 
 
-class Pace:
-    """How far an unfinished variant is, from its metrics.jsonl; each look reads what was added since the last."""
+class Follower:
+    """Follows an unfinished variant through its metrics.jsonl; each look reads what was added since the last."""
 
     def __init__(self) -> None:
         self.done, self._file, self._read = 0, 0, 0
@@ -59,7 +59,7 @@ class Board:
 
     def __init__(self, plan: SweepPlan, folder: Path):
         self.plan, self.run = plan, RunDir(folder)
-        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self._followers: defaultdict[str, Follower] = defaultdict(Follower)
 
     @property
     def folder(self) -> Path:
@@ -108,9 +108,9 @@ class Board:
             taken = trial.duration.total_seconds() if trial.duration else None
             update = {"metric": trial.value, "step": steps, "seconds_s": taken}
         else:
-            pace = self._paces[variant]
-            pace.look(self.run.variant(variant).metrics)
-            update = {"step": pace.done, "left_s": pace.left(steps) if trial.state == TrialState.RUNNING else None}
+            found = self._followers[variant]
+            found.look(self.run.variant(variant).metrics)
+            update = {"step": found.done, "left_s": found.left(steps) if trial.state == TrialState.RUNNING else None}
         return row.model_copy(update={"status": STATUS[trial.state], **update})
 
 

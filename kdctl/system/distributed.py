@@ -71,7 +71,7 @@ class Processes:
                 raise PresetError(f"the models are to be divided by FSDP2, and {what} needs them whole; {instead}")
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return this process's rows of a whole tensor where models are divided, else the tensor."""
+        """Return this process's rows of a tensor where models are divided, those of ``Shard(0)``, else the tensor."""
         if not self.sharded:
             return tensor
         parts = tensor.chunk(self.count)
@@ -137,7 +137,7 @@ class Processes:
         """Replace each tensor by its sum over the processes, added in float32 and kept in the tensor's dtype."""
         if self.count == 1:
             return
-        for part in _pieces(tensors):
+        for part in pieces(tensors):
             flat = torch.cat([tensor.flatten().float() for tensor in part])
             with _peers():
                 dist.all_reduce(flat)
@@ -243,7 +243,7 @@ def _ended(error: RuntimeError) -> ProcessError:
     )
 
 
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Group tensors, in order, into parts of about ``PIECE`` numbers."""
     part: list[Tensor] = []
     for tensor in tensors:

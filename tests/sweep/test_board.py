@@ -8,7 +8,7 @@ import yaml
 
 from kdctl.config.resolve import load_preset
 from kdctl.run.paths import write_record, write_text
-from kdctl.sweep.board import Board, Pace, preview
+from kdctl.sweep.board import Board, Follower, preview
 from kdctl.sweep.plan import plan_sweep
 from kdctl.sweep.space import read_sweep
 
@@ -42,29 +42,29 @@ def test_every_status_is_told_with_steps_and_time_left(board: Board) -> None:
 
 
 def test_what_was_read_is_not_read_again_unless_the_file_is_new(tmp_path: Path) -> None:
-    path, pace = tmp_path / "metrics.jsonl", Pace()
+    path, follower = tmp_path / "metrics.jsonl", Follower()
 
     def line(step: int, seconds: float) -> str:
         return json.dumps({"step": step, "time/step_s": seconds}) + "\n"
 
-    pace.look(path)
-    assert (pace.done, pace.left(9)) == (0, None)
+    follower.look(path)
+    assert (follower.done, follower.left(9)) == (0, None)
     path.write_text(line(1, 5.0) + line(2, 1.0)[:9])
-    pace.look(path)
-    assert (pace.done, pace.left(9)) == (1, 40.0)
+    follower.look(path)
+    assert (follower.done, follower.left(9)) == (1, 40.0)
     with open(path, "r+") as file:  # what was read is worthless now: only the rest may be looked at
         file.write("x" * (len(line(1, 5.0)) - 1))
         file.seek(len(line(1, 5.0)))
         file.write(line(2, 1.0) + line(3, 3.0))
-    pace.look(path)
-    pace.look(path)
-    assert (pace.done, pace.left(9)) == (3, 18.0)
+    follower.look(path)
+    follower.look(path)
+    assert (follower.done, follower.left(9)) == (3, 18.0)
     write_text(path, "".join(line(step, 2.0) for step in range(1, 8)))
-    pace.look(path)
-    assert (pace.done, pace.left(9)) == (7, 4.0)
+    follower.look(path)
+    assert (follower.done, follower.left(9)) == (7, 4.0)
     path.write_text(line(1, 8.0))
-    pace.look(path)
-    assert (pace.done, pace.left(9)) == (1, 64.0)
+    follower.look(path)
+    assert (follower.done, follower.left(9)) == (1, 64.0)
 
 
 @pytest.mark.parametrize(("goal", "best"), [("minimize", "0.25"), ("maximize", "1")])

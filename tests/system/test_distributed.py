@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import PresetError, ProcessError
@@ -30,7 +31,7 @@ from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import read_record
 from kdctl.run.records import CheckpointMeta, Rollout
-from kdctl.system.distributed import ALONE, PIECE, Processes, _pieces, connect
+from kdctl.system.distributed import ALONE, PIECE, Processes, connect, pieces
 
 Together = Callable[[str, str], None]
 GRID = QuantizeSection(group_size=32, method="minmax")
@@ -96,16 +97,6 @@ def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str
         Processes(0, 2, sharded=True).check_trainable(settings)
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 5), (2, 5), (3, 2), (4, 9)])
-def test_rows_are_those_that_fsdp_gives(count: int, length: int) -> None:
-    tensor = torch.arange(2 * length).view(length, 2)
-    parts = [Processes(rank, count, sharded=True).rows(tensor) for rank in range(count)]
-    assert torch.equal(torch.cat(parts), tensor)
-    found, _ = Shard(0)._split_tensor(tensor, count, with_padding=False)
-    assert [part.tolist() for part in parts] == [part.tolist() for part in found]
-    assert Processes(0, count).rows(tensor) is tensor
-
-
 def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert connect("auto") is ALONE
@@ -113,7 +104,7 @@ def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_pieces_hold_every_tensor_once_and_no_more_than_they_may() -> None:
     tensors = [torch.empty(size, device="meta") for size in (5, PIECE - 5, 1, 2 * PIECE, 7, 7)]
-    parts = list(_pieces(tensors))
+    parts = list(pieces(tensors))
     assert [tensor for part in parts for tensor in part] == tensors
     assert [len(part) for part in parts] == [2, 1, 1, 2]
 
@@ -142,9 +133,21 @@ def agree(processes: Processes, folder: Path) -> None:
     processes.sum_(mine)
     for found, first, second in zip(mine, *tensors.values(), strict=True):
         assert torch.equal(found, (first.float() + second.float()).to(found.dtype))
+    divide_rows(replace(processes, sharded=True))
     if processes.is_main:  # the other one ends here
         with pytest.raises(ProcessError, match="another process of this run has ended"):
             processes.wait()
+
+
+def divide_rows(shards: Processes) -> None:
+    """Check that rows are those that torch gives, and that the main process gets all of them back."""
+    mesh = init_device_mesh("cpu", (shards.count,))
+    for length in (1, 2, 5):
+        tensor = torch.arange(2 * length).view(length, 2)
+        rows = shards.rows(tensor)
+        assert torch.equal(rows, distribute_tensor(tensor, mesh, [Shard(0)]).to_local())
+        assert torch.equal(shards.whole(rows), tensor if shards.is_main else rows)
+        assert replace(shards, sharded=False).rows(tensor) is tensor
 
 
 def rollouts(count: int) -> list[Rollout]:
