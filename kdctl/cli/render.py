@@ -4,22 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdctl.cli import console
-from kdctl.run.records import (
-    CostPlan,
-    DistillReport,
-    DistributionMetrics,
-    Estimate,
-    ExportReport,
-    MethodResult,
-    Part,
-    Phase,
-    QuantizeReport,
-    Room,
-    StoreManifest,
-    SweepReport,
-    TrialRecord,
-    VerifyReport,
-)
+from kdctl.cost.records import CostPlan, Part, Phase, Room
+from kdctl.formats.records import ExportReport, VerifyReport
+from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, MethodResult, QuantizeReport, StoreManifest
+from kdctl.sweep.records import SweepReport, TrialRecord
 
 WORST = 5
 

@@ -8,7 +8,7 @@ import typer
 from kdctl.base.errors import PresetError
 from kdctl.cli import render
 from kdctl.cli.options import DEFAULT_PRESET, JsonOption, VerboseOption, guarded, prepare_libraries, show
-from kdctl.run.records import ExportFormat
+from kdctl.formats.records import ExportFormat
 
 DEFAULT_STUDENT = Path("runs") / DEFAULT_PRESET / "student"
 StudentFolder = Annotated[Path, typer.Argument(help="Student folder: a run's student, or distill/VARIANT/final in it.")]

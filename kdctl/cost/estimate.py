@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 
 from kdctl.config.preset import Preset
 from kdctl.cost.network import Activations, Network
+from kdctl.cost.records import Part, Phase
 from kdctl.distill.optimizer import TOGETHER
 from kdctl.eval.distribution import BATCH
 from kdctl.model.load import torch_dtype
 from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.rollout.sampler import PROMPT_TOKENS
 from kdctl.rollout.teacher_states import group_size
-from kdctl.run.records import Part, Phase
 from kdctl.system.cpu_products import packed_bytes
 
 PROCESS_BYTES = 2**29

@@ -15,9 +15,9 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.cost.estimate import Cost, as_parts
 from kdctl.cost.network import Network
+from kdctl.cost.records import Advice, CostPlan, Pace, Phase, Room
 from kdctl.model.load import pick_device
 from kdctl.run.paths import RunDir, disk_of
-from kdctl.run.records import Advice, CostPlan, Pace, Phase, Room
 from kdctl.run.tracking import read_metrics
 from kdctl.system.distributed import Processes
 from kdctl.system.memory import machine_bytes

@@ -11,12 +11,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError, StoreError
 from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
+from kdctl.formats.records import ExportFormat, ExportReport
 from kdctl.formats.student import Student, load_student, stored_grid
 from kdctl.model.folder import fingerprint, read_config, weights_bytes
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
 from kdctl.run.paths import atomic_folder, atomic_path, require_free_space
-from kdctl.run.records import ExportFormat, ExportReport
 
 GGUF_FILE = "model.gguf"
 HQQ_BYTE_CODES = {8: 1, 4: 2, 2: 4}  # codes in a byte; 3-bit codes are padded to whole words instead

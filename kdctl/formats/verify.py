@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from kdctl.base.errors import KdctlError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.formats.inspection import Inspection, Teacher, Unknown
+from kdctl.formats.records import Check, VerifyReport
 from kdctl.model.load import torch_dtype
 from kdctl.model.reference import model_folder
 from kdctl.run.paths import enclosing_run, read_record, replace_folder
-from kdctl.run.records import Check, VerifyReport
 
 BROKEN = (
     *(KdctlError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),

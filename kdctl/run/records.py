@@ -1,6 +1,7 @@
 """What kdctl writes to disk, as typed records.
 
-JSON files are frozen pydantic models; rollouts, of which there are many, are plain dataclasses.
+JSON files are frozen pydantic models; rollouts, of which there are many, are plain dataclasses. What only one folder
+writes has its own ``records.py`` there.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pydantic import BaseModel, ConfigDict
 
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
-ExportFormat = Literal["gguf", "dense", "hqq"]
 StopReason = Literal["steps", "patience"]
 
 
@@ -193,29 +193,6 @@ class MethodResult(Record):
     versions: Versions
 
 
-class Check(Record):
-    """One thing that was looked at in a student folder."""
-
-    name: str
-    status: Literal["passed", "failed", "unknown"]
-    detail: str
-    needs_teacher: bool = False
-    """Where it cannot be looked at without the teacher, "unknown" is no failure."""
-
-    @property
-    def acceptable(self) -> bool:
-        """Tell whether the folder may be used as far as this check goes."""
-        return self.status == "passed" or (self.status == "unknown" and self.needs_teacher)
-
-
-class VerifyReport(Record):
-    """What ``kdctl verify`` found in a student folder."""
-
-    folder: str
-    passed: bool
-    checks: tuple[Check, ...]
-
-
 class CheckpointMeta(Record):
     """JSON beside a checkpoint's tensors."""
 
@@ -288,125 +265,3 @@ class EvalResult(Record):
     """λ, β, lr and the other distill settings of a variant."""
     reference: str | None = None
     """Only for a model that kdctl did not make here: the folder or Hub id that ``--also`` named."""
-
-
-class ExportReport(Record):
-    """What ``kdctl export`` wrote."""
-
-    format: ExportFormat
-    path: str
-    weights: str
-    """Fingerprint of the student that was exported."""
-    size_bytes: int
-    block_type: str | None = None
-    """GGUF only: the type that holds the codes."""
-    exact_blocks: float | None = None
-    """GGUF only: share of blocks whose scale and offset are the grid's to the bit."""
-    largest_difference: float | None = None
-    """GGUF only: largest distance of a weight from Q(W), which is rounded to the model's dtype and a GGUF's is not."""
-    rounded_difference: float | None = None
-    """GGUF only: the same with the GGUF's weights rounded to the model's dtype, as transformers reads them."""
-
-
-class Holder(Record):
-    """Who holds a lock."""
-
-    pid: int
-    host: str
-    since: str
-
-
-class TrialRecord(Record):
-    """One trial of a sweep."""
-
-    number: int
-    """Its place in the sweep, from 0."""
-    values: dict[str, object]
-    """The swept fields; empty where they are not chosen yet."""
-    status: Literal["waiting", "running", "complete", "stopped", "failed"]
-    variant: str | None = None
-    metric: float | None = None
-    step: int = 0
-    steps: int = 0
-    seconds_s: float | None = None
-    """Complete trials only: from the first start to the end, evaluation included."""
-    left_s: float | None = None
-    """Running trials only: estimated seconds of training left, where a step was timed."""
-
-
-class SweepReport(Record):
-    """What ``kdctl sweep`` prints: every trial, and the best."""
-
-    sweep: str
-    folder: str
-    metric: str
-    goal: Literal["minimize", "maximize"]
-    trials: tuple[TrialRecord, ...]
-    best: str | None = None
-    """Variant of the best trial."""
-
-
-class Part(Record):
-    """Something that takes room."""
-
-    name: str
-    size_bytes: int
-
-
-class Phase(Record):
-    """One stretch of a run: what stays in memory through all of it, and moments that follow each other."""
-
-    name: str
-    parts: tuple[Part, ...]
-    moments: tuple[Part, ...]
-    peak_bytes: int
-    """All parts and the largest moment."""
-
-
-class Advice(Record):
-    """Settings that make a run smaller, and its peak with them."""
-
-    settings: tuple[str, ...]
-    peak_bytes: int
-
-
-class Room(Record):
-    """What is needed of what there is."""
-
-    name: str
-    needed_bytes: int
-    there_bytes: int
-    advice: tuple[Advice, ...] = ()
-    """Where it does not fit: what would make it smaller, each alone and, last, all together."""
-
-    @property
-    def fits(self) -> bool:
-        """Tell whether there is enough."""
-        return self.needed_bytes <= self.there_bytes
-
-
-class Pace(Record):
-    """How long a training step took in this run folder."""
-
-    variant: str
-    steps: int
-    step_seconds_median_s: float
-
-
-class CostPlan(Record):
-    """What a run will take, worked out from its preset and the network's configuration."""
-
-    quantized_parameters: int
-    other_parameters: int
-    trained_parameters: int
-    phases: tuple[Phase, ...]
-    memory: Room
-    disk_parts: tuple[Part, ...]
-    disk: Room
-    generated_tokens: dict[str, int]
-    """At most, by who writes them."""
-    trained_sequences: int
-    trained_tokens: int
-    """At most, prompts and completions."""
-    pace: Pace | None = None
-    """Only where the run folder has measured steps."""

@@ -11,9 +11,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kdctl.config.preset import Preset
 from kdctl.run.paths import RunDir, read_record
-from kdctl.run.records import SweepReport, TrialRecord
 from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
+from kdctl.sweep.records import SweepReport, TrialRecord
 
 Status = Literal["waiting", "running", "complete", "stopped", "failed"]
 STATUS: dict[TrialState, Status] = {

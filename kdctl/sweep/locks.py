@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from kdctl.base.errors import StoreError
 from kdctl.run.paths import write_record
-from kdctl.run.records import Holder
+from kdctl.sweep.records import Holder
 
 MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a moment, to see that it is free
 

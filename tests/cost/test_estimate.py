@@ -13,6 +13,7 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.cost.estimate import Cost
 from kdctl.cost.network import Network, look_at
+from kdctl.cost.records import Phase
 from kdctl.distill.checkpoint import checkpoint_bytes
 from kdctl.distill.divergence import Objective
 from kdctl.distill.optimizer import make_optimizer, update
@@ -22,7 +23,7 @@ from kdctl.model.batch import collate, predicting_hidden
 from kdctl.model.folder import read_config
 from kdctl.quant.apply import Weights, build_student, quantize_layers, select_layers
 from kdctl.rollout.teacher_states import int8
-from kdctl.run.records import Phase, Rollout
+from kdctl.run.records import Rollout
 from kdctl.system.cpu_products import packed
 
 MODES: list[dict[str, Any]] = [

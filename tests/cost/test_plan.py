@@ -16,11 +16,11 @@ from kdctl.config.preset import Preset, QuantizeSection
 from kdctl.config.resolve import load_preset
 from kdctl.cost.network import Network, look_at
 from kdctl.cost.plan import Machine, find_machine, make_plan
+from kdctl.cost.records import CostPlan
 from kdctl.distill.divergence import Objective
 from kdctl.model.folder import read_config
 from kdctl.model.reference import find_config, model_folder
 from kdctl.run.paths import RunDir
-from kdctl.run.records import CostPlan
 
 GIB = 2**30
 MEASURED = """

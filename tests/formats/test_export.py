@@ -38,12 +38,13 @@ from kdctl.formats import gguf as gguf_layout
 from kdctl.formats.export import hqq_state
 from kdctl.formats.gguf import check_layout, pre_tokenizer_name, rope_factors, row_order, tokenizer_fields
 from kdctl.formats.gguf_blocks import block_kind, to_blocks
+from kdctl.formats.records import ExportReport
 from kdctl.formats.student import Student, load_student, save_student
 from kdctl.model.folder import fingerprint
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.run.records import ExportReport, QuantizeReport
+from kdctl.run.records import QuantizeReport
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = tiny.SIZES | {"max_position_embeddings": 512, "eos_token_id": 260, "pad_token_id": 260}

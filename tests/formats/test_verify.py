@@ -19,8 +19,8 @@ from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.formats import verify
+from kdctl.formats.records import VerifyReport
 from kdctl.formats.student import write_sums
-from kdctl.run.records import VerifyReport
 from kdctl.stages import pipeline, publish
 from kdctl.stages.context import open_run
 
