@@ -3,29 +3,27 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kdctl.base.errors import PresetError
 from kdctl.base.version import __version__
-from kdctl.cli import console, render
+from kdctl.cli import render
 from kdctl.cli.fields import Flags, options
 from kdctl.cli.options import (
     DryRunOption,
-    RunOption,
     RunOptions,
     Stage,
     StageOptions,
     guarded,
     process_rank,
-    run_folder,
     show,
     show_json,
 )
 from kdctl.cli.plan import plan
 from kdctl.cli.presets import presets
+from kdctl.cli.report import report, show_report
 from kdctl.cli.student import export, verify
 from kdctl.cli.sweep import sweep
 from kdctl.config import resolve
@@ -211,43 +209,10 @@ def evaluate(
         if common.as_json:
             show_json(results)
         else:
-            console.show_text(pipeline.report(opened.context))
+            show_report(pipeline.report(opened.context))
 
 
-@app.command()
-def report(
-    folders: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders; several are joined. (default: --run)", file_okay=False)
-    ] = None,
-    run: RunOption = None,
-    table: Annotated[str, typer.Option(help="markdown, csv, json, latex or html.")] = "markdown",
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="main, lambda, beta, lr, steps, batch-size, rollout-length, mixed, rank, method; auto: those that can "
-            "be filled."
-        ),
-    ] = "main",
-    margin: Annotated[float, typer.Option(help="Differences up to this many points are equivalent.")] = 0.5,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder to write. (default: report/ in the run folder, or beside the first of several)"
-        ),
-    ] = None,
-) -> None:
-    """Say what differs, with statistics; print a table of it and write all of them to report/.
-
-    Example: kdctl report --table markdown --layout auto
-    """
-    with guarded():
-        if folders and run is not None:
-            raise PresetError("run folders and --run name the same thing; leave --run out")
-        from kdctl.report.front import write_report
-        from kdctl.run.paths import RunDir
-
-        runs = [RunDir(folder) for folder in folders or [run_folder(None, run)]]
-        console.show_text(write_report(runs, table, layout, margin / 100, out))
+app.command()(report)
 
 
 @app.command(name="run")
@@ -268,7 +233,7 @@ def run_preset(
         opened = Stage(preset, where, dry_run).open(trains=True)
         from kdctl.stages import pipeline
 
-        console.show_text(pipeline.run_all(*opened))
+        show_report(pipeline.run_all(*opened))
 
 
 app.command()(plan)

@@ -1,10 +1,16 @@
 """How results, progress and errors look (the only file that imports rich). Results go to stdout, all else to stderr."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len as cell_len
+from rich.cells import chop_cells as chop_cells
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -16,6 +22,19 @@ from rich.text import Text
 from kdctl.base.progress import Advance
 
 QUIET_FOR_S = 2.0
+INDENT = "  "
+
+
+@dataclass(frozen=True)
+class ShownColumn:
+    """A column as it stands on a terminal: cells with their line breaks, none of a line wider than ``width``."""
+
+    label: str
+    lines: tuple[str, ...]
+    bold: tuple[bool, ...]
+    width: int
+    words: bool
+    """Words stand on the left, numbers on the right."""
 
 
 class RateColumn(ProgressColumn):
@@ -94,6 +113,46 @@ def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) 
     _stdout().print(make_table(title, header, rows))
 
 
+def on_terminal() -> bool:
+    """Tell whether a person reads stdout; whatever colors are forced, a pipe or a file is none."""
+    return sys.stdout.isatty()
+
+
+def terminal_width() -> int:
+    """Return how many characters a line of stdout holds."""
+    return shutil.get_terminal_size().columns
+
+
+def show_columns(title: str, columns: Sequence[ShownColumn], gap: int) -> None:
+    """Print columns on stdout, ``gap`` spaces between them, without cutting any that stands out."""
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, gap - 1, 0, 0),
+    )
+    for column in columns:
+        table.add_column(column.label, justify="left" if column.words else "right", width=column.width)
+    for index in range(len(columns[0].lines)):
+        table.add_row(*(Text(one.lines[index], "bold" if one.bold[index] else "") for one in columns))
+    total = sum(column.width for column in columns) + gap * (len(columns) - 1)
+    _wide(max(terminal_width(), total)).print(table)
+
+
+def show_paragraph(text: str, name: str = "", style: str = "") -> None:
+    """Print words on stdout, after a name in bold, on lines that fit and of which all but the first are indented."""
+    whole = (f"{name}: {text}" if name else text).replace(" %", "\u00a0%")
+    wrapper = textwrap.TextWrapper(terminal_width(), break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = INDENT if name else ""
+    shown = Text(wrapper.fill(whole).replace("\u00a0", " "), style)
+    shown.stylize("bold", 0, len(name))
+    _wide(terminal_width()).print(shown, soft_wrap=True)
+
+
 def show_text(text: str) -> None:
     """Print plain text on stdout, untouched."""
     print(text, end="" if text.endswith("\n") else "\n")
@@ -107,6 +166,11 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
     _stdout().print(table)
+
+
+def _wide(width: int) -> Console:
+    """Make a console for stdout of a width, which a dumb terminal would not be asked for unless the height is given."""
+    return Console(width=width, height=shutil.get_terminal_size().lines)
 
 
 def _stdout() -> Console:

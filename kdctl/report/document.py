@@ -9,7 +9,7 @@ from kdctl.report.charts import Chart
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.details import detail_tables
-from kdctl.report.gallery import link
+from kdctl.report.figure_files import link
 from kdctl.report.layouts import lay_out
 from kdctl.report.reproduce import commands, provenance, settings
 from kdctl.report.study import Model, Study

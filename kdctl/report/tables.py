@@ -4,11 +4,12 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Form = Literal["markdown", "csv", "json", "latex", "html"]
+TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
 Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share"]
 ABSENT = "–"
 Value = float | int | str | None
@@ -98,17 +99,23 @@ def without_empty(table: Table) -> Table:
 
 def show(cell: Cell, style: Style) -> str:
     """Write a cell's value with its error or interval, without marks."""
+    return " ".join(show_parts(cell, style))
+
+
+def show_parts(cell: Cell, style: Style) -> tuple[str, ...]:
+    """Write a cell in parts that may stand on lines of their own: the value with its error, then its interval.
+
+    Of words, the clauses between semicolons.
+    """
     if cell.value is None:
-        return ABSENT
+        return (ABSENT,)
     if isinstance(cell.value, str) or style == "text":
-        return str(cell.value)
+        return tuple(re.split(r"(?<=;) ", str(cell.value)))
     written = FORMATS[style]
-    text = written(cell.value)
-    if cell.error is not None:
-        text += f" ± {written(cell.error)}"
-    if cell.low is not None and cell.high is not None:
-        text += f" [{written(cell.low)}, {written(cell.high)}]"
-    return text
+    text = written(cell.value) + (f" ± {written(cell.error)}" if cell.error is not None else "")
+    if cell.low is None or cell.high is None:
+        return (text,)
+    return text, f"[{written(cell.low)}, {written(cell.high)}]"
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -246,7 +253,7 @@ def document(table: Table) -> dict[str, object]:
     return {"name": table.name, "title": table.title, "rows": records(table), "notes": list(table.notes)}
 
 
-RENDERERS: dict[Form, Callable[[Sequence[Table]], str]] = {
+RENDERERS: dict[TableFormat, Callable[[Sequence[Table]], str]] = {
     "markdown": markdown,
     "csv": as_csv,
     "json": as_json,

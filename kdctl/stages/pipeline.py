@@ -9,7 +9,7 @@ import shutil
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Source
 from kdctl.model.teacher import Teacher
-from kdctl.report.front import write_report
+from kdctl.report.front import Excerpt, write_report
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import StoreManifest
 from kdctl.stages.context import Context
@@ -51,7 +51,7 @@ def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool =
     return store.manifest()
 
 
-def run_all(context: Context, teacher: Teacher) -> str:
+def run_all(context: Context, teacher: Teacher) -> Excerpt:
     """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
     preset, ranks = context.preset, context.ranks
     ranks.check_trainable(preset.distill)
@@ -68,13 +68,13 @@ def run_all(context: Context, teacher: Teacher) -> str:
     return report(context)
 
 
-def report(context: Context) -> str:
-    """Write the report and return its main table, or why there is none: models were not evaluated alike."""
+def report(context: Context) -> Excerpt:
+    """Write the report and return its verdicts and main table, or why it has none: models were not evaluated alike."""
 
-    def written(main: Context) -> str:
+    def written(main: Context) -> Excerpt:
         try:
             return write_report([main.paths], tracking=main.preset.tracking)
         except DataError as error:
-            return f"no report: {error}"
+            return Excerpt((f"no report: {error}",))
 
     return context.on_main(written)

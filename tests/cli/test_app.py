@@ -150,6 +150,7 @@ def test_a_dry_run_prints_the_resolved_preset_and_leaves_nothing(light: Kdctl, t
         ("eval --preset smoke --limit 0", ("eval.limit=0",)),
         ("rollout --preset smoke --show 2 --json", ("--show", "--json")),
         ("report --run nowhere --table nonsense", ("'nonsense'", "markdown, csv, json, latex, html")),
+        ("report --run nowhere --table csv --wide", ("--wide", "--table csv", "leave one")),
         ("report --run nowhere --layout nonsense", ("'nonsense'", "main, lambda, beta", "auto")),
         ("report --run nowhere --margin 0", ("--margin 0", "--margin 0.5")),
         ("report --run nowhere --margin -1", ("--margin -1",)),
@@ -467,7 +468,7 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
 def test_the_smoke_preset_prints_exactly_its_table(whole) -> None:
     folder, done = whole
     assert done.returncode == 0
-    assert done.stdout == write_report([RunDir(folder)])
+    assert done.stdout == write_report([RunDir(folder)]).text()
     assert table_of(done.stdout).strip() in (folder / "report" / "report.md").read_text()
     assert [line.split("|")[1].strip() for line in table_of(done.stdout).splitlines()[2:]] == [
         "teacher",
@@ -540,7 +541,7 @@ def test_another_variant_is_another_row(whole, tmp_path: Path) -> None:
     done = spawn("distill", "--lambda", 1, "--beta", 1, "--run", tmp_path / "run")
     assert done.returncode == 0
     assert "lambda1_beta1_lr0.001_seed0" in done.stdout
-    *head, added = table_of(write_report([RunDir(tmp_path / "run")])).splitlines()
+    *head, added = table_of(write_report([RunDir(tmp_path / "run")], figures=False).text()).splitlines()
     assert [line.split("|")[1] for line in head] == [line.split("|")[1] for line in table_of(first.stdout).splitlines()]
     cells = [cell.strip() for cell in added.strip("|").split("|")]
     assert cells[:5] == ["lambda1_beta1_lr0.001_seed0", "1", "1", "0.001", ABSENT]

@@ -9,7 +9,8 @@ from made_up import answers, evaluated, make_run
 
 from kdctl.base.errors import DataError, PresetError, StoreError
 from kdctl.config.preset import TrackingSection
-from kdctl.report.front import write_report
+from kdctl.report.front import table_format, write_report
+from kdctl.report.tables import TableFormat
 from kdctl.run.paths import RunDir
 
 FIGURES = ("accuracy", "training", "recovery", "cost")
@@ -22,8 +23,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.parametrize("form", ["markdown", "csv", "json", "latex", "html"])
-def test_every_form_leaves_the_same_files(run: RunDir, form: str) -> None:
-    write_report([run], form)
+def test_every_form_is_what_the_files_say(run: RunDir, form: TableFormat) -> None:
+    found = write_report([run], figures=False)
+    tables = found.text(form)
+    assert tables.strip()
+    kept = {"markdown": "report.md", "csv": "tables/main.csv"}
+    if form in kept:
+        assert tables.split("### ")[-1].strip() in (run.report / kept[form]).read_text()
+    if form == "json":
+        assert json.loads(tables)[0] == json.loads((run.report / "report.json").read_text())["tables"][0]
+
+
+def test_a_report_is_these_files(run: RunDir) -> None:
+    write_report([run])
     files = {path.relative_to(run.report).as_posix() for path in run.report.rglob("*") if path.is_file()}
     assert files == {
         "report.md",
@@ -32,12 +44,23 @@ def test_every_form_leaves_the_same_files(run: RunDir, form: str) -> None:
         *(f"figures/{name}.{ending}" for name in FIGURES for ending in ("svg", "png")),
         *(f"tables/{name}.csv" for name in ("main", "comparisons", "distances", "recovery", "provenance")),
     }
-    assert (run.report / "tables" / "main.csv").read_text() == write_report([run], "csv")
-    assert json.loads((run.report / "report.json").read_text())["tables"][0] in json.loads(write_report([run], "json"))
+
+
+def test_undrawn_reports_refer_to_nothing_drawn(run: RunDir, tmp_path: Path) -> None:
+    drawn, bare = write_report([run]), write_report([run], out=tmp_path / "bare", figures=False)
+    assert bare.text() == drawn.text()
+    files = {path.relative_to(run.report) for path in run.report.rglob("*") if path.is_file()}
+    left = {path.relative_to(tmp_path / "bare") for path in (tmp_path / "bare").rglob("*") if path.is_file()}
+    assert left == {path for path in files if path.parts[0] != "figures"}
+    for name in ("report.md", "report.html"):
+        text = re.sub(r"(?s)<style>.*</style>", "", (tmp_path / "bare" / name).read_text())
+        assert re.findall(r"[Ff]igure|svg", text) == []
+        assert re.findall(r"[Ff]igure|svg", (run.report / name).read_text()) != []
+    assert (tmp_path / "bare" / "report.json").read_text() == (run.report / "report.json").read_text()
 
 
 def test_verdicts_are_printed_before_the_table_that_is_asked_for(run: RunDir) -> None:
-    verdicts, table = write_report([run]).split("### All models")
+    verdicts, table = write_report([run], figures=False).text().split("### All models")
     assert verdicts.startswith("**ptq**: ")
     assert table.strip() in (run.report / "report.md").read_text()
 
@@ -62,7 +85,6 @@ def test_an_unchanged_report_is_not_written_again(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"form": "xls"}, r"'xls'.*markdown, csv, json, latex, html"),
         ({"layout": "betas"}, r"'betas'.*main, lambda, beta, .*auto"),
         ({"layout": "beta"}, r"--layout beta needs two variants of different β"),
         ({"margin": 0.0}, r"--margin 0 .*nothing is equivalent within 0"),
@@ -75,6 +97,12 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path: Path, op
     with pytest.raises(PresetError, match=words):
         write_report([run], **options)
     assert not run.report.exists()
+
+
+def test_an_unknown_form_is_refused_with_those_that_are_known() -> None:
+    assert table_format("csv") == "csv"
+    with pytest.raises(PresetError, match=r"'xls'.*markdown, csv, json, latex, html"):
+        table_format("xls")
 
 
 def test_an_empty_folder_has_no_report(tmp_path: Path) -> None:
@@ -93,11 +121,11 @@ def test_a_damaged_result_is_refused_by_path(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_folders_are_joined_beside_the_first_or_where_asked(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "runs" / name, {f"v{name}": {}}, ["alpha"]) for name in ("a", "b")]
-    text = write_report(folders)
+    text = write_report(folders, figures=False).text()
     assert all(f"| {name} |" in text for name in ("teacher", "ptq", "va", "vb"))
     assert (tmp_path / "runs" / "report" / "report.md").read_text().startswith("# Report on a, b\n")
     assert not folders[0].report.exists()
-    write_report(folders, out=tmp_path / "else")
+    write_report(folders, out=tmp_path / "else", figures=False)
     assert (tmp_path / "else" / "report.json").exists()
 
 
@@ -112,7 +140,7 @@ def test_folders_that_were_asked_otherwise_are_refused_with_the_differences(tmp_
 @pytest.mark.slow
 def test_wandb_gets_the_same_tables(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {}, ["alpha"])
-    write_report([run], tracking=TrackingSection(wandb="offline"))
+    write_report([run], tracking=TrackingSection(wandb="offline"), figures=False)
     logged = list((tmp_path / "run" / "wandb").rglob("report/*.table.json"))
     assert {path.name.split("_")[0] for path in logged} >= {"main", "comparisons", "provenance"}
     main = json.loads(next(path for path in logged if path.name.startswith("main")).read_text())

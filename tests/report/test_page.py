@@ -8,8 +8,8 @@ from made_up import answers, evaluated, make_run
 
 from kdctl.report.columns import Results
 from kdctl.report.document import Report, make_report
+from kdctl.report.figure_files import write_figures
 from kdctl.report.figures import figures
-from kdctl.report.gallery import illustrate
 from kdctl.report.page import inline, page
 from kdctl.report.study_reader import read_study
 
@@ -49,7 +49,7 @@ class Reader(HTMLParser):
 
 
 def written(report: Report, folder: Path) -> str:
-    return page(report, illustrate(figures(report.results), folder))
+    return page(report, write_figures(figures(report.results), folder))
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def full_report(full: Results) -> Report:
 @pytest.fixture(scope="session")
 def full_page(full_report: Report, tmp_path_factory: pytest.TempPathFactory) -> str:
     charts = [chart for chart in figures(full_report.results) if chart.name in DRAWN]
-    return page(full_report, illustrate(charts, tmp_path_factory.mktemp("figures")))
+    return page(full_report, write_figures(charts, tmp_path_factory.mktemp("figures")))
 
 
 def test_it_refers_to_nothing_outside_itself(full_page: str) -> None:

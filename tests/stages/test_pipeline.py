@@ -81,10 +81,10 @@ def test_a_second_run_skips_every_stage_with_one_line(smoke: Preset, tmp_path: P
 def test_models_that_were_evaluated_otherwise_are_no_report_and_no_error(smoke: Preset, tmp_path: Path) -> None:
     run = make_run(tmp_path, {}, ["alpha"])
     job = Context(smoke, run)
-    assert pipeline.report(job).startswith("**ptq**")
+    assert pipeline.report(job).text().startswith("**ptq**")
     evaluated(run, "ptq", {"alpha": answers(0.6)}, limit=9)
-    assert "no report" in pipeline.report(job)
-    assert "alpha: limit None and 9" in pipeline.report(job)
+    assert "no report" in pipeline.report(job).text()
+    assert "alpha: limit None and 9" in pipeline.report(job).text()
 
 
 @pytest.mark.slow

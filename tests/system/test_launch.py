@@ -87,7 +87,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(smoke: Preset, tiny_dir_fp32: 
     stdout, stderr = (started := launch("run", file, tmp_path / "two")).communicate(timeout=200)
     assert started.returncode == 0, stderr
     printed = pipeline.run_all(*open_run(preset, tmp_path / "one"))
-    assert len(stdout.splitlines()) == len(printed.splitlines()), "only the main process prints"
+    assert len(stdout.splitlines()) == len(printed.text().splitlines()), "only the main process prints"
     two, alone = only_variant(tmp_path / "two"), only_variant(tmp_path / "one")
     for store in ("heldout", "teacher"):
         both = [(tmp_path / run / "rollouts" / store / "manifest.json").read_bytes() for run in ("one", "two")]

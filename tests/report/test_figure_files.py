@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from kdctl.report.charts import Entry, Forest, ForestPanel, Mark
-from kdctl.report.gallery import illustrate, link
+from kdctl.report.figure_files import link, write_figures
 
 
 def forest(value: float) -> Forest:
@@ -15,17 +15,17 @@ def test_only_what_changed_or_is_missing_is_drawn(tmp_path: Path) -> None:
     def times() -> list[int]:
         return [(tmp_path / f"f.{ending}").stat().st_mtime_ns for ending in ("svg", "png")]
 
-    ((chart, svg),) = illustrate([forest(1)], tmp_path)
+    ((chart, svg),) = write_figures([forest(1)], tmp_path)
     assert chart == forest(1)
     assert (tmp_path / "f.svg").read_text() == svg
     for path in tmp_path.iterdir():
         os.utime(path, ns=(1, 1))
-    assert illustrate([forest(1)], tmp_path) == [(forest(1), svg)]
+    assert write_figures([forest(1)], tmp_path) == [(forest(1), svg)]
     assert times() == [1, 1]
-    illustrate([forest(2)], tmp_path)
+    write_figures([forest(2)], tmp_path)
     assert min(times()) > 1
     (tmp_path / "f.png").unlink()
-    illustrate([forest(2)], tmp_path)
+    write_figures([forest(2)], tmp_path)
     assert min(times()) > 1
 
 

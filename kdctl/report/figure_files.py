@@ -9,12 +9,12 @@ from kdctl.report.charts import Chart
 from kdctl.run.paths import write_bytes
 
 
-def illustrate(charts: Sequence[Chart], folder: Path) -> list[tuple[Chart, str]]:
+def write_figures(charts: Sequence[Chart], folder: Path) -> list[tuple[Chart, str]]:
     """Write each chart as ``<name>.svg`` and ``<name>.png`` and return it with its SVG."""
-    return [(chart, _drawn(chart, folder)) for chart in charts]
+    return [(chart, _written(chart, folder)) for chart in charts]
 
 
-def _drawn(chart: Chart, folder: Path) -> str:
+def _written(chart: Chart, folder: Path) -> str:
     """Draw a chart unless the files are those of the same chart already; drawing takes a second."""
     vector, raster = (folder / f"{chart.name}.{ending}" for ending in ("svg", "png"))
     identity = hashlib.sha256(f"{__version__} {chart!r}".encode()).hexdigest()
