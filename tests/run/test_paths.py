@@ -56,6 +56,25 @@ def test_an_interrupted_file_leaves_what_was_there(tmp_path: Path, old: str | No
     assert everything(tmp_path) == before
 
 
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(("sync", os.fstat(handle).st_ino))
+        sync(handle)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append(("replace", source.stat().st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_bytes(tmp_path / "file", b"content")
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("sync", file), ("replace", file), ("sync", folder)]
+
+
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -101,6 +101,14 @@ def test_attention_is_that_of_float32_inside(widened: list, masked: bool) -> Non
     assert torch.bfloat16 in widened
 
 
+def test_what_attention_keeps_for_its_backward_pass_is_not_rounded(widened: list) -> None:
+    query, key, value = (numbers(1, 2, 6, 16, seed=seed) for seed in range(3))
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    scores = query.float() @ key.float().mT / 16**0.5
+    assert found[1].dtype == torch.float32
+    assert torch.allclose(found[1], scores.logsumexp(-1), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_formats_are_not_touched(widened: list, dtype: torch.dtype) -> None:
     found = linear(numbers(7, 32, dtype=dtype), numbers(24, 32, seed=1, dtype=dtype))
