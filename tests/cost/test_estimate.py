@@ -180,12 +180,15 @@ def test_a_phase_peaks_at_all_its_parts_and_one_moment(network: Network) -> None
         assert phase.peak_bytes == lasting + max(moment.size_bytes for moment in phase.moments)
 
 
-def test_accumulated_gradients_lie_beside_activations_and_lone_ones_take_their_place(network: Network) -> None:
-    def forward_and_backward(micro_batches: int) -> int:
-        training = Cost(preset_with({"distill.gradient_accumulation": micro_batches}), network, True).phases()[1]
-        return next(moment.size_bytes for moment in training.moments if moment.name == "forward and backward")
+@pytest.mark.parametrize("moment", ["forward and backward", "update"])
+def test_accumulated_gradients_are_counted_and_lone_ones_take_their_weights_place(
+    network: Network, moment: str
+) -> None:
+    def needed(micro_batches: int) -> int:
+        phase = training(preset_with({"distill.gradient_accumulation": micro_batches}), network, 1)
+        return next(each.size_bytes for each in phase.moments if each.name == moment)
 
-    assert forward_and_backward(2) - forward_and_backward(1) == 4 * network.quantized_parameters
+    assert needed(2) - needed(1) == 4 * network.quantized_parameters
 
 
 def test_shards_divide_what_training_keeps_and_gather_two_layers(network: Network) -> None:
