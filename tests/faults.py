@@ -4,8 +4,8 @@
     python tests/faults.py --worker 0/2                 every second fault, beside --worker 1/2
 
 Everything happens in a copy of the working tree. A fault is caught where a test fails that passes without it. The tests
-of the fault's own folder go first, then all fast ones, then, with --slow, the slow ones. Exit code 1 if one was missed,
-2 if the list does not fit the source.
+of the fault's own folder go first, then all fast ones, then, with --slow, the slow ones; what caught something is run
+once more at the end, without a fault. Exit code 1 if a fault was missed, 2 if the list does not fit the source.
 """
 
 import argparse
@@ -56,47 +56,45 @@ def misfits(faults: Sequence[Fault], root: Path = ROOT) -> list[str]:
 
 
 class Suite:
-    """The tests of a copy of the source that may be changed."""
+    """The tests of a copy of the source that may be changed. unsound: those that fail without a fault too."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        self._sound: dict[str, bool] = {}
+        self.unsound: set[str] = set()
+        self._environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
-    def caught_by(self, fault: Fault, chosen: Sequence[str]) -> str | None:
-        """Return the first of some tests that fails with a fault and passes without it, if there is one."""
-        unsound: list[str] = []
-        while True:
-            with self._planted(fault):
-                failed = self._first_failure([*chosen, *(f"--deselect={test}" for test in unsound)])
-            if failed is None or failed == "timeout" or self._passes(failed):
-                return failed
-            if failed in unsound:
-                raise RuntimeError(f"{failed} cannot be collected, with or without a fault")
-            unsound.append(failed)
+    def caught_by(self, fault: Fault, stages: Sequence[Sequence[str]]) -> str | None:
+        """Return the test that fails with a fault, in the first stage that has one; ``timeout`` if none ends."""
+        with self._planted(fault):
+            for chosen in stages:
+                failed = self._failures([*chosen, "-x"])
+                if failed:
+                    return failed[0]
+        return None
 
-    def _passes(self, test: str) -> bool:
-        """Tell whether a test passes alone, without a fault."""
-        if test not in self._sound:
-            self._sound[test] = self._first_failure([test]) is None
-        return self._sound[test]
+    def check(self, tests: Sequence[str]) -> set[str]:
+        """Run tests without a fault, note those that fail and return them."""
+        failed = set(self._failures(tests)) if tests else set[str]()
+        if failed & self.unsound:
+            raise RuntimeError(f"{failed & self.unsound} cannot be collected, with or without a fault")
+        self.unsound |= failed
+        return failed
 
-    def _first_failure(self, chosen: Sequence[str]) -> str | None:
-        """Run tests until one fails and return its name; ``timeout`` if they do not end."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no"]
-        command += ["--ignore=tests/test_faults.py", *chosen]  # which fails with every fault
+    def _failures(self, chosen: Sequence[str]) -> list[str]:
+        """Run tests and return the names of those that fail, ``timeout`` if they do not end."""
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *chosen]
+        command += ["--ignore=tests/test_faults.py"]  # which fails with every fault
+        command += [f"--deselect={test}" for test in self.unsound]
         try:
             done = subprocess.run(
-                command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=LONGEST_S
+                command, cwd=self.root, env=self._environment, capture_output=True, text=True, timeout=LONGEST_S
             )
         except subprocess.TimeoutExpired:
-            return "timeout"
-        if done.returncode in (0, 5):  # 5: none was chosen
-            return None
-        failed = FAILED.search(done.stdout)
-        if failed is None:
+            return ["timeout"]
+        failed: list[str] = FAILED.findall(done.stdout)
+        if done.returncode not in (0, 5) and not failed:  # 5: none was chosen
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        return failed[1]
+        return failed
 
     @contextmanager
     def _planted(self, fault: Fault) -> Iterator[None]:
@@ -129,14 +127,18 @@ def stages(fault: Fault, root: Path, slow: bool, tests: Sequence[str]) -> list[l
 
 def missed(faults: Sequence[Fault], root: Path, slow: bool = False, tests: Sequence[str] = ()) -> list[str]:
     """Plant faults one after the other in the source at ``root``, say what catches each, return what nothing did."""
-    suite, names = Suite(root), []
-    for fault in faults:
-        started = time.monotonic()
-        tries = (suite.caught_by(fault, chosen) for chosen in stages(fault, root, slow, tests))
-        test = next((test for test in tries if test is not None), None)
-        names += [fault.name] if test is None else []
-        result = f"MISSED  {fault.breaks}" if test is None else f"caught  {test}"
-        print(f"{fault.name:30} {time.monotonic() - started:5.0f} s  {result}", flush=True)
+    suite, caught = Suite(root), dict[Fault, str | None]()
+    waiting = list(faults)
+    while waiting:
+        for fault in waiting:
+            started = time.monotonic()
+            caught[fault] = suite.caught_by(fault, stages(fault, root, slow, tests))
+            result = f"caught  {caught[fault]}" if caught[fault] else f"MISSED  {fault.breaks}"
+            print(f"{fault.name:30} {time.monotonic() - started:5.0f} s  {result}", flush=True)
+        unsound = suite.check(sorted({test for test in caught.values() if test and test != "timeout"}))
+        print("".join(f"{test} fails without a fault too\n" for test in sorted(unsound)), end="")
+        waiting = [fault for fault in faults if caught[fault] in unsound]
+    names = [fault.name for fault in faults if caught[fault] is None]
     print(f"{len(faults) - len(names)} of {len(faults)} faults caught")
     return names
 
