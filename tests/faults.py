@@ -45,13 +45,19 @@ def read_faults(path: Path = ROOT / "tests" / "faults.toml") -> list[Fault]:
 
 
 def misfits(faults: Sequence[Fault], root: Path = ROOT) -> list[str]:
-    """Say of each fault whose text does not stand exactly once in its file how often it does."""
+    """Say of each fault whose text does not stand exactly once in its file how often it does, and where else."""
+    sources = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in (root / "kdctl").rglob("*.py")
+    }
     found = []
     for fault in faults:
-        path = root / fault.file
-        count = path.read_text(encoding="utf-8").count(fault.old) if path.is_file() else 0
+        count = sources.get(fault.file, "").count(fault.old)
         if count != 1:
-            found.append(f"{fault.name}: its text stands {count} times in {fault.file}, and must stand there once")
+            others = [name for name, text in sources.items() if fault.old in text and name != fault.file]
+            found.append(
+                f"{fault.name}: its text stands {count} times in {fault.file} and must stand there once; "
+                f"elsewhere: {', '.join(sorted(others)) or 'nowhere'}"
+            )
     return found
 
 

@@ -15,9 +15,11 @@ def test_every_fault_stands_once_in_the_source() -> None:
     assert SCRIPT["misfits"](FAULTS) == []
 
 
-def test_a_text_that_is_gone_is_named() -> None:
-    gone = FAULTS[0]._replace(name="gone", old="no such text")
-    assert SCRIPT["misfits"]([gone]) == [f"gone: its text stands 0 times in {gone.file}, and must stand there once"]
+def test_a_text_that_is_gone_or_has_moved_is_named() -> None:
+    gone, moved = FAULTS[0]._replace(old="no such text"), FAULTS[0]._replace(file="kdctl/moved.py")
+    lines = SCRIPT["misfits"]([gone, moved])
+    assert [line.rpartition(": ")[2] for line in lines] == ["nowhere", FAULTS[0].file]
+    assert all("stands 0 times" in line for line in lines)
 
 
 def test_every_folder_has_a_fault() -> None:
