@@ -37,9 +37,15 @@ def _helper(name: str) -> ModuleType:
 
 tiny = _helper("tiny")
 _helper("made_up")
-budget = _helper("budget")
-pytest_addoption, pytest_configure = budget.pytest_addoption, budget.pytest_configure
+students, budget = _helper("students"), _helper("budget")
+pytest_addoption = budget.pytest_addoption
 TOGETHER = Path(__file__).parent / "together.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the helpers that are plugins."""
+    budget.pytest_configure(config)
+    config.pluginmanager.register(students)
 
 
 def pytest_collection_finish() -> None:

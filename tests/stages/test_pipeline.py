@@ -154,9 +154,15 @@ def test_dataset_completions_train_too(smoke: Preset, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["minmax", "hqq", "gptq"])
-@pytest.mark.parametrize("mode", [{"train": "lora", "lora_rank": 4}, {"train": "scales"}, {"learn_scales": True}])
-def test_every_mode_trains_from_every_method_and_starts_at_the_student(
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("minmax", {"train": "lora", "lora_rank": 4}),
+        ("hqq", {"train": "scales"}),
+        ("gptq", {"learn_scales": True}),
+    ],
+)
+def test_every_mode_and_every_method_trains_and_starts_at_the_student(
     smoke: Preset, tmp_path: Path, method: str, mode: dict[str, object]
 ) -> None:
     changes = {f"distill__{key}": value for key, value in mode.items()}

@@ -1,11 +1,12 @@
-"""Fixtures for students: an untied teacher with awkward sizes, and a writer of student folders."""
+"""A plugin with fixtures for students: an untied teacher with awkward sizes, and a writer of student folders."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+import tiny
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,8 +23,8 @@ SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]
 @pytest.fixture(scope="session")
 def untied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model folder with an own output head, biases, and sizes that fill no whole 32-bit words."""
-    sizes = {"hidden_size": 48, "intermediate_size": 88, "num_key_value_heads": 1}
-    return sys.modules["tiny"].build(
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 88, "num_key_value_heads": 1}
+    return tiny.build(
         tmp_path_factory.mktemp("untied"), seed=1, tie_word_embeddings=False, attention_bias=True, **sizes
     )
 
