@@ -68,11 +68,11 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def together(tmp_path: Path) -> Callable[[str, str], None]:
-    """Run a function of a test file in two gloo processes, with ``tmp_path``; what fails there fails here."""
+def together(tmp_path: Path) -> Callable[..., None]:
+    """Run functions of a test file in two gloo processes, with ``tmp_path``; what fails there fails here."""
 
-    def run(file: str, function: str) -> None:
-        command = [sys.executable, str(TOGETHER), file, function, str(tmp_path)]
+    def run(file: str, *functions: str) -> None:
+        command = [sys.executable, str(TOGETHER), file, ",".join(functions), str(tmp_path)]
         running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
         errors = [process.communicate(timeout=120)[1] for process in running]
         assert [process.returncode for process in running] == [0, 0], "\n".join(errors)

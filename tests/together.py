@@ -1,6 +1,6 @@
-"""Run a function of a test file as one of two gloo processes: together.py FILE FUNCTION FOLDER RANK.
+"""Run functions of a test file as one of two gloo processes: together.py FILE FUNCTION,... FOLDER RANK.
 
-The function gets its ``Processes`` and the folder, which both processes see.
+A function gets its ``Processes`` and the folder, which both processes see.
 """
 
 import importlib.util
@@ -27,10 +27,12 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 if __name__ == "__main__":
-    file, function, folder, rank = sys.argv[1:]
+    file, functions, folder, rank = sys.argv[1:]
     load("tiny", Path(__file__).parent / "tiny.py")
     torch.set_num_threads(1)
     widen_products()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{function}.rendezvous", rank=int(rank), world_size=2)
-    vars(load("test_file", Path(file)))[function](Processes(int(rank), 2), Path(folder))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    module = load("test_file", Path(file))
+    for function in functions.split(","):
+        vars(module)[function](Processes(int(rank), 2), Path(folder))
     dist.destroy_process_group()

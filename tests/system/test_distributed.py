@@ -33,7 +33,7 @@ from kdctl.run.paths import read_record
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.system.distributed import ALONE, PIECE, Processes, connect, pieces
 
-Together = Callable[[str, str], None]
+Together = Callable[..., None]
 GRID = QuantizeSection(group_size=32, method="minmax")
 SETTINGS = DistillSection(steps=3, lr=1e-3, warmup_ratio=0.0, max_tokens=64, micro_batch_size=2)
 REPLAYED = {"optimizer": "adamw", "refresh_every": 0}
@@ -110,33 +110,10 @@ def test_pieces_hold_every_tensor_once_and_no_more_than_they_may() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_and_the_end_of_one_is_an_error_at_once(together: Together) -> None:
-    together(__file__, "agree")
-
-
-def agree(processes: Processes, folder: Path) -> None:
-    for length in range(6):
-        items = [f"item {i}" for i in range(length)]
-        assert processes.merge(processes.share(items)) == items
-    assert processes.on_main(lambda: processes.rank) == 0
-    assert processes.total(0.25 + processes.rank) == 1.5
-    mark = folder / "mark"
-    assert processes.main_first(lambda: mark.exists() or mark.write_text("here") < 0) == (not processes.is_main)
-    tensors = {
-        rank: [
-            torch.randn(33, 3, generator=torch.Generator().manual_seed(rank)),
-            torch.randn(50, generator=torch.Generator().manual_seed(rank)).bfloat16(),
-        ]
-        for rank in range(2)
-    }
-    mine = [tensor.clone() for tensor in tensors[processes.rank]]
-    processes.sum_(mine)
-    for found, first, second in zip(mine, *tensors.values(), strict=True):
-        assert torch.equal(found, (first.float() + second.float()).to(found.dtype))
-    divide_rows(replace(processes, sharded=True))
-    if processes.is_main:  # the other one ends here
-        with pytest.raises(ProcessError, match="another process of this run has ended"):
-            processes.wait()
+def test_two_processes_are_as_one(together: Together, tiny_dir: Path, tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    (tmp_path / "float32").symlink_to(tiny_dir_fp32)
+    (tmp_path / "bfloat16").symlink_to(tiny_dir)
+    together(__file__, "train_in_float32", "train_row_shards", "train_in_bfloat16", "write_stores", "agree_and_end")
 
 
 def divide_rows(shards: Processes) -> None:
@@ -200,28 +177,16 @@ def differing(one: Trainer, other: Trainer) -> float:
     return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-@pytest.mark.slow
-def test_two_processes_train_what_one_trains(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_dir_fp32)
-    together(__file__, "train_in_float32")
-
-
 def train_in_float32(processes: Processes, folder: Path) -> None:
-    first = trainer_on(folder / "model", processes, torch.float32, gradient_accumulation=2)
-    alone = trainer_on(folder / "model", ALONE, torch.float32, micro_batch_size=4)
+    first = trainer_on(folder / "float32", processes, torch.float32, gradient_accumulation=2)
+    alone = trainer_on(folder / "float32", ALONE, torch.float32, micro_batch_size=4)
     (loss, tokens), (expected, all_tokens) = first.accumulate(rollouts(4)), alone.accumulate(rollouts(4))
     assert tokens == all_tokens
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, master in first.shadow.trained.items():
         torch.testing.assert_close(master.grad, alone.shadow.trained[name].grad, rtol=1e-3, atol=1e-6)
-    divided, whole = compare_training(folder / "model", processes, torch.float32)
+    divided, whole = compare_training(folder / "float32", processes, torch.float32)
     assert differing(divided, whole) <= 1e-4
-
-
-@pytest.mark.slow
-def test_row_shards_train_what_one_process_trains(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_dir_fp32)
-    together(__file__, "train_row_shards")
 
 
 def train_row_shards(processes: Processes, folder: Path) -> None:
@@ -232,7 +197,7 @@ def train_row_shards(processes: Processes, folder: Path) -> None:
     ]
     for freed, how, changes in ways:
         shards = replace(processes, sharded=True, freed=freed)
-        divided, whole = compare_training(folder / "model", shards, torch.float32, how, **changes)
+        divided, whole = compare_training(folder / "float32", shards, torch.float32, how, **changes)
         matches_whole(divided, whole)
         compare_gradients(divided, whole)
         compare_checkpoints(folder / how, divided, whole)
@@ -294,32 +259,20 @@ def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
     matches_whole(divided, whole)
 
 
-@pytest.mark.slow
-def test_two_processes_train_what_one_trains_in_bfloat16(together: Together, tiny_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_dir)
-    together(__file__, "train_in_bfloat16")
-
-
 def train_in_bfloat16(processes: Processes, folder: Path) -> None:
-    lone = trainer_on(folder / "model", processes, torch.bfloat16, gradient_accumulation=2)
+    lone = trainer_on(folder / "bfloat16", processes, torch.bfloat16, gradient_accumulation=2)
     lone.accumulate(rollouts(4))
     assert {p.grad.dtype for p in lone.shadow.parameters() if p.grad is not None} == {torch.bfloat16}
-    divided, whole = compare_training(folder / "model", processes, torch.bfloat16)
+    divided, whole = compare_training(folder / "bfloat16", processes, torch.bfloat16)
     assert differing(divided, whole) <= 0.02
     mine = torch.cat([p.detach().flatten() for p in divided.shadow.parameters()])
     main = processes.on_main(lambda: mine)
     assert torch.equal(mine, main), "all processes must hold the same masters to the bit"
 
 
-@pytest.mark.slow
-def test_stores_of_two_processes_are_those_of_one(together: Together, tiny_dir_fp32: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(tiny_dir_fp32)
-    together(__file__, "write_stores")
-
-
 def write_stores(processes: Processes, folder: Path) -> None:
-    model = load_model(folder / "model", torch.float32, torch.device("cpu"))
-    tokenizer = load_tokenizer(folder / "model")
+    model = load_model(folder / "float32", torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(folder / "float32")
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0)
     generator = Generator(model, [258], SAMPLING, "student")
     plan = Plan("student", "identity", "writer", prompts, prompts_per_block=2, num_generations=2)
@@ -349,3 +302,28 @@ def write_stores(processes: Processes, folder: Path) -> None:
         return Feed(settings, rollouts(9), again).rows(2)
 
     assert [row.completion_ids for row in processes.on_main(resumed)] == [row.completion_ids for row in expected]
+
+
+def agree_and_end(processes: Processes, folder: Path) -> None:
+    for length in range(6):
+        items = [f"item {i}" for i in range(length)]
+        assert processes.merge(processes.share(items)) == items
+    assert processes.on_main(lambda: processes.rank) == 0
+    assert processes.total(0.25 + processes.rank) == 1.5
+    mark = folder / "mark"
+    assert processes.main_first(lambda: mark.exists() or mark.write_text("here") < 0) == (not processes.is_main)
+    tensors = {
+        rank: [
+            torch.randn(33, 3, generator=torch.Generator().manual_seed(rank)),
+            torch.randn(50, generator=torch.Generator().manual_seed(rank)).bfloat16(),
+        ]
+        for rank in range(2)
+    }
+    mine = [tensor.clone() for tensor in tensors[processes.rank]]
+    processes.sum_(mine)
+    for found, first, second in zip(mine, *tensors.values(), strict=True):
+        assert torch.equal(found, (first.float() + second.float()).to(found.dtype))
+    divide_rows(replace(processes, sharded=True))
+    if processes.is_main:  # the other one ends here
+        with pytest.raises(ProcessError, match="another process of this run has ended"):
+            processes.wait()
