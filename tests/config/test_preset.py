@@ -28,12 +28,12 @@ def test_the_five_promised_presets_ship() -> None:
     assert [path.stem for path in PRESETS] == preset_names()
 
 
-@pytest.mark.parametrize(("section", "field"), FIELDS, ids=[".".join(field) for field in FIELDS])
-def test_every_field_is_described_in_the_schema(section: str, field: str) -> None:
-    schema = Preset.model_json_schema()
-    definition = schema["$defs"][SECTIONS[section].__name__]
-    assert definition["description"].strip()
-    assert len(definition["properties"][field]["description"]) > 10
+def test_every_field_is_described_in_the_schema() -> None:
+    definitions = Preset.model_json_schema()["$defs"]
+    for section, field in FIELDS:
+        definition = definitions[SECTIONS[section].__name__]
+        assert definition["description"].strip(), section
+        assert len(definition["properties"][field].get("description", "")) > 10, f"{section}.{field}"
 
 
 def test_sections_are_frozen(smoke: Preset) -> None:
@@ -44,12 +44,12 @@ def test_sections_are_frozen(smoke: Preset) -> None:
         smoke.description = "other"
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_sections_are_closed(section: str) -> None:
-    required = {"model": "x"} if section == "teacher" else {}
-    SECTIONS[section].model_validate(required)
-    with pytest.raises(ValidationError, match="Extra inputs"):
-        SECTIONS[section].model_validate(required | {"no_such_field": 1})
+def test_sections_are_closed() -> None:
+    for name, section in SECTIONS.items():
+        required = {"model": "x"} if name == "teacher" else {}
+        section.model_validate(required)
+        with pytest.raises(ValidationError, match=rf"{section.__name__}\nno_such_field\n *Extra inputs"):
+            section.model_validate(required | {"no_such_field": 1})
 
 
 def test_asymmetric_8_bit_is_refused_and_other_widths_are_not() -> None:

@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(teacher: PreTr
 def test_too_little_disk_is_refused_before_the_first_step(
     teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # pyright: ignore
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, used=9, free=1))
     trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
     outputs = Outputs(tmp_path, lambda step: pytest.fail("trained"), "x", lambda done, total: None, lambda text: None)
     with pytest.raises(StoreError, match="GiB free"):
@@ -424,7 +424,7 @@ def test_checkpoints_that_are_there_do_not_need_their_room_again(
     size = checkpoint_bytes(trainer.shadow)
     outputs = outputs_in(tmp_path)
     train(trainer, make_yardstick(teacher, rollouts(2)), outputs)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9 * size, 8 * size, size + 9))  # pyright: ignore
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=9 * size, used=8 * size, free=size + 9))
     require_room(outputs.checkpoints, size, 1)
     with pytest.raises(StoreError, match="GiB free"):
         require_room(tmp_path / "elsewhere", size, 1)

@@ -178,11 +178,3 @@ def test_asymmetric_hqq_searches_around_the_scale_of_the_hqq_library(monkeypatch
     found = hqq(weight, grid, torch.bfloat16)
     assert torch.equal(found.scale.float(), truth.scale)
     assert torch.equal(dequantize(quantize(weight, found, grid), found, grid), weight)
-
-
-def test_codes_are_those_of_the_chosen_grid():
-    weight, grid = normal(), Grid(4, GROUP, False)
-    for method in NAMES:
-        found = quantize_weight(weight, method, grid, torch.bfloat16)
-        assert torch.equal(found.codes, quantize(weight, METHODS[method](weight, grid, torch.bfloat16), grid))
-        assert found.grid == grid
