@@ -16,7 +16,10 @@ import typer
 from kdctl.cli.app import app
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset, preset_names
+from kdctl.cost import records as cost_records
+from kdctl.formats import records as format_records
 from kdctl.run import records
+from kdctl.sweep import records as sweep_records
 
 HERE = Path(__file__).parent
 SHARED_FROM = 3
@@ -128,8 +131,9 @@ def records_page() -> str:
         "Rollout. [The run folder](run-folder.md) says which file holds which. Units stand in the names: `_bytes`, "
         "`_s`, `_db`."
     )
-    tree = ast.parse(Path(inspect.getfile(records)).read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Record"]
+    trees = [ast.parse(inspect.getsource(each)) for each in (records, format_records, cost_records, sweep_records)]
+    nodes = [node for tree in trees for node in tree.body]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name != "Record"]
     return "\n\n".join([_title("Records"), head, *(_record(node) for node in classes)]) + "\n"
 
 

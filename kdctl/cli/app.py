@@ -182,15 +182,15 @@ def distill(
     "eval.batch_size",
 )
 def evaluate(
-    flags: Flags,
+    *,
     models: Annotated[
         list[str] | None, typer.Argument(help="teacher, ptq, or names of variants. (default: all of them)")
     ] = None,
+    flags: Flags,
     also: Annotated[
         str | None, typer.Option(help="Model made elsewhere, of the teacher's tokenizer: a folder or Hub id.")
     ] = None,
     also_name: Annotated[str | None, typer.Option("--as", help="Name of the row of --also.")] = None,
-    *,
     common: StageOptions,
 ) -> None:
     """Score teacher, PTQ student and every variant: lm-eval tasks, KL to the teacher, perplexity.
