@@ -1,11 +1,12 @@
 """Records to what a person reads on stdout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdctl.cli import console
 from kdctl.cost.records import CostPlan, Part, Phase, Room
 from kdctl.formats.records import ExportReport, VerifyReport
+from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, TokenMeasure, Unit, column_measures
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, MethodResult, QuantizeReport, StoreManifest
 from kdctl.sweep.records import SweepReport, TrialRecord
 
@@ -15,6 +16,13 @@ WORST = 5
 def interval(estimate: Estimate, digits: int = 4) -> str:
     """Write a value with its interval."""
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+UNITS: dict[Unit, Callable[[Estimate], str]] = {
+    "nats": interval,
+    "share": lambda found: f"{100 * found.value:.1f} %",
+    "perplexity": lambda found: f"{found.value:.2f}",
+}
 
 
 def mib(size: int) -> str:
@@ -29,13 +37,20 @@ def gib(size: float) -> str:
 
 def distribution_pairs(found: DistributionMetrics) -> list[tuple[str, str]]:
     """List the held-out numbers of a student."""
-    return [
-        ("KL(teacher‖student) per token", interval(found.forward_kl)),
-        ("KL(student‖teacher) per token", interval(found.reverse_kl)),
-        ("top-1 agreement", f"{100 * found.top1_agreement.value:.1f} %"),
-        ("held-out perplexity", f"{found.perplexity.value:.2f} (teacher {found.teacher_perplexity:.2f})"),
-        ("measured on", f"{found.tokens} completion tokens of {found.documents} documents; intervals are 95 %"),
+    teacher = {PERPLEXITY.name: f" (teacher {found.teacher_perplexity:.2f})"}
+    pairs = [
+        (one.label, measured(found, one) + teacher.get(one.name, ""))
+        for one in TOKEN_MEASURES.values()
+        if found.estimate(one)
     ]
+    where = f"{found.tokens} completion tokens of {found.documents} documents; intervals are 95 %"
+    return [*pairs, ("measured on", where)]
+
+
+def measured(found: DistributionMetrics, measure: TokenMeasure) -> str:
+    """Write a measure; nothing where it was not taken."""
+    estimate = found.estimate(measure)
+    return UNITS[measure.unit](estimate) if estimate else ""
 
 
 def show_quantized(report: QuantizeReport) -> None:
@@ -66,16 +81,15 @@ def show_compared(results: Sequence[MethodResult]) -> None:
         (
             one.method,
             f"{one.seconds_s:.1f}",
-            interval(one.distribution.forward_kl),
-            f"{100 * one.distribution.top1_agreement.value:.1f} %",
-            f"{one.distribution.perplexity.value:.2f}",
+            *(measured(one.distribution, measure) for measure in column_measures()),
             f"{one.text.perplexity.value:.2f}",
             f"{one.sqnr_db:.2f}",
         )
         for one in results
     ]
     title = f"{first.bits} bits, group size {first.group_size}, {kind}; {first.distribution.tokens} held-out tokens"
-    columns = ("method", "seconds", "KL(teacher‖student)", "top-1", "perplexity", "text perplexity", "SQNR dB")
+    headings = (measure.heading for measure in column_measures())
+    columns = ("method", "seconds", *headings, "text perplexity", "SQNR dB")
     console.show_rows(title, columns, rows)
 
 

@@ -24,11 +24,12 @@ from kdctl.distill.feed import Feed, Live
 from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.shadow import Shadow
-from kdctl.eval.distribution import Yardstick, compare, summarize
+from kdctl.eval.distribution import Yardstick, compare
 from kdctl.model.activation_checkpointing import recomputed
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states, split
 from kdctl.model.head import head_of, token_chunk
 from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.measures import pair_measures
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.run.tracking import Tracker
 from kdctl.system.distributed import passes
@@ -245,9 +246,5 @@ def resume(trainer: Trainer, outputs: Outputs) -> int:
 
 def heldout_metrics(student: PreTrainedModel, yardstick: Yardstick) -> dict[str, float]:
     """Measure the student during training."""
-    summary = summarize(compare(student, yardstick))
-    return {
-        "eval/forward_kl": summary.forward_kl.value,
-        "eval/reverse_kl": summary.reverse_kl.value,
-        "eval/top1_agreement": summary.top1_agreement.value,
-    }
+    found = compare(student, yardstick, measures=pair_measures())
+    return {f"eval/{one.name}": found.value(one) for one in pair_measures()}

@@ -1,14 +1,13 @@
 """How far the student is from the teacher: KL, top-1 agreement and perplexity, on rollouts and on plain text."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import chain
 from pydoc_data.topics import topics
 
 import numpy as np
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,9 +16,10 @@ from kdctl import stats
 from kdctl.config.resolve import identity
 from kdctl.model.batch import Batch, collate, predicting_states, split
 from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
-from kdctl.run.records import DistributionMetrics, Rollout, TextMetrics
+from kdctl.run.documents import PerDocument
+from kdctl.run.measures import PERPLEXITY, TEACHER_PERPLEXITY, TOKEN_MEASURES, Predictions, TokenMeasure
+from kdctl.run.records import DistributionMetrics, Estimate, Rollout, TextMetrics
 
-Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
 BATCH = 16
 TEXT_WINDOW = 512
@@ -45,18 +45,6 @@ class Heads:
     def chunk(self) -> int:
         """Tokens whose logits are in memory at once."""
         return token_chunk(self.teacher.weight.shape[0])
-
-
-@dataclass(frozen=True)
-class PerDocument:
-    """Sums over the completion tokens of each document, (documents,) float64, in nats and counts."""
-
-    tokens: Array
-    forward_kl: Array
-    reverse_kl: Array
-    agree: Array
-    nll: Array
-    teacher_nll: Array
 
 
 def yardstick_identity(text_tokens: int, heldout: str, teacher: str) -> str:
@@ -87,84 +75,83 @@ def _read(teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progr
     return Yardstick(batches, states, head_of(teacher))
 
 
-def compare(student: PreTrainedModel, yardstick: Yardstick, progress: Progress | None = None) -> PerDocument:
-    """Measure the student against the teacher on every document of the yardstick."""
+def compare(
+    student: PreTrainedModel,
+    yardstick: Yardstick,
+    progress: Progress | None = None,
+    measures: Sequence[TokenMeasure] | None = None,
+) -> PerDocument:
+    """Measure the student against the teacher on every document of the yardstick, by all measures or those named."""
     parts, heads = [], Heads(head_of(student), yardstick.head)
     for done, (batch, states) in enumerate(zip(yardstick.batches, yardstick.states, strict=True)):
         hidden = predicting_states(student, batch)
-        parts.append(_per_document(hidden, states, batch.to(student.device), heads))
+        parts.append(_per_document(hidden, states, batch.to(student.device), heads, measures))
         if progress is not None:
             progress(done + 1, len(yardstick.batches))
     return _joined(parts)
 
 
+def compare_teacher(yardstick: Yardstick, measures: Sequence[TokenMeasure] | None = None) -> PerDocument:
+    """Measure the teacher against itself: all divergences are zero, the likelihoods are its own."""
+    pairs, heads = zip(yardstick.batches, yardstick.states, strict=True), Heads(yardstick.head, yardstick.head)
+    return _joined([_per_document(own, None, batch.to(own.device), heads, measures) for batch, own in pairs])
+
+
 @torch.inference_mode()
-def _per_document(student: Tensor, teacher: Tensor, batch: Batch, heads: Heads) -> PerDocument:
-    hidden, wanted, targets = (tensor.split(heads.chunk) for tensor in (student, teacher, batch.targets()))
-    parts = [_columns(*part, heads) for part in zip(hidden, wanted, targets, strict=True)]
-    values = torch.cat(list(chain.from_iterable(parts)), -1).double()  # (5, N)
+def _per_document(
+    student: Tensor, teacher: Tensor | None, batch: Batch, heads: Heads, measures: Sequence[TokenMeasure] | None
+) -> PerDocument:
+    """Sum over the tokens of each document of a batch; without a teacher's states the student is the teacher."""
+    chosen = list(TOKEN_MEASURES.values() if measures is None else measures)
+    hidden, targets = student.split(heads.chunk), batch.targets().split(heads.chunk)
+    wanted = [None] * len(hidden) if teacher is None else teacher.split(heads.chunk)
+    chunks = [_predictions(*part, heads) for part in zip(hidden, wanted, targets, strict=True)]
+    values = torch.cat([_values(at, chosen) for at in chain.from_iterable(chunks)], -1).double()  # (measures, N)
     counts = torch.tensor(batch.counts)
     document = torch.repeat_interleave(torch.arange(len(counts)), counts).to(values.device)
     sums = values.new_zeros(len(values), len(counts)).index_add_(1, document, values)
-    return PerDocument(counts.double().numpy(), *sums.cpu().numpy())
+    columns = (one.column for one in chosen)
+    return PerDocument(counts.double().numpy(), dict(zip(columns, sums.cpu().numpy(), strict=True)))
 
 
-def _columns(student: Tensor, teacher: Tensor, targets: Tensor, heads: Heads) -> Iterator[Tensor]:
-    """Multiply (N, H) hidden states to logits at once, and measure few rows at a time: all in float32 is large."""
+def _predictions(student: Tensor, teacher: Tensor | None, targets: Tensor, heads: Heads) -> Iterator[Predictions]:
+    """Multiply (N, H) hidden states to logits at once, and hand out few rows at a time: all in float32 is large.
+
+    What no measure reads is not computed.
+    """
     rows = rows_at_once(student, len(student))
-    logits = heads.student(student).split(rows), heads.teacher(teacher).split(rows)
-    for q, p, target in zip(*logits, targets.split(rows), strict=True):
-        yield _per_token(q.float(), p.float(), target)
+    q = cache(lambda: heads.student(student).split(rows))
+    p = None if teacher is None else cache(lambda: heads.teacher(teacher).split(rows))
+    for index, target in enumerate(targets.split(rows)):
+        yield Predictions(partial(_logs, q, index), None if p is None else partial(_logs, p, index), target)
 
 
-def _per_token(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-    """Return forward KL, reverse KL, agreement and both negative log-likelihoods of each position, (5, N)."""
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    difference = log_p - log_q
-    at = targets.unsqueeze(-1)
-    return torch.stack(
-        [
-            (log_p.exp() * difference).sum(-1),
-            -(log_q.exp() * difference).sum(-1),
-            (log_p.argmax(-1) == log_q.argmax(-1)).float(),
-            -log_q.gather(-1, at).squeeze(-1),
-            -log_p.gather(-1, at).squeeze(-1),
-        ]
-    )
+def _logs(logits: Callable[[], Sequence[Tensor]], index: int) -> Tensor:
+    return logits()[index].float().log_softmax(-1)
+
+
+def _values(at: Predictions, measures: Sequence[TokenMeasure]) -> Tensor:
+    return torch.stack([one.per_token(at) for one in measures])
+
+
+def _joined(parts: Sequence[PerDocument]) -> PerDocument:
+    tokens = np.concatenate([part.tokens for part in parts])
+    return PerDocument(tokens, {key: np.concatenate([part.sums[key] for part in parts]) for key in parts[0].sums})
+
+
+def estimate(per_document: PerDocument, measure: TokenMeasure) -> Estimate:
+    """Return a measure of a model with its interval over documents."""
+    found = stats.ratio(per_document[measure], per_document.tokens)
+    return stats.exponential(found) if measure.exponent else found
 
 
 def summarize(per_document: PerDocument) -> DistributionMetrics:
     """Turn per-document sums into per-token estimates with intervals over documents."""
+    known = [one for one in TOKEN_MEASURES.values() if per_document.has(one) and one.of != "teacher"]
+    found: dict[str, object] = {one.name: estimate(per_document, one) for one in known}
     tokens = per_document.tokens
-    return DistributionMetrics(
-        forward_kl=stats.ratio(per_document.forward_kl, tokens),
-        reverse_kl=stats.ratio(per_document.reverse_kl, tokens),
-        top1_agreement=stats.ratio(per_document.agree, tokens),
-        perplexity=stats.exponential(stats.ratio(per_document.nll, tokens)),
-        teacher_perplexity=float(np.exp(per_document.teacher_nll.sum() / tokens.sum())),
-        documents=len(tokens),
-        tokens=int(tokens.sum()),
-    )
-
-
-def compare_teacher(yardstick: Yardstick) -> PerDocument:
-    """Measure the teacher against itself: all divergences are zero, the likelihoods are its own."""
-    pairs, heads = zip(yardstick.batches, yardstick.states, strict=True), Heads(yardstick.head, yardstick.head)
-    return _joined([_per_document(states, states, batch.to(states.device), heads) for batch, states in pairs])
-
-
-def _joined(parts: Sequence[PerDocument]) -> PerDocument:
-    return PerDocument(*(np.concatenate([vars(part)[f.name] for part in parts]) for f in fields(PerDocument)))
-
-
-def from_table(table: pa.Table) -> PerDocument:
-    """Undo ``as_table``."""
-    return PerDocument(*(table[f.name].to_numpy() for f in fields(PerDocument)))
-
-
-def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Table:
-    """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
-    return pa.table({**({"prompt_id": prompt_ids} if prompt_ids else {}), **vars(per_document)})
+    found["teacher_perplexity"] = per_document.value(TEACHER_PERPLEXITY)
+    return DistributionMetrics.model_validate(found | {"documents": len(tokens), "tokens": int(tokens.sum())})
 
 
 def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
@@ -186,13 +173,12 @@ def text_yardstick(teacher: PreTrainedModel, documents: Sequence[Sequence[int]])
 
 def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> TextMetrics:
     """Measure perplexity on documents of tokens, each from its second token on."""
-    return text_metrics(compare_teacher(text_yardstick(model, documents)))
+    return text_metrics(compare_teacher(text_yardstick(model, documents), [PERPLEXITY]))
 
 
 def text_metrics(per_document: PerDocument) -> TextMetrics:
     """Sum up what was measured on plain text."""
-    tokens = per_document.tokens
-    perplexity = stats.exponential(stats.ratio(per_document.nll, tokens))
+    tokens, perplexity = per_document.tokens, estimate(per_document, PERPLEXITY)
     return TextMetrics(perplexity=perplexity, tokens=int(tokens.sum()), documents=len(tokens))
 
 

@@ -27,6 +27,8 @@ from kdctl.model.tokenizer import check_vocabulary
 from kdctl.quant.affine import Grid, pack, pack_zero_point
 from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.documents import from_table
+from kdctl.run.measures import FORWARD_KL
 from kdctl.run.paths import enclosing_run, read_record
 from kdctl.run.records import QuantizeReport
 
@@ -141,8 +143,8 @@ class Inspection:
             raise StoreError(
                 f"{REPORT} says {report.student_bytes} bytes, the tensors take {folder_bytes(self.folder)}"
             )
-        found = metrics.summarize(metrics.from_table(pq.read_table(self.folder / HELDOUT)))
-        _same("KL", found.forward_kl.value, report.distribution.forward_kl.value, CLOSE)
+        found = from_table(pq.read_table(self.folder / HELDOUT)).mean(FORWARD_KL)
+        _same("KL", found, report.distribution.forward_kl.value, CLOSE)
         return f"{REPORT} agrees with config.json, the files' size and {HELDOUT}"
 
     def shapes(self) -> str:
@@ -264,7 +266,7 @@ class Inspection:
         if found != self.report.yardstick:
             raise Unknown(f"{run.heldout} is not the yardstick that the folder was measured on")
         yardstick = metrics.make_yardstick(self.teacher_model, store.read())
-        kl = metrics.summarize(metrics.compare(self.student.model, yardstick)).forward_kl.value
+        kl = metrics.compare(self.student.model, yardstick, measures=[FORWARD_KL]).mean(FORWARD_KL)
         return _same("KL", kl, self.report.distribution.forward_kl.value, KL_CLOSE)
 
 

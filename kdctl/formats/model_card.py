@@ -4,9 +4,11 @@ import re
 from dataclasses import dataclass
 
 from kdctl.config.preset import DistillSection
+from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, Unit
 from kdctl.run.records import DistributionMetrics, Estimate, QuantizeReport
 
 LICENSE = re.compile(r"[\w.-]+")
+DIGITS: dict[Unit, int] = {"nats": 4, "share": 4, "perplexity": 2}
 VLLM_BITS = {True: (4, 8), False: (4,)}
 """Widths of symmetric and of asymmetric grids."""
 VLLM_GROUP_SIZES = (32, 64, 128)
@@ -95,11 +97,13 @@ def _settings(report: QuantizeReport, training: Training | None) -> str:
 
 def _numbers(report: QuantizeReport, training: Training | None) -> str:
     found = report.distribution
+    teacher = {PERPLEXITY.name: f"; teacher {found.teacher_perplexity:.2f}"}
     rows = [
-        ("KL(teacher‖student) per token", _interval(found.forward_kl)),
-        ("KL(student‖teacher) per token", _interval(found.reverse_kl)),
-        ("top-1 agreement with the teacher", _interval(found.top1_agreement)),
-        ("held-out perplexity", f"{_interval(found.perplexity, 2)}; teacher {found.teacher_perplexity:.2f}"),
+        (one.label, _interval(estimate, DIGITS[one.unit]) + teacher.get(one.name, ""))
+        for one in TOKEN_MEASURES.values()
+        if (estimate := found.estimate(one))
+    ]
+    rows += [
         (
             "text perplexity",
             f"{_interval(report.text.perplexity, 2)}; teacher {report.teacher_text.perplexity.value:.2f}",

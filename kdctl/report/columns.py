@@ -11,7 +11,6 @@ from kdctl.report.contrasts import (
     Contrasts,
     Found,
     Judged,
-    Measure,
     Row,
     baseline,
     differs,
@@ -22,11 +21,14 @@ from kdctl.report.contrasts import (
 )
 from kdctl.report.study import Kind, Study
 from kdctl.report.tables import Block, Cell, Column, Style
+from kdctl.run.measures import TokenMeasure, Unit, column_measures
+from kdctl.run.records import Estimate
 
 AVERAGE = "average"
 TIED = "≈"
 BASELINES: dict[Kind, str] = {"ptq": "P", "teacher": "T"}
 ARROWS = {"better": "↑", "worse": "↓", "equivalent": "="}
+STYLES: dict[Unit, Style] = {"nats": "kl", "share": "percent", "perplexity": "perplexity"}
 SETTINGS: dict[str, tuple[str, Style]] = {
     "lmbda": ("λ", "number"),
     "beta": ("β", "number"),
@@ -48,7 +50,7 @@ class Scale:
     key: str
     column: Column
     tasks: tuple[str, ...] = ()
-    measure: Measure | None = None
+    measure: TokenMeasure | None = None
 
 
 class Results:
@@ -83,14 +85,13 @@ class Results:
         found = [Scale(task, Column(task, task.removesuffix("_offline"), "percent"), (task,)) for task in self.tasks]
         if len(found) > 1:
             found.append(Scale(AVERAGE, Column(AVERAGE, "average", "percent"), self.tasks))
-        found.append(Scale("forward_kl", Column("forward_kl", "KL to teacher [95 %]", "kl"), measure="forward_kl"))
-        return [*found, Scale("perplexity", Column("perplexity", "perplexity", "perplexity"), measure="nll")]
+        return found + [Scale(one.name, measure_column(one), measure=one) for one in column_measures() if one.ranked]
 
     def cell(self, row: Row, scale: Scale) -> Cell:
         """Write a row's result with the marks of what it differs from."""
         if scale.measure is None:
             return replace(accuracy_cell(row, scale.tasks), marks=self._accuracy_marks(row, scale.tasks))
-        if row.kind == "teacher" and scale.measure == "forward_kl":
+        if row.kind == "teacher" and scale.measure.of == "pair":
             return Cell()
         marks = tuple(self._distance_marks(row, scale.measure)) if row.kind != "teacher" else ()
         return replace(distance_cell(row, scale.measure), marks=marks)
@@ -99,16 +100,16 @@ class Results:
         judged = [(letter, self.judged(row, kind, tasks)) for kind, letter in BASELINES.items()]
         return tuple(letter + ARROWS[one.verdict] for letter, one in judged if one and one.verdict in ARROWS)
 
-    def _distance_marks(self, row: Row, measure: Measure) -> Sequence[str]:
-        """Mark a lower (better) or higher KL or perplexity; KL to the teacher is 0 for the teacher itself."""
+    def _distance_marks(self, row: Row, measure: TokenMeasure) -> Sequence[str]:
+        """Mark what is better or worse than a baseline's; the teacher has no distance to itself."""
         marks = []
         for kind, letter in BASELINES.items():
             base = baseline(self.study, self.all_rows, row, kind)
-            if base is None or (kind == "teacher" and measure == "forward_kl"):
+            if base is None or (kind == "teacher" and measure.of == "pair"):
                 continue
             difference = per_token_difference(base, row, measure)
             if difference is not None and differs(difference):
-                marks.append(letter + ("↑" if difference.value < 0 else "↓"))
+                marks.append(letter + ("↑" if (difference.value < 0) == (measure.better == "lower") else "↓"))
         return marks
 
     def ranked(self, rows: Sequence[Row], scale: Scale) -> Mapping[str, Cell]:
@@ -117,7 +118,7 @@ class Results:
         students = [row for row in rows if row.kind != "teacher" and isinstance(cells[row.name].value, float)]
         if len(students) < 2:
             return cells
-        sign = -1 if scale.measure else 1
+        sign = -1 if scale.measure and scale.measure.better == "lower" else 1
         best, *others = sorted(students, key=lambda row: -sign * float(cells[row.name].value or 0))
         tied = self._tied(best, others, scale)
         if tied is None:
@@ -154,15 +155,25 @@ def accuracy_cell(row: Row, tasks: Sequence[str]) -> Cell:
     return Cell(value, float(np.hypot.reduce(known)) / len(tasks) if single else None)
 
 
-def distance_cell(row: Row, measure: Measure) -> Cell:
-    """Write KL with its interval, or perplexity; as measured when the model was made where documents are not kept."""
+def measure_column(measure: TokenMeasure) -> Column:
+    """Describe the column of a measure of held-out tokens."""
+    return Column(measure.name, measure.heading + ("" if measure.exponent else " [95 %]"), STYLES[measure.unit])
+
+
+def measure_cell(measure: TokenMeasure, estimate: Estimate | None) -> Cell:
+    """Write a measure with its interval, but exp of a mean without."""
+    if estimate is None or measure.exponent:
+        return Cell(estimate.value if estimate else None)
+    return Cell(estimate.value, low=estimate.low, high=estimate.high)
+
+
+def distance_cell(row: Row, measure: TokenMeasure) -> Cell:
+    """Write a measure of a row; as taken when the model was made where documents are not kept."""
     found = per_token(row, measure)
+    if found is not None:
+        return measure_cell(measure, stats.exponential(found) if measure.exponent else found)
     summary = row.models[0].distribution if len(row.models) == 1 else None
-    if measure == "nll":
-        value = float(np.exp(found.value)) if found else summary.perplexity.value if summary else None
-        return Cell(value)
-    estimate = found or (summary.forward_kl if summary else None)
-    return Cell(estimate.value, low=estimate.low, high=estimate.high) if estimate else Cell()
+    return measure_cell(measure, summary.estimate(measure) if summary else None)
 
 
 def block(results: Results, heading: str, rows: Sequence[Row], own: Sequence[Callable[[Row], Cell]]) -> Block:

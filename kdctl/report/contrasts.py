@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdctl import stats
-from kdctl.report.samples import Documents
 from kdctl.report.study import Kind, Model, Settings, Study
+from kdctl.run.documents import PerDocument
+from kdctl.run.measures import TokenMeasure
 from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated
 from kdctl.stats.findings import Comparison, SeedComparison
 
 Found = Comparison | SeedComparison
-Measure = Literal["forward_kl", "nll"]
 SIGNIFICANT = 0.05
 
 
@@ -50,10 +49,15 @@ class Row:
         return None if labels is None else [f"{task}/{label}" for label in labels]
 
     @property
-    def documents(self) -> list[Documents]:
+    def documents(self) -> list[PerDocument]:
         """Held-out documents of every model; empty where any model's are missing."""
         found = [model.documents for model in self.models if model.documents is not None]
         return found if len(found) == len(self.models) else []
+
+    def measured(self, measure: TokenMeasure) -> list[PerDocument]:
+        """Held-out documents of every model; empty where a measure was not taken of each."""
+        found = self.documents
+        return found if all(one.has(measure) for one in found) else []
 
 
 def rows_of(study: Study) -> list[Row]:
@@ -112,25 +116,24 @@ class Contrasts:
         return stats.compare_average(single, margin=self.margin)
 
 
-def per_token(row: Row, measure: Measure) -> Estimate | None:
-    """Estimate a row's KL or negative log-likelihood per held-out token, with an interval over documents and seeds."""
-    documents = row.documents
+def per_token(row: Row, measure: TokenMeasure) -> Estimate | None:
+    """Estimate a row's mean of a measure per held-out token, with an interval over documents and seeds."""
+    documents = row.measured(measure)
     if not documents:
         return None
-    sums = np.mean([vars(one)[measure] for one in documents], axis=0)
-    each = [vars(one)[measure].sum() / one.tokens.sum() for one in documents]
-    return stats.widen(stats.ratio(sums, documents[0].tokens), each)
+    sums = np.mean([one[measure] for one in documents], axis=0)
+    return stats.widen(stats.ratio(sums, documents[0].tokens), [one.mean(measure) for one in documents])
 
 
-def per_token_difference(base: Row, row: Row, measure: Measure) -> Estimate | None:
+def per_token_difference(base: Row, row: Row, measure: TokenMeasure) -> Estimate | None:
     """Estimate the difference row − base per held-out token, paired over documents, with the variance of seeds."""
-    first, second = base.documents, row.documents
+    first, second = base.measured(measure), row.measured(measure)
     if not first or not second:
         return None
-    before, after = (np.mean([vars(one)[measure] for one in part], axis=0) for part in (first, second))
+    before, after = (np.mean([one[measure] for one in part], axis=0) for part in (first, second))
     found = stats.ratio_difference(before, after, first[0].tokens)
     for part in (first, second):
-        found = stats.widen(found, [vars(one)[measure].sum() / one.tokens.sum() for one in part])
+        found = stats.widen(found, [one.mean(measure) for one in part])
     return found
 
 

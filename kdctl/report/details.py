@@ -8,7 +8,8 @@ from kdctl import stats
 from kdctl.report.columns import AVERAGE, BASELINES, Results
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
-from kdctl.report.tables import Block, Cell, Column, Table
+from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.run.measures import FORWARD_KL, TokenMeasure, column_measures
 from kdctl.run.records import Estimate
 from kdctl.stats import Trio
 from kdctl.stats.findings import Comparison, Recovery
@@ -80,21 +81,25 @@ def _seeds(results: Results, row: Row, kind: Kind, name: str, tasks: Sequence[st
 
 def distances(results: Results) -> Table:
     """List how far each student is from the teacher per held-out token, against its PTQ student."""
-    rows = []
+    rows, measures = [], [FORWARD_KL, *(one for one in column_measures() if one.ranked and one is not FORWARD_KL)]
     for row in results.rows:
         base = baseline(results.study, results.all_rows, row, "ptq")
         if row.kind == "teacher" or base is None:
             continue
-        kl, nll = (per_token_difference(base, row, measure) for measure in ("forward_kl", "nll"))
-        rows.append((Cell(row.name), _estimate(kl), _estimate(removed(base, row)), _estimate(nll)))
-    columns = (
-        Column("model", "model"),
-        Column("forward_kl_difference", "KL to teacher, less the PTQ student's [95 %]", "kl"),
-        Column("removed", "share of KL removed [95 %]", "share"),
-        Column("nll_difference", "−log likelihood, less the PTQ student's [95 %]", "kl"),
-    )
+        found = [per_token_difference(base, row, measure) for measure in measures]
+        if any(found):
+            first, *others = map(_estimate, found)
+            rows.append((Cell(row.name), first, _estimate(removed(base, row)), *others))
+    first, *others = map(_difference_column, measures)
+    columns = (Column("model", "model"), first, Column("removed", "share of KL removed [95 %]", "share"), *others)
     note = "Nats a token, paired over held-out documents (percentile bootstrap); not corrected for being several."
-    return Table("distances", "Distance to the teacher", columns, (Block("", tuple(rows)),), (note,))
+    return without_empty(Table("distances", "Distance to the teacher", columns, (Block("", tuple(rows)),), (note,)))
+
+
+def _difference_column(measure: TokenMeasure) -> Column:
+    """Describe the column of differences of a measure per token."""
+    label = f"{measure.exponent or measure.heading}, less the PTQ student's [95 %]"
+    return Column(f"{measure.column}_difference", label, "kl")
 
 
 def removed(base: Row, row: Row) -> Estimate | None:
@@ -102,9 +107,9 @@ def removed(base: Row, row: Row) -> Estimate | None:
     before, after = base.documents, row.documents
     if not before or not after:
         return None
-    old = np.mean([one.forward_kl for one in before], axis=0)
-    new = np.mean([one.forward_kl for one in after], axis=0)
-    shares = [1 - one.forward_kl.sum() / old.sum() for one in after]
+    old = np.mean([one[FORWARD_KL] for one in before], axis=0)
+    new = np.mean([one[FORWARD_KL] for one in after], axis=0)
+    shares = [1 - one[FORWARD_KL].sum() / old.sum() for one in after]
     return stats.widen(stats.removed(new, old), shares)
 
 

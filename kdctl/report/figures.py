@@ -10,6 +10,7 @@ from kdctl.report.curves import costs, learning_rates, training
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.marks import PERCENT, accuracy_mark, by_method, short, telling, values, varied
 from kdctl.report.study import Model
+from kdctl.run.measures import FORWARD_KL
 from kdctl.run.records import Estimate
 from kdctl.stats.findings import Recovery
 
@@ -176,7 +177,7 @@ def _kl_map(results: Results, rows: Sequence[Row], suffix: str) -> Map:
     found = {}
     for row in rows:
         base = baseline(results.study, results.all_rows, row, "ptq")
-        difference = per_token_difference(base, row, "forward_kl") if base else None
+        difference = per_token_difference(base, row, FORWARD_KL) if base else None
         if difference:
             found[row.name] = Cell(mark(difference), differs(difference))
     return _map(f"KL to the teacher, nats a token{suffix}", rows, found, 3, more_is_better=False)

@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 
 from kdctl.base.errors import PresetError
-from kdctl.report.columns import SETTINGS, Results, block, setting_cell, setting_column
+from kdctl.report.columns import SETTINGS, Results, block, measure_cell, measure_column, setting_cell, setting_column
 from kdctl.report.contrasts import Contrasts, Row, rows_of
 from kdctl.report.study import Study
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.run.measures import column_measures
 
 Layout = Literal[
     "main", "lambda", "beta", "lr", "steps", "batch-size", "rollout-length", "mixed", "rank", "method", "auto"
@@ -221,21 +222,20 @@ def method(study: Study, contrasts: Contrasts) -> Table | None:
     compared = [(source.name, found) for source in study.sources for found in source.methods]
     if len(compared) < 2:
         return None
-    rows = []
+    rows, measures = [], [one for one in column_measures() if one.ranked]
     for folder, found in compared:
-        kl = found.distribution.forward_kl
-        values = (found.distribution.perplexity.value, found.text.perplexity.value, found.sqnr_db)
-        rows.append((Cell(folder), Cell(found.method), Cell(kl.value, low=kl.low, high=kl.high), *map(Cell, values)))
+        cells = [measure_cell(one, found.distribution.estimate(one)) for one in measures]
+        own = map(Cell, (found.text.perplexity.value, found.sqnr_db))
+        rows.append((Cell(folder), Cell(found.method), *cells, *own))
     columns = (
         Column("folder", "folder"),
         setting_column("method"),
-        Column("forward_kl", "KL to teacher [95 %]", "kl"),
-        Column("perplexity", "perplexity", "perplexity"),
+        *map(measure_column, measures),
         Column("text_perplexity", "text perplexity", "perplexity"),
         Column("sqnr_db", "SQNR dB", "perplexity"),
     )
     note = "As kdctl quantize --compare measured them. No single documents were kept, so no row is marked as best."
-    return Table("method", "Post-training methods", columns, (Block("", tuple(rows)),), (note,))
+    return without_empty(Table("method", "Post-training methods", columns, (Block("", tuple(rows)),), (note,)))
 
 
 NEEDS = {

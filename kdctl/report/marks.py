@@ -7,6 +7,7 @@ from kdctl import stats
 from kdctl.report.charts import Mark, mark
 from kdctl.report.columns import SETTINGS, accuracy_cell, distance_cell
 from kdctl.report.contrasts import Row
+from kdctl.run.measures import FORWARD_KL
 
 PERCENT = 100
 METHODS = ("teacher", "PTQ", "off-policy", "mixed", "on-policy", "made elsewhere")
@@ -48,7 +49,7 @@ def accuracy_mark(row: Row, tasks: Sequence[str]) -> Mark | None:
 
 def kl_mark(row: Row) -> Mark | None:
     """Estimate the KL to the teacher per held-out token, nats."""
-    cell = distance_cell(row, "forward_kl")
+    cell = distance_cell(row, FORWARD_KL)
     return Mark(cell.value, cell.low, cell.high) if isinstance(cell.value, float) else None
 
 

@@ -1,6 +1,6 @@
 """What single benchmark items and held-out documents said, read back for paired statistics (no torch)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdctl.base.errors import StoreError
+from kdctl.run.documents import PerDocument, from_table
+from kdctl.run.measures import FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY
 
-SHOWN = 3
+NEEDED = (FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY)
+"""What a report reads by name; other measures have a column where they were taken."""
 TEACHER_TOLERANCE = 0.02
 
 
@@ -33,18 +36,6 @@ class Items:
         return self.labels if len(np.unique(self.labels)) > 1 else None
 
 
-@dataclass(frozen=True)
-class Documents:
-    """One model on the held-out documents: sums over the completion tokens of each, (documents,), nats and counts."""
-
-    tokens: NDArray[np.float64]
-    forward_kl: NDArray[np.float64]
-    reverse_kl: NDArray[np.float64]
-    agree: NDArray[np.float64]
-    nll: NDArray[np.float64]
-    teacher_nll: NDArray[np.float64]
-
-
 def read_items(path: Path, metric: str) -> Items | None:
     """Read ``samples/<task>.parquet``; None where there is none. Raises StoreError if it is damaged."""
     table = _read(path, ["item_id", "subtask", "cluster", "doc_index", metric])
@@ -60,18 +51,19 @@ def read_items(path: Path, metric: str) -> Items | None:
     return Items(ids[order], places[order], labels[order], correct[order])
 
 
-def read_documents(path: Path) -> Documents | None:
+def read_documents(path: Path) -> PerDocument | None:
     """Read ``heldout.parquet``; None where there is none. Raises StoreError if it is damaged."""
-    names = [field.name for field in fields(Documents)]
-    table = _read(path, names)
-    return None if table is None else Documents(*(table[name].to_numpy().astype(np.float64) for name in names))
+    table = _read(path, ["tokens", *(measure.column for measure in NEEDED)])
+    return None if table is None else from_table(table)
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table | None:
+def _read(path: Path, needed: list[str]) -> pa.Table | None:
     if not path.exists():
         return None
     try:
-        return pq.read_table(path).select(columns)
+        table = pq.read_table(path)
+        table.select(needed)
+        return table
     except (OSError, KeyError, pa.ArrowException) as error:
         raise StoreError(
             f"{path} is damaged or of another kdctl version ({error}); no model can be compared item by item without "
@@ -91,12 +83,13 @@ def item_differences(a: Items, b: Items) -> list[str]:
     return [f"{other} of {len(a.ids)} items are others"]
 
 
-def document_differences(a: Documents, b: Documents) -> list[str]:
+def document_differences(a: PerDocument, b: PerDocument) -> list[str]:
     """Say how the held-out documents of two models differ; nothing where they are the same.
 
     Equal token counts and, but for the numerics of batches, equal likelihoods under the teacher are equal documents.
     """
     if len(a.tokens) != len(b.tokens):
         return [f"{len(a.tokens)} held-out documents and {len(b.tokens)}"]
-    equal = (a.tokens == b.tokens) & np.isclose(a.teacher_nll, b.teacher_nll, rtol=TEACHER_TOLERANCE, atol=0.5)
+    first, second = a[TEACHER_PERPLEXITY], b[TEACHER_PERPLEXITY]
+    equal = (a.tokens == b.tokens) & np.isclose(first, second, rtol=TEACHER_TOLERANCE, atol=0.5)
     return [] if equal.all() else [f"{int((~equal).sum())} of {len(equal)} held-out documents are others"]

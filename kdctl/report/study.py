@@ -12,7 +12,8 @@ from typing import Literal
 
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset
-from kdctl.report.samples import Documents, Items, document_differences, item_differences, read_documents, read_items
+from kdctl.report.samples import Items, document_differences, item_differences, read_documents, read_items
+from kdctl.run.documents import PerDocument
 from kdctl.run.paths import RunDir
 from kdctl.run.records import DistillReport, DistributionMetrics, EvalResult, MethodResult, QuantizeReport, TextMetrics
 from kdctl.run.tracking import read_metrics
@@ -108,7 +109,7 @@ class Model:
         return {}
 
     @cached_property
-    def documents(self) -> Documents | None:
+    def documents(self) -> PerDocument | None:
         """Sums of each held-out document. Raises StoreError if they are damaged."""
         if self.run is None:
             return None

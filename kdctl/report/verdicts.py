@@ -4,6 +4,7 @@ from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Row, baseline, per_token, per_token_difference
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.study import Kind
+from kdctl.run.measures import FORWARD_KL
 from kdctl.run.records import Estimate
 
 PHRASES: dict[Kind, str] = {"ptq": "the PTQ student", "teacher": "the teacher"}
@@ -55,12 +56,12 @@ def _single(results: Results, row: Row, kind: Kind) -> str:
 
 def _distance(results: Results, row: Row) -> str:
     """Give the KL to the teacher and how it differs from the PTQ student's."""
-    found = per_token(row, "forward_kl")
+    found = per_token(row, FORWARD_KL)
     if found is None:
         return ""
     text = f"KL to the teacher is {_interval(found)} nats a token"
     base = baseline(results.study, results.all_rows, row, "ptq")
-    difference = per_token_difference(base, row, "forward_kl") if base else None
+    difference = per_token_difference(base, row, FORWARD_KL) if base else None
     share = removed(base, row) if base else None
     if difference is None or share is None:
         return text + "."

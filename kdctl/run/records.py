@@ -7,7 +7,9 @@ writes has its own ``records.py`` there.
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdctl.run.measures import TokenMeasure
 
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
@@ -127,7 +129,13 @@ class LayerError(Record):
 
 
 class DistributionMetrics(Record):
-    """Student against teacher, per completion token (of the yardstick unless said), with intervals over documents."""
+    """Student against teacher, per completion token (of the yardstick unless said), with intervals over documents.
+
+    Measures that were declared later stand beside these under their own names, where they were taken.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Estimate] = Field(init=False)
 
     forward_kl: Estimate
     reverse_kl: Estimate
@@ -136,6 +144,11 @@ class DistributionMetrics(Record):
     teacher_perplexity: float
     documents: int
     tokens: int
+
+    def estimate(self, measure: TokenMeasure) -> Estimate | None:
+        """Return a measure's estimate; None where it was not taken."""
+        found = dict(self).get(measure.name)
+        return found if isinstance(found, Estimate) else None
 
 
 class TextMetrics(Record):

@@ -17,7 +17,6 @@ from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.distill.monitor import Outcome
 from kdctl.distill.shadow import make_shadow
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument
 from kdctl.formats.model_card import Training
 from kdctl.formats.student import Student, load_student
 from kdctl.model.activation_checkpointing import set_checkpointing
@@ -26,6 +25,8 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import build_student, share_frozen
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.documents import PerDocument
+from kdctl.run.measures import FORWARD_KL
 from kdctl.run.paths import VariantDir, read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
@@ -246,7 +247,7 @@ def _write_trained(
     """Measure the trained student and write it beside its place."""
     after = measuring.measure(student.model, "distilled student")
     described = describe_student(context, measuring, student, plan.identity, after)
-    summary, removed = distribution.summarize(before), stats.removed(after.forward_kl, before.forward_kl)
+    summary, removed = distribution.summarize(before), stats.removed(after[FORWARD_KL], before[FORWARD_KL])
     if removed.high < 0:
         context.reporter.note(
             f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "

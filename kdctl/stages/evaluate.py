@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from kdctl.base.errors import DataError, PresetError
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument
 from kdctl.formats.student import load_student
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
+from kdctl.run.documents import PerDocument, as_table
 from kdctl.run.paths import read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Rollout
 from kdctl.stages.context import Context, versions
@@ -139,7 +139,7 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
             model, teacher.tokenizer(), tasks, context.preset.eval, lambda _, done, total: advance(done, total)
         )
     found = _distances(context, measuring, one, model)
-    write_items(folder, items | {name: distribution.as_table(sums, prompts) for name, (sums, prompts) in found.items()})
+    write_items(folder, items | {name: as_table(sums, prompts) for name, (sums, prompts) in found.items()})
     summary = {name: distribution.summarize(sums) for name, (sums, _) in found.items()}
     result = EvalResult(
         model=one.name,

@@ -5,10 +5,10 @@ import numpy as np
 from kdctl import stats
 from kdctl.base.errors import TrainingError
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.report.samples import read_items
+from kdctl.run.documents import PerDocument
 from kdctl.run.paths import RunDir, read_record
 from kdctl.run.records import DistributionMetrics, EvalResult
 from kdctl.stages.context import Context

@@ -6,14 +6,13 @@ import torch
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument
 from kdctl.formats.inspection import Teacher as Original
 from kdctl.formats.model_card import Origin, Training, model_card
 from kdctl.formats.student import Student, save_student
 from kdctl.formats.verify import accept
 from kdctl.model.reference import HUB_ID
 from kdctl.model.teacher import Teacher
+from kdctl.run.documents import PerDocument, as_table
 from kdctl.run.records import QuantizeReport
 from kdctl.stages.context import Context
 from kdctl.system.memory import give_back
@@ -32,7 +31,7 @@ def write_student(
     training: how it was trained, None for a PTQ student.
     """
     origin = origin_of(teacher)
-    table = distribution.as_table(per_document)
+    table = as_table(per_document)
     save_student(
         _pending(folder), student, teacher.tokenizer(), report, table, lambda sized: model_card(sized, origin, training)
     )

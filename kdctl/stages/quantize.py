@@ -11,7 +11,6 @@ from kdctl.base.progress import Advance
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument
 from kdctl.formats.student import Student, check_sums
 from kdctl.model.batch import Batch, collate, split
 from kdctl.model.folder import weights_bytes
@@ -19,6 +18,7 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
 from kdctl.quant.autoround import Task, autoround, check_installed
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.documents import PerDocument
 from kdctl.run.paths import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport
 from kdctl.stages.context import Context, layers_of, versions

@@ -13,12 +13,13 @@ from kdctl.base.progress import Reporter
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptReader, PromptSet
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument, Yardstick
+from kdctl.eval.distribution import Yardstick
 from kdctl.formats.student import HELDOUT
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, usable
 from kdctl.rollout.sampler import Generator, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.documents import PerDocument, from_table
 from kdctl.run.paths import read_record
 from kdctl.run.records import QuantizeReport, Rollout, TextMetrics
 from kdctl.stages.context import Context
@@ -131,10 +132,11 @@ class Measuring:
         return self._teacher_text
 
     def measured(self, folder: Path) -> PerDocument | None:
-        """Read what a student folder says of itself, if it was measured on this yardstick."""
+        """Read what a student folder says of itself, if every measure was taken on this yardstick."""
         if read_record(folder / "quantize.json", QuantizeReport).yardstick != self.identity:
             return None
-        return distribution.from_table(pq.read_table(folder / HELDOUT))
+        found = from_table(pq.read_table(folder / HELDOUT))
+        return found if found.complete else None
 
     def measure(self, model: PreTrainedModel, label: str, yardstick: Yardstick | None = None) -> PerDocument:
         """Compare a model with the teacher on the yardstick, or on other completions that the teacher has read."""

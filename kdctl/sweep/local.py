@@ -10,6 +10,7 @@ import torch
 
 from kdctl.base.errors import DataError, TrainingError
 from kdctl.base.progress import Reporter
+from kdctl.run.measures import TOKEN_MEASURES, TokenMeasure
 from kdctl.run.records import DistillReport, EvalResult, TaskScore
 from kdctl.run.tracking import Watch
 from kdctl.stages import pipeline
@@ -112,10 +113,20 @@ def metric_value(name: str, report: DistillReport, result: EvalResult | None) ->
     """Return ``eval/forward_kl`` and its like from a variant's report, ``eval/<task>/<metric>`` from its evaluation."""
     _, *task, metric = name.split("/")
     if not task:
-        return report.after.model_dump()[metric]["value"]
+        return _of_variant(name, report, TOKEN_MEASURES[metric])
     scores: dict[str, TaskScore] = result.tasks if result else {}
     found = scores.get(task[0])
     if found is None or metric not in found.metrics:
         offered = [f"eval/{key}/{each}" for key, score in scores.items() for each in score.metrics]
         raise DataError(f"the evaluation has no {name}; it has {', '.join(offered)}")
     return found.metrics[metric]
+
+
+def _of_variant(name: str, report: DistillReport, measure: TokenMeasure) -> float:
+    found = report.after.estimate(measure)
+    if found is None:
+        raise DataError(
+            f"variant {report.variant!r} was finished before {name} was measured and cannot be ranked by it; train it "
+            "again with kdctl distill --force, or sweep in another folder"
+        )
+    return found.value

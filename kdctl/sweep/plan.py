@@ -9,12 +9,12 @@ from typing import Any
 from kdctl.base.errors import PresetError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset, identity, load_preset, parse_value, variant_name
+from kdctl.run.measures import ITEM_MEASURES, pair_measures
 from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Sweep, field_of
 
 MAX_TRIALS = 64
 CORNERS = 4096
-DISTRIBUTION_METRICS = ("forward_kl", "reverse_kl", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _check_stopping(plan: SweepPlan) -> None:
 def check_logged(plan: SweepPlan, who: str) -> None:
     """Refuse a metric that ``who`` would wait for in vain, because it compares what training logs."""
     name, settings = plan.sweep.metric.name, plan.preset.distill
-    offered = [f"eval/{metric}" for metric in DISTRIBUTION_METRICS]
+    offered = [f"eval/{measure.name}" for measure in pair_measures()]
     if name not in offered:
         raise PresetError(
             f"{who} compares what training logs, and {name} is measured after it; the metric can be "
@@ -235,7 +235,7 @@ def _check_metric(plan: SweepPlan) -> None:
     """Refuse a metric that no trial will have."""
     name = plan.sweep.metric.name
     tasks = plan.preset.eval.tasks if plan.evaluate else ()
-    offered = [f"eval/{metric}" for metric in DISTRIBUTION_METRICS]
-    offered += [f"eval/{task}/{metric}" for task in tasks for metric in ("acc", "acc_norm")]
+    offered = [f"eval/{measure.name}" for measure in pair_measures()]
+    offered += [f"eval/{task}/{metric}" for task in tasks for metric in ITEM_MEASURES]
     if name not in offered:
         raise PresetError(f"{plan.sweep.origin}: no trial will have metric {name!r}; there are {', '.join(offered)}")

@@ -12,8 +12,26 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.preset import QuantizeSection
 from kdctl.eval import distribution
-from kdctl.eval.distribution import PerDocument, compare, make_yardstick, summarize, text_documents, text_perplexity
+from kdctl.eval.distribution import (
+    compare,
+    compare_teacher,
+    make_yardstick,
+    summarize,
+    text_documents,
+    text_perplexity,
+)
+from kdctl.model.head import Head
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.run.documents import PerDocument
+from kdctl.run.measures import (
+    AGREEMENT,
+    FORWARD_KL,
+    PERPLEXITY,
+    REVERSE_KL,
+    TEACHER_PERPLEXITY,
+    TOKEN_MEASURES,
+    TokenMeasure,
+)
 from kdctl.run.records import Rollout
 
 PAD = 258  # the end-of-sequence token too
@@ -46,7 +64,7 @@ def completion_logits(model: PreTrainedModel, document: Rollout) -> Tensor:
 
 
 def naive(teacher: PreTrainedModel, student: PreTrainedModel, document: Rollout) -> list[float]:
-    """Compute a document's sums in the order of ``PerDocument``."""
+    """Compute a document's tokens, and its sums in the order of the measures."""
     p = completion_logits(teacher, document).softmax(-1)
     q = completion_logits(student, document).softmax(-1)
     targets = torch.tensor(document.completion_ids).unsqueeze(-1)
@@ -68,19 +86,64 @@ def test_document_sums_are_those_of_a_naive_float64_computation(teacher_fp32: Pr
     student = student_of(teacher_fp32)
     found = compare(student, make_yardstick(teacher_fp32, rollouts))
     expected = np.array([naive(teacher_fp32, student, document) for document in by_length(rollouts)]).T
-    assert found.forward_kl.sum() > 0.1 * found.tokens.sum()
-    assert 0.05 < found.agree.sum() / found.tokens.sum() < 0.95
-    for (name, values), reference in zip(vars(found).items(), expected, strict=True):
+    assert found.mean(FORWARD_KL) > 0.1
+    assert 0.05 < found.mean(AGREEMENT) < 0.95
+    assert list(found.sums) == ["forward_kl", "reverse_kl", "agree", "nll", "teacher_nll"]
+    for (name, values), reference in zip(columns(found).items(), expected, strict=True):
         np.testing.assert_allclose(values, reference, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def columns(found: PerDocument) -> dict[str, np.ndarray]:
+    return {"tokens": found.tokens, **found.sums}
+
+
+@pytest.mark.parametrize("measure", TOKEN_MEASURES.values(), ids=TOKEN_MEASURES)
+def test_one_measure_alone_is_what_it_is_among_all(
+    teacher: PreTrainedModel, rollouts: list[Rollout], measure: TokenMeasure
+):
+    student, yardstick = student_of(teacher), make_yardstick(teacher, rollouts)
+    alone = compare(student, yardstick, measures=[measure])
+    assert list(alone.sums) == [measure.column]
+    assert np.array_equal(alone[measure], compare(student, yardstick)[measure])
+
+
+@pytest.mark.parametrize("measure", [PERPLEXITY, TEACHER_PERPLEXITY, FORWARD_KL])
+def test_only_the_heads_that_a_measure_reads_are_multiplied(
+    teacher: PreTrainedModel, rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch, measure: TokenMeasure
+):
+    student, yardstick = student_of(teacher), make_yardstick(teacher, rollouts)
+    heads, used = {id(yardstick.head): "teacher"}, []
+    multiply = Head.__call__
+
+    def counted(self: Head, hidden: Tensor) -> Tensor:
+        used.append(heads.get(id(self), "student"))
+        return multiply(self, hidden)
+
+    monkeypatch.setattr(Head, "__call__", counted)
+    compare(student, yardstick, measures=[measure])
+    wanted = {"pair": {"teacher", "student"}, "student": {"student"}, "teacher": {"teacher"}}
+    assert set(used) == wanted[measure.of]
+    used.clear()
+    compare_teacher(yardstick)
+    assert len(used) == len(yardstick.batches)
+
+
+def test_the_teacher_against_itself_is_the_teacher_in_the_students_place(
+    teacher: PreTrainedModel, rollouts: list[Rollout]
+):
+    yardstick = make_yardstick(teacher, rollouts)
+    expected = columns(compare(teacher, yardstick))
+    for name, values in columns(compare_teacher(yardstick)).items():
+        assert np.array_equal(values, expected[name]), name
 
 
 @pytest.mark.parametrize("fixture", ["teacher", "teacher_fp32"])
 def test_a_model_has_no_divergence_from_itself(request: pytest.FixtureRequest, rollouts: list[Rollout], fixture: str):
     model: PreTrainedModel = request.getfixturevalue(fixture)
     found = compare(model, make_yardstick(model, rollouts))
-    assert (found.forward_kl == 0).all()
-    assert (found.reverse_kl == 0).all()
-    assert (found.agree == found.tokens).all()
+    assert (found[FORWARD_KL] == 0).all()
+    assert (found[REVERSE_KL] == 0).all()
+    assert (found[AGREEMENT] == found.tokens).all()
     summary = summarize(found)
     assert (summary.top1_agreement.low, summary.top1_agreement.high) == (1, 1)
     assert summary.perplexity.value == pytest.approx(summary.teacher_perplexity, rel=1e-12)
@@ -99,31 +162,25 @@ def test_completion_does_not_depend_on_the_documents_beside_it(teacher_fp32: Pre
     student = student_of(teacher_fp32)
     together = compare(student, make_yardstick(teacher_fp32, rollouts[:5]))
     alone = [compare(student, make_yardstick(teacher_fp32, [document])) for document in by_length(rollouts[:5])]
-    for name, values in vars(together).items():
-        np.testing.assert_allclose(values, [vars(one)[name][0] for one in alone], rtol=1e-4, atol=1e-4, err_msg=name)
+    for name, values in columns(together).items():
+        np.testing.assert_allclose(values, [columns(one)[name][0] for one in alone], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_summary_is_per_token_with_intervals_around_it():
     random = np.random.default_rng(0)
     tokens = random.integers(3, 90, 50).astype(np.float64)
     sums = {name: tokens * random.uniform(0.1, 1, 50) for name in ("forward_kl", "reverse_kl", "nll", "teacher_nll")}
-    documents = PerDocument(tokens=tokens, agree=np.floor(tokens * random.uniform(0, 1, 50)), **sums)
-    summary = summarize(documents)
-    assert summary.forward_kl.value == documents.forward_kl.sum() / tokens.sum()
-    assert summary.reverse_kl.value == documents.reverse_kl.sum() / tokens.sum()
-    assert summary.top1_agreement.value == documents.agree.sum() / tokens.sum()
-    assert summary.perplexity.value == pytest.approx(np.exp(documents.nll.sum() / tokens.sum()), rel=1e-14)
-    assert summary.teacher_perplexity == pytest.approx(np.exp(documents.teacher_nll.sum() / tokens.sum()), rel=1e-14)
+    sums["agree"] = np.floor(tokens * random.uniform(0, 1, 50))
+    summary = summarize(PerDocument(tokens, sums))
+    means = {name: values.sum() / tokens.sum() for name, values in sums.items()}
+    assert summary.forward_kl.value == means["forward_kl"]
+    assert summary.reverse_kl.value == means["reverse_kl"]
+    assert summary.top1_agreement.value == means["agree"]
+    assert summary.perplexity.value == pytest.approx(np.exp(means["nll"]), rel=1e-14)
+    assert summary.teacher_perplexity == pytest.approx(np.exp(means["teacher_nll"]), rel=1e-14)
     assert (summary.documents, summary.tokens) == (50, int(tokens.sum()))
     for estimate in (summary.forward_kl, summary.reverse_kl, summary.top1_agreement, summary.perplexity):
         assert estimate.low < estimate.value < estimate.high
-
-
-def test_table_has_one_row_a_document():
-    columns = [np.arange(3.0) + i for i in range(6)]
-    table = distribution.as_table(PerDocument(*columns))
-    assert table.column_names == ["tokens", "forward_kl", "reverse_kl", "agree", "nll", "teacher_nll"]
-    assert [column.to_pylist() for column in table.columns] == [column.tolist() for column in columns]
 
 
 def test_progress_counts_every_batch(teacher: PreTrainedModel, rollouts: list[Rollout]):

@@ -9,6 +9,7 @@ from made_up import answers, evaluated, make_run
 from kdctl import stats
 from kdctl.report.contrasts import Contrasts, baseline, differs, judge, per_token, per_token_difference, rows_of
 from kdctl.report.study_reader import read_study
+from kdctl.run.measures import FORWARD_KL
 from kdctl.stats import Paired
 from kdctl.stats.findings import Comparison, SeedComparison
 
@@ -43,9 +44,9 @@ def test_several_seeds_are_one_row_with_both_variances(tmp_path: Path) -> None:
     assert isinstance(found, SeedComparison)
     assert found.seeds == (1, 3)
     assert "one seed" not in found.words
-    kl = per_token(row, "forward_kl")
+    kl = per_token(row, FORWARD_KL)
     assert kl is not None
-    alone = per_token(type(row)("one", row.models[1:2]), "forward_kl")
+    alone = per_token(type(row)("one", row.models[1:2]), FORWARD_KL)
     assert alone is not None
     assert kl.value == pytest.approx(alone.value)
     assert kl.high - kl.low > alone.high - alone.low
@@ -66,8 +67,8 @@ def test_seeds_from_joined_folders_are_one_row_of_a_name_of_its_own(tmp_path: Pa
 
 def test_distances_are_paired_over_documents(tmp_path: Path) -> None:
     _, ptq, row = rows_of(read_study([make_run(tmp_path / "run", {"v": {"kl": 0.3}})]))
-    before, after = per_token(ptq, "forward_kl"), per_token(row, "forward_kl")
-    found = per_token_difference(ptq, row, "forward_kl")
+    before, after = per_token(ptq, FORWARD_KL), per_token(row, FORWARD_KL)
+    found = per_token_difference(ptq, row, FORWARD_KL)
     assert before is not None
     assert after is not None
     assert found is not None
@@ -83,7 +84,7 @@ def test_what_has_no_items_is_not_compared(tmp_path: Path) -> None:
     teacher, ptq = rows_of(read_study([run]))
     contrasts = Contrasts(0.005)
     assert contrasts.over(teacher, ptq, ["alpha"]) is contrasts.over(teacher, ptq, []) is None
-    assert per_token(ptq, "forward_kl") is not None  # the student folder keeps its own documents
+    assert per_token(ptq, FORWARD_KL) is not None  # the student folder keeps its own documents
 
 
 def test_corrected_verdicts_never_say_more(tmp_path: Path) -> None:

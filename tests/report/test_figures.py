@@ -12,6 +12,7 @@ from kdctl.report.figures import accuracies, figures, grid, recoveries, writers
 from kdctl.report.marks import accuracy_mark, short
 from kdctl.report.study import Model, Score, Settings, Study
 from kdctl.report.study_reader import read_study
+from kdctl.run.measures import FORWARD_KL
 
 
 def entries(chart: Forest | None, panel: int = 0) -> dict[str, Entry]:
@@ -77,7 +78,7 @@ def test_the_grid_holds_paired_differences_and_marks_what_is_distinguishable(ful
         assert base is not None
         assert accuracy.cells[place].mark == mark(judged.found.difference, 100)
         assert accuracy.cells[place].distinguishable == (judged.verdict in ("better", "worse"))
-        difference = per_token_difference(base, row, "forward_kl")
+        difference = per_token_difference(base, row, FORWARD_KL)
         assert difference is not None
         assert kl.cells[place].mark == mark(difference)
         assert kl.cells[place].distinguishable == differs(difference)

@@ -13,6 +13,7 @@ from kdctl.report.contrasts import Row, per_token, rows_of
 from kdctl.report.marks import accuracy_mark, by_method, kl_mark, method_of, short, telling, values, varied
 from kdctl.report.study import Model, Settings
 from kdctl.report.study_reader import read_study
+from kdctl.run.measures import FORWARD_KL
 
 
 def row(name: str, **settings: float) -> Row:
@@ -67,7 +68,7 @@ def test_an_accuracy_without_items_has_no_interval(tmp_path: Path) -> None:
 
 def test_kl_is_that_of_the_tables(full: Results) -> None:
     for one in full.rows[1:]:
-        cell, estimate = distance_cell(one, "forward_kl"), per_token(one, "forward_kl")
+        cell, estimate = distance_cell(one, FORWARD_KL), per_token(one, FORWARD_KL)
         assert estimate is not None
         assert kl_mark(one) == mark(estimate) == Mark(float(cell.value or 0), cell.low, cell.high)
 

@@ -1,0 +1,57 @@
+"""What was measured on each held-out document: the columns of ``heldout.parquet``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdctl.run.measures import TOKEN_MEASURES, TokenMeasure
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PerDocument:
+    """Sums over the completion tokens of each document, (documents,) float64, in nats and counts.
+
+    sums: by the measures' columns; those that were measured.
+    """
+
+    tokens: Array
+    sums: Mapping[str, Array]
+
+    def __getitem__(self, measure: TokenMeasure) -> Array:
+        """Return the sums of a measure."""
+        return self.sums[measure.column]
+
+    def has(self, measure: TokenMeasure) -> bool:
+        """Tell whether a measure was taken; folders made before it was declared lack it."""
+        return measure.column in self.sums
+
+    def mean(self, measure: TokenMeasure) -> float:
+        """Return the mean of a measure per token."""
+        return float(self[measure].sum() / self.tokens.sum())
+
+    def value(self, measure: TokenMeasure) -> float:
+        """Return a measure of the model: its mean per token, or exp of it."""
+        return float(np.exp(self.mean(measure))) if measure.exponent else self.mean(measure)
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every measure was taken."""
+        return all(map(self.has, TOKEN_MEASURES.values()))
+
+
+def from_table(table: pa.Table) -> PerDocument:
+    """Undo ``as_table``; columns of no known measure are left out."""
+    known = [one.column for one in TOKEN_MEASURES.values() if one.column in table.column_names]
+    columns = {name: table[name].to_numpy().astype(np.float64) for name in ("tokens", *known)}
+    return PerDocument(columns.pop("tokens"), columns)
+
+
+def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Table:
+    """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
+    named = {"prompt_id": prompt_ids} if prompt_ids else {}
+    return pa.table({**named, "tokens": per_document.tokens, **per_document.sums})
