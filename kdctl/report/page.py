@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from kdctl.base.version import __version__
 from kdctl.report.charts import Chart, Maps
 from kdctl.report.document import Report, verdict_parts
 from kdctl.report.reproduce import commands
+from kdctl.report.short import shortened
 from kdctl.report.study import Model, Source
 from kdctl.report.tables import Block, Cell, Column, Table, show
 
@@ -23,7 +25,7 @@ def page(report: Report, figures: Sequence[tuple[Chart, str]]) -> str:
     title = "Report on " + ", ".join(source.name for source in report.study.sources)
     parts = {
         "Verdicts": _verdicts(report.verdicts),
-        "Results": "".join(_table(table, table is report.layouts[0]) for table in report.layouts),
+        "Results": "".join(_result(report, table) for table in report.layouts),
         "Figures": "".join(_figure(chart, svg) for chart, svg in figures),
         "Behind the verdicts": "".join(_folded(table.title, _table(table, True)) for table in report.details),
         "Settings and fingerprints": _settings(report),
@@ -58,6 +60,15 @@ def _verdicts(verdicts: Sequence[str]) -> str:
     """List the verdicts; their leading names, bold in Markdown, are bold here."""
     paragraphs = (re.sub(r"^\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(text)) for text in verdict_parts(verdicts))
     return '<ul class="verdicts">' + "".join(f"<li>{text}</li>\n" for text in paragraphs) + "</ul>\n"
+
+
+def _result(report: Report, table: Table) -> str:
+    """Write the columns that people compare, and fold the whole table below where it has more."""
+    short, first = shortened(table, report.results), table is report.layouts[0]
+    if short.columns == table.columns:
+        return _table(table, first)
+    whole = replace(table, name=f"{table.name}-all", title=f"{table.title}, all columns")
+    return _table(short, first) + _folded("All columns", _table(whole, True))
 
 
 def _table(table: Table, explained: bool) -> str:

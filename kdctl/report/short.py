@@ -15,6 +15,7 @@ MARKS = (
     "P↑ P↓: better or worse than the PTQ student; T↑ T↓: than the teacher; P= T=: equivalent; ≈: not distinguishable "
     "from the best, which is bold where there is one."
 )
+NO_MARKS = "No marks: nothing can be concluded without per-item results of two models."
 NO_ITEMS = "no per-item results"
 
 
@@ -33,7 +34,8 @@ def shortened(table: Table, results: Results) -> Table:
     single = [task for task in results.tasks if len(results.tasks) > 1]
     dropped = [column for column in table.columns if column.style == "percent" and column.key in single]
     kept = [at for at, one in enumerate(table.columns) if one not in dropped and one.key != "perplexity"]
-    return replace(_kept(table, kept), notes=(MARKS,)) if table.name != "method" else table
+    compared = results.averages or results.single
+    return replace(_kept(table, kept), notes=(MARKS if compared else NO_MARKS,)) if table.name != "method" else table
 
 
 def _main(table: Table, results: Results) -> Table:
@@ -74,7 +76,7 @@ def _legend(results: Results) -> str:
     return (
         "Accuracy in percent ± one standard error; KL in nats a held-out token with a 95 % interval; bold: better than "
         f"every other student. Verdicts are on {what}, after Holm's correction; equivalent: within "
-        f"±{100 * results.contrasts.margin:g} points; cannot tell (below x points): smaller differences cannot be seen."
+        f"±{100 * results.contrasts.margin:g} points."
     )
 
 
@@ -99,7 +101,7 @@ def _told(name: str, judged: Judged | None) -> str:
         "better": f"better than {name} by {difference}",
         "worse": f"worse than {name} by {difference}",
         "equivalent": f"equivalent to {name}",
-        "cannot tell": f"cannot tell from {name} (below {100 * judged.found.mde:.1f} points)",
+        "cannot tell": f"cannot tell from {name} (would see {100 * judged.found.mde:.1f} points)",
     }[judged.verdict]
 
 

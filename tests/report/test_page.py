@@ -1,5 +1,6 @@
 """report.html: well-formed, complete, in need of nothing else, and never fooled by what it shows."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -109,6 +110,18 @@ def test_verdicts_go_first_and_everything_is_there(full_report: Report, full_pag
     assert model.distilled is not None
     assert all(one in text for one in (model.result.weights, model.distilled.student, "distill.weight_decay"))
     assert "kdctl eval --run NEW" in text
+
+
+def test_the_columns_that_people_compare_are_in_sight_and_all_others_a_click_away(full_page: str) -> None:
+    results = full_page[full_page.index('<h2 id="results"') : full_page.index('<h2 id="figures"')]
+    in_sight = re.sub(r"(?s)<details>.*?</details>", "", results)
+    (main,) = re.findall(r'(?s)id="table-main".*?<thead>(.*?)</thead>', in_sight)
+    assert re.findall(r"<th[^>]*>(.*?)</th>", main) == ["model", "KL to teacher [95 %]", "average", "verdict", "MiB"]
+    assert all(f'id="table-{name}"' in in_sight for name in ("main", "lambda", "beta", "lr", "mixed"))
+    (folded,) = re.findall(
+        r'(?s)<details><summary>All columns</summary>(?:(?!</details>).)*id="table-main-all".*?</table>', results
+    )
+    assert all(f">{label}</th>" in folded for label in ("model", "alpha", "beta", "perplexity", "average against PTQ"))
 
 
 def test_values_that_tables_sort_by_are_the_full_ones(full_report: Report, full_page: str) -> None:
