@@ -1,4 +1,4 @@
-"""Write the reference pages that come from the code: commands, preset fields and records.
+"""Write the reference pages that come from the code: commands, preset fields, records and Python functions.
 
 ``make docs`` runs it, and a test compares the committed pages with what it makes.
 """
@@ -16,13 +16,18 @@ import typer
 from kdctl.cli.app import app
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset, preset_names
-from kdctl.cost import records as cost_records
-from kdctl.formats import records as format_records
-from kdctl.run import records
-from kdctl.sweep import records as sweep_records
 
 HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "kdctl"
 SHARED_FROM = 3
+LINE = 90
+FUNCTIONS = {
+    "stages.context": ("open_run",),
+    "stages.pipeline": ("quantize", "compare", "rollout", "distill", "evaluate", "report", "run_all"),
+    "formats.verify": ("verify",),
+    "formats.export": ("export",),
+}
+"""What is meant to be called from Python, by module."""
 NOTE = "<!-- Made by docs/generate.py: change the code, then `make docs`. -->"
 
 
@@ -131,10 +136,14 @@ def records_page() -> str:
         "Rollout. [The run folder](run-folder.md) says which file holds which. Units stand in the names: `_bytes`, "
         "`_s`, `_db`."
     )
-    trees = [ast.parse(inspect.getsource(each)) for each in (records, format_records, cost_records, sweep_records)]
-    nodes = [node for tree in trees for node in tree.body]
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name != "Record"]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*/records.py"), key=_first)]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Record"]
     return "\n\n".join([_title("Records"), head, *(_record(node) for node in classes)]) + "\n"
+
+
+def _first(path: Path) -> tuple[bool, str]:
+    """Order files of records: what a run leaves comes first."""
+    return path.parent.name != "run", path.parent.name
 
 
 def _record(node: ast.ClassDef) -> str:
@@ -148,10 +157,58 @@ def _record(node: ast.ClassDef) -> str:
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str, str]]:
     """Yield the fields of a class: name, type, and the string under it."""
     for line, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if isinstance(line, ast.AnnAssign):
+        if isinstance(line, ast.AnnAssign) and not ast.unparse(line.target).startswith("_"):
             told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             text = _markdown(str(after.value.value)) if told else ""  # pyright: ignore
             yield f"`{ast.unparse(line.target)}`", f"`{ast.unparse(line.annotation)}`", text
+
+
+def api_page() -> str:
+    """Describe the functions that are meant to be called from Python, from the source."""
+    head = (
+        "What the commands do, from Python. `open_run` returns a context and a teacher, which every stage takes first: "
+        "`quantize(*run)`. A stage makes what it lacks from an earlier one, skips what is complete, and returns a "
+        "[record](records.md). Errors that are the input's fault are kinds of [KdctlError](errors.md). An example "
+        "stands on the front page and is run by the tests."
+    )
+    parts = [_functions(module, names) for module, names in FUNCTIONS.items()]
+    return "\n\n".join([_title("Python"), head, *parts]) + "\n"
+
+
+def _functions(module: str, names: Iterable[str]) -> str:
+    """Describe some functions of a module, in this order."""
+    parts = [f"## kdctl.{module}"]
+    for name in names:
+        node = _definition(module, name)
+        result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        parts.append(f"### {name}\n\n```python\n{name}{_arguments(node.args)}{result}\n```")
+        parts.append(_markdown(ast.get_docstring(node) or ""))
+    return "\n\n".join(parts)
+
+
+def _arguments(found: ast.arguments) -> str:
+    """Write the arguments of a function, on one line or, where they are many, on one each."""
+    defaults = [None] * (len(found.args) - len(found.defaults)) + found.defaults
+    words = [_argument(each, default) for each, default in zip(found.args, defaults, strict=True)]
+    words += ["*"] if found.kwonlyargs else []
+    words += [_argument(each, default) for each, default in zip(found.kwonlyargs, found.kw_defaults, strict=True)]
+    line = ", ".join(words)
+    return f"({line})" if len(line) < LINE else "(\n    " + ",\n    ".join(words) + ",\n)"
+
+
+def _argument(found: ast.arg, default: ast.expr | None) -> str:
+    return ast.unparse(found) + (f" = {ast.unparse(default)}" if default else "")
+
+
+def _definition(module: str, name: str) -> ast.FunctionDef:
+    """Find a function in a module, or in the one that it is imported from."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and node.module and name in [alias.name for alias in node.names]:
+            return _definition(node.module.removeprefix("kdctl."), name)
+    raise LookupError(f"kdctl.{module} has no function {name}")
 
 
 def _title(text: str) -> str:
@@ -178,6 +235,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": cli_page,
     "reference/preset.md": preset_page,
     "reference/records.md": records_page,
+    "reference/api.md": api_page,
 }
 
 if __name__ == "__main__":

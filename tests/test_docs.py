@@ -28,6 +28,7 @@ OF_OTHERS = {
     *("--use_fsdp", "--fsdp_version", "--version", "--help"),
 }
 BLOCK = re.compile(r"(?P<above>[^\n]*)\n+```console\n(?P<text>.*?)```", re.DOTALL)
+PYTHON = re.compile(r"<!-- run -->\n+```python\n(.*?)```", re.DOTALL)
 RUN = re.compile(r"<!-- run(?:: (?P<code>\d+))? -->")
 
 
@@ -124,6 +125,16 @@ def examples() -> Iterator[tuple[str, int | None, str]]:
 
 def test_every_console_block_says_whether_it_is_run() -> None:
     assert sum(code is not None for _, code, _ in examples()) >= 3
+
+
+@pytest.mark.slow
+def test_examples_in_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [code for page in PAGES for code in PYTHON.findall(text_of(page))]
+    assert found
+    for code in found:
+        assert len(code.splitlines()) <= 15
+        exec(code, {})  # noqa: S102 - our own pages
 
 
 @pytest.mark.slow
