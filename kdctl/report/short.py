@@ -8,6 +8,7 @@ from kdctl.report.contrasts import Judged, Row, baseline, differs, per_token_dif
 from kdctl.report.details import NAMES, removed
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.run.measures import FORWARD_KL
 
 VERDICT = Column("verdict", "verdict")
 PHRASES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "the teacher"}
@@ -108,7 +109,7 @@ def _told(name: str, judged: Judged | None) -> str:
 def _distance(results: Results, row: Row) -> list[str]:
     """Compare the KL to the teacher with the PTQ student's."""
     base = baseline(results.study, results.all_rows, row, "ptq")
-    difference = per_token_difference(base, row, "forward_kl") if base else None
+    difference = per_token_difference(base, row, FORWARD_KL) if base else None
     share = removed(base, row) if base else None
     if difference is None or share is None:
         return []
