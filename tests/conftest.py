@@ -48,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(students)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none."""
+    absent = [item for item in items if item.get_closest_marker("gpu")] if not torch.cuda.is_available() else []
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
+
+
 def pytest_collection_finish() -> None:
     """Keep what the tests import out of every garbage collection."""
     freeze_imports()
