@@ -15,9 +15,6 @@ from kdctl.report.study import Study
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
 from kdctl.run.measures import column_measures
 
-Layout = Literal[
-    "main", "lambda", "beta", "lr", "steps", "batch-size", "rollout-length", "mixed", "rank", "method", "auto"
-]
 NO_ITEMS = "nothing can be concluded without per-item results"
 LOSS = Column("train_loss", "training loss", "kl")
 NAME = Column("model", "model")

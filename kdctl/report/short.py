@@ -8,7 +8,7 @@ from kdctl.report.contrasts import Judged, Row, baseline, differs, per_token_dif
 from kdctl.report.details import NAMES, removed
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.run.measures import FORWARD_KL
+from kdctl.run.measures import FORWARD_KL, column_measures
 
 VERDICT = Column("verdict", "verdict")
 PHRASES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "the teacher"}
@@ -33,8 +33,9 @@ def shortened(table: Table, results: Results) -> Table:
     if table.name == "main":
         return _main(table, results)
     single = [task for task in results.tasks if len(results.tasks) > 1]
+    others = [one.name for one in column_measures() if one is not FORWARD_KL]
     dropped = [column for column in table.columns if column.style == "percent" and column.key in single]
-    kept = [at for at, one in enumerate(table.columns) if one not in dropped and one.key != "perplexity"]
+    kept = [at for at, one in enumerate(table.columns) if one not in dropped and one.key not in others]
     compared = results.averages or results.single
     return replace(_kept(table, kept), notes=(MARKS if compared else NO_MARKS,)) if table.name != "method" else table
 
