@@ -1,17 +1,8 @@
-"""Chat prompts and data-set completions, tokenized.
+"""Chat prompts and data-set completions, tokenized."""
 
-A source is ``kdctl`` (the bundled prompts), a Hub data set id, or a local ``.jsonl`` or ``.parquet`` file with a column
-``messages`` (a list of role and content) or ``prompt`` (text).
-"""
-
-import glob
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -20,58 +11,34 @@ from kdctl.base.errors import DataError
 from kdctl.base.rng import permutation
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
+from kdctl.data.prompt_set import PromptSet, kept, sha256_of
+from kdctl.data.sources import Row, open_source, read_rows
 from kdctl.run.records import Message, Prompt, Rollout
-from kdctl.system.patches import hub_offline
 
-Row = dict[str, Any]
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BATCH = 1024
+"""Texts that the tokenizer is given at once."""
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Prompts in the order in which a store takes them, and how many were left out as too long."""
+class Asked:
+    """Which prompts of a source: ``count`` in an order given by ``seed``, none of the ids in ``excluded``.
 
-    prompts: list[Prompt]
-    skipped: int
+    answers: only rows that bring an assistant's answer count, and it is tokenized too.
+    """
 
-    def fingerprint(self) -> str:
-        """Hash every token of every prompt and completion."""
-        return hashlib.sha256(canonical([vars(prompt) for prompt in self.prompts]).encode()).hexdigest()
-
-
-def read_rows(source: str, split: str, offline: bool = False) -> Sequence[Row]:
-    """Read a source's rows. Raises DataError if it cannot be read or is empty."""
-    if source == "kdctl":
-        text = files("kdctl").joinpath("data/prompts.jsonl").read_text(encoding="utf-8")
-        rows: Sequence[Row] = [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
-    else:
-        rows = _load_dataset(source, split, offline)
-    if len(rows) == 0:
-        raise DataError(f"prompts from {source!r} (split {split!r}): no rows; there is nothing to generate from")
-    columns = set(rows[0])
-    if not columns & {"messages", "prompt"}:
-        raise DataError(f"prompts from {source!r}: needs a column 'messages' or 'prompt', has {sorted(columns)}")
-    return rows
+    count: int
+    seed: int
+    answers: bool = False
+    excluded: frozenset[str] = frozenset()
 
 
-def _load_dataset(source: str, split: str, offline: bool) -> Any:
-    path = Path(source).expanduser()
-    kind = FORMATS.get(path.suffix)
-    if kind and not path.is_file():
-        raise DataError(f"no prompt file at {path.absolute()}")
-    if kind and path.stat().st_size == 0:
-        raise DataError(f"the prompt file {path.absolute()} is empty; there is nothing to generate from")
-    import datasets  # 0.1 GiB that kdctl's own prompts do not need
-    from datasets.exceptions import DatasetGenerationError
+@dataclass(frozen=True)
+class Text:
+    """A prompt before it is tokenized, and the answer where it is asked for."""
 
-    try:
-        if kind:  # escaped, because datasets takes a path for a pattern
-            return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train")
-        with hub_offline(offline):
-            return datasets.load_dataset(source, split=split)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise DataError(f"data set {source!r} (split {split!r}) cannot be read: {reason}") from None
+    name: str
+    head: str
+    answer: str | None
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -96,7 +63,7 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
 
 def prompt_id(messages: list[Message]) -> str:
     """Name a prompt by its content, 16 hex digits."""
-    return hashlib.sha256(canonical(messages).encode()).hexdigest()[:16]
+    return sha256_of(canonical(messages))[:16]
 
 
 class PromptReader:
@@ -112,44 +79,51 @@ class PromptReader:
 
         With ``answers`` only rows that bring an assistant's answer count. Raises DataError if there are none.
         """
-        rows = read_rows(self.settings.train, self.settings.split, self.offline)
-        return self._take(rows, count, seed, answers, heldout)
+        return self._kept(self.settings.train, self.settings.split, Asked(count, seed, answers, heldout))
 
     def heldout(self, count: int, seed: int) -> PromptSet:
         """Take ``count`` held-out prompts."""
-        rows = read_rows(self.settings.heldout, self.settings.heldout_split, self.offline)
-        return self._take(rows, count, seed, False, frozenset())
+        return self._kept(self.settings.heldout, self.settings.heldout_split, Asked(count, seed))
 
-    def _take(self, rows: Sequence[Row], count: int, seed: int, answers: bool, excluded: frozenset[str]) -> PromptSet:
+    def _kept(self, source: str, split: str, asked: Asked) -> PromptSet:
+        """Return what was tokenized before, or tokenize and keep it."""
+        key = {
+            "source": [source, split, open_source(source, split, self.offline).fingerprint()],
+            "asked": [asked.count, asked.seed, asked.answers, sorted(asked.excluded)],
+            "max_prompt_tokens": self.settings.max_prompt_tokens,
+        }
+        return kept(key, self.tokenizer, lambda: self._take(read_rows(source, split, self.offline), asked))
+
+    def _take(self, rows: Sequence[Row], asked: Asked) -> PromptSet:
         prompts: list[Prompt] = []
-        seen, skipped, held = set(excluded), 0, 0
-        for row in self._shuffled(rows, seed):
-            messages, answer = split_answer(messages_of(row))
-            name = prompt_id(messages)
-            if not messages or (answers and answer is None):
-                continue
-            held += name in excluded
-            if name in seen:
-                continue
-            seen.add(name)
-            prompt = self._tokenize(name, len(prompts), messages, answer if answers else None)
-            if len(prompt.prompt_ids) > self.settings.max_prompt_tokens:
-                skipped += 1
-                continue
-            prompts.append(prompt)
-            if len(prompts) == count:
-                break
+        texts, skipped = self._texts(rows, asked), 0
+        # No more texts are taken than prompts are missing, so that no row is looked at that is not needed.
+        while part := list(islice(texts, min(BATCH, asked.count - len(prompts)))):
+            found = self._tokenized(part)
+            fitting = [prompt for prompt in found if len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
+            prompts += [replace(prompt, index=index) for index, prompt in enumerate(fitting, len(prompts))]
+            skipped += len(found) - len(fitting)
         if not prompts:
-            raise DataError(self._nothing(answers, skipped, held))
+            raise DataError(self._nothing(rows, asked, skipped))
         return PromptSet(prompts, skipped)
 
-    def _nothing(self, answers: bool, skipped: int, held: int) -> str:
+    def _texts(self, rows: Sequence[Row], asked: Asked) -> Iterator[Text]:
+        """Render each conversation that counts, once."""
+        seen = set(asked.excluded)
+        for messages, answer in _conversations(rows, asked):
+            name = prompt_id(messages)
+            if name not in seen:
+                seen.add(name)
+                yield self._rendered(name, messages, answer if asked.answers else None)
+
+    def _nothing(self, rows: Sequence[Row], asked: Asked, skipped: int) -> str:
+        held = sum(prompt_id(messages) in asked.excluded for messages, _ in _conversations(rows, asked))
         if held and not skipped:
             return (
                 f"no prompt of prompts.train={self.settings.train!r} is left: all {held} are held out; lower "
                 "heldout.num_prompts or name another source in prompts.heldout"
             )
-        if answers and not skipped:
+        if asked.answers and not skipped:
             return (
                 f"prompts.train={self.settings.train!r} has no row that ends with an assistant's answer, which "
                 "--source dataset needs; use --source teacher to have the teacher write them"
@@ -159,23 +133,17 @@ class PromptReader:
             f"{self.settings.max_prompt_tokens}; raise it or use other prompts"
         )
 
-    @staticmethod
-    def _shuffled(rows: Sequence[Row], seed: int) -> Iterator[Row]:
-        for index in permutation(len(rows), "prompts", seed):
-            yield rows[int(index)]
-
-    def _tokenize(self, name: str, index: int, messages: list[Message], answer: str | None) -> Prompt:
+    def _rendered(self, name: str, messages: list[Message], answer: str | None) -> Text:
         head = self._render(messages, True)
-        ids = self._encode(head)
         if answer is None:
-            return Prompt(name, index, ids)
+            return Text(name, head, None)
         whole = self._render([*messages, {"role": "assistant", "content": answer}], False)
         if not whole.startswith(head):
             raise DataError(
                 "the chat template does not put the answer right after the prompt; data-set completions "
                 "cannot be cut out of it, use --source teacher"
             )
-        return Prompt(name, index, ids, self._until_stop(self._encode(whole[len(head) :])))
+        return Text(name, head, whole[len(head) :])
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         template = self.tokenizer.apply_chat_template
@@ -187,12 +155,31 @@ class PromptReader:
                 f"the teacher's chat template refuses a conversation of {roles}: {error}; use other prompts"
             ) from None
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+    def _tokenized(self, texts: Sequence[Text]) -> list[Prompt]:
+        """Tokenize prompts, and answers up to their end, as the tokenizer would one by one."""
+        heads = self._encode([text.head for text in texts])
+        answers = iter(self._encode([text.answer for text in texts if text.answer is not None]))
+        return [
+            Prompt(text.name, 0, ids, None if text.answer is None else self._until_stop(next(answers)))
+            for text, ids in zip(texts, heads, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         stop = self.tokenizer.eos_token_id
         return ids[: ids.index(stop) + 1] if stop in ids else ids
+
+
+def _conversations(rows: Sequence[Row], asked: Asked) -> Iterator[tuple[list[Message], str | None]]:
+    """Yield prompts and answers in the order of a seed; with ``answers`` only where there is one."""
+    for index in permutation(len(rows), "prompts", asked.seed):
+        messages, answer = split_answer(messages_of(rows[int(index)]))
+        if messages and not (asked.answers and answer is None):
+            yield messages, answer
 
 
 def as_rollout(prompt: Prompt, seed: int, max_new_tokens: int, stop: Sequence[int]) -> Rollout:

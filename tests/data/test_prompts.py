@@ -15,7 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import DataError
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import load_preset
-from kdctl.data.prompts import PromptReader, as_rollout, messages_of, prompt_id, read_rows, split_answer
+from kdctl.data.prompts import PromptReader, PromptSet, as_rollout, messages_of, prompt_id, split_answer
+from kdctl.data.sources import read_rows
 from kdctl.run.records import Prompt
 from kdctl.stages.context import open_run
 from kdctl.stages.rollout import train_prompts
@@ -213,8 +214,10 @@ def test_too_long_prompts_are_skipped_and_counted(tokenizer, tmp_path):
 
 def test_fingerprint_follows_every_token_and_the_order(tokenizer, tmp_path):
     source = questions(tmp_path, 5)
-    found = reader(tokenizer, source).train(5, 0)
+    kept = reader(tokenizer, source).train(5, 0)
+    found = PromptSet(copy.deepcopy(kept.prompts), kept.skipped)
     before = found.fingerprint()
+    assert kept.fingerprint() == before
     assert reader(tokenizer, source).train(5, 0).fingerprint() == before
     found.prompts[4].prompt_ids[-1] += 1
     assert found.fingerprint() != before

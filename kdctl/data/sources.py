@@ -1,0 +1,159 @@
+"""Where prompts come from. An entry of ``SOURCES`` is all that a kind of source needs to be named in a preset.
+
+A row has a column ``messages`` (a list of role and content) or ``prompt`` (text).
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdctl.base.errors import DataError
+from kdctl.run.paths import sha256
+from kdctl.system.patches import hub_offline
+
+Row = dict[str, Any]
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class PromptSource(Protocol):
+    """One source, and the split that is asked for of it."""
+
+    name: str
+
+    def __init__(self, name: str, split: str, offline: bool):
+        """Take what the preset says, reading nothing. offline: the Hub may not be asked."""
+        ...
+
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Tell whether a name in a preset is of this kind."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what differs wherever ``rows`` do: a revision, or the hash of a file."""
+        ...
+
+    def rows(self) -> Sequence[Row]:
+        """Read the rows. Raises DataError if they cannot be read."""
+        ...
+
+
+class Bundled:
+    """The prompts that come with kdctl."""
+
+    def __init__(self, name: str, split: str, offline: bool):
+        self.name, self.split = name, split
+        self.file = files("kdctl").joinpath("data/prompts.jsonl")
+
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Tell whether they are meant."""
+        return name == "kdctl"
+
+    def fingerprint(self) -> str:
+        """Hash the file."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def rows(self) -> Sequence[Row]:
+        """Read one split."""
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["split"] == self.split]
+
+
+class LocalFile:
+    """A ``.jsonl``, ``.json`` or ``.parquet`` file; it is one split, whatever that is called."""
+
+    def __init__(self, name: str, split: str, offline: bool):
+        self.name, self.split, self.path = name, split, Path(name).expanduser()
+
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Tell whether a name ends like such a file."""
+        return Path(name).suffix in FORMATS
+
+    def fingerprint(self) -> str:
+        """Hash the file."""
+        self._check()
+        return sha256(self.path)
+
+    def rows(self) -> Sequence[Row]:
+        """Read the file through a memory map of what datasets makes of it."""
+        self._check()
+        import datasets  # 0.1 GiB that kdctl's own prompts do not need
+
+        with _named_errors(self.name, self.split):  # escaped, because datasets takes a path for a pattern
+            kind, path = FORMATS[self.path.suffix], glob.escape(str(self.path))
+            return datasets.load_dataset(kind, data_files=path, split="train")  # pyright: ignore[reportReturnType]
+
+    def _check(self) -> None:
+        if not self.path.is_file():
+            raise DataError(f"no prompt file at {self.path.absolute()}")
+        if self.path.stat().st_size == 0:
+            raise DataError(f"the prompt file {self.path.absolute()} is empty; there is nothing to generate from")
+
+
+class HubDataset:
+    """A data set on the Hugging Face Hub, or in its cache."""
+
+    def __init__(self, name: str, split: str, offline: bool):
+        self.name, self.split, self.offline = name, split, offline
+
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Take every name that no other kind does."""
+        return True
+
+    def fingerprint(self) -> str:
+        """Return the one that datasets gives: of the revision, the configuration and the split."""
+        return str(self._loaded._fingerprint)
+
+    def rows(self) -> Sequence[Row]:
+        """Read the split, downloading it once."""
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Any:
+        import datasets
+
+        with _named_errors(self.name, self.split), hub_offline(self.offline):
+            return datasets.load_dataset(self.name, split=self.split)
+
+
+SOURCES: dict[str, type[PromptSource]] = {"hub": HubDataset, "file": LocalFile, "kdctl": Bundled}
+"""Kinds of sources; the last one that takes a name has it."""
+
+
+@lru_cache(maxsize=8)
+def open_source(name: str, split: str, offline: bool = False) -> PromptSource:
+    """Return the source that a preset names, the same one again where it is named again."""
+    kind = next(kind for kind in reversed(SOURCES.values()) if kind.takes(name))
+    return kind(name, split, offline)
+
+
+def read_rows(name: str, split: str, offline: bool = False) -> Sequence[Row]:
+    """Read a source's rows. Raises DataError if it cannot be read, is empty or holds no prompts."""
+    rows = open_source(name, split, offline).rows()
+    if len(rows) == 0:
+        raise DataError(f"prompts from {name!r} (split {split!r}): no rows; there is nothing to generate from")
+    columns = set(rows[0])
+    if not columns & {"messages", "prompt"}:
+        raise DataError(f"prompts from {name!r}: needs a column 'messages' or 'prompt', has {sorted(columns)}")
+    return rows
+
+
+@contextmanager
+def _named_errors(name: str, split: str) -> Iterator[None]:
+    """Turn what datasets raises into one line that names the data set."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise DataError(f"data set {name!r} (split {split!r}) cannot be read: {reason}") from None
