@@ -25,7 +25,7 @@ from kdctl.run.records import (
     Versions,
 )
 
-VERSIONS = Versions(kdctl="0", torch="0", transformers="0", compressed_tensors="0", hqq="0")
+VERSIONS = Versions(kdctl="0", torch="0", transformers="0", compressed_tensors="0")
 TEACHER = "t" * 64
 GRID: dict[str, Any] = {
     "identity": "a" * 16,

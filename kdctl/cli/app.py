@@ -28,6 +28,9 @@ from kdctl.cli.student import export, verify
 from kdctl.cli.sweep import sweep
 from kdctl.config import resolve
 from kdctl.config.preset import Preset, QuantizeSection, Source
+from kdctl.quant.methods import QUANTIZERS
+
+METHODS = ", ".join(QUANTIZERS)
 
 app = typer.Typer(
     name="kdctl",
@@ -64,7 +67,7 @@ def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection
 def quantize(
     flags: Flags,
     compared: Annotated[
-        str | None, typer.Option("--compare", help="Methods, with commas: measure each, make no student.")
+        str | None, typer.Option("--compare", help=f"Methods, with commas ({METHODS}): measure each, make no student.")
     ] = None,
     *,
     common: StageOptions,

@@ -50,6 +50,8 @@ def field(key: str, name: str | None = None) -> inspect.Parameter:
     model: Any = Preset.model_fields[section].annotation
     found = model.model_fields[leaf]
     kind, extra = _kind(found.annotation)
+    if isinstance(found.json_schema_extra, dict):
+        extra = f" ({', '.join(map(str, found.json_schema_extra['enum']))})"
     text = f"{found.description.replace('``', '')}{extra}"
     option = typer.Option(name or "--" + leaf.replace("_", "-"), help=text)
     return _parameter(key.replace(".", "_"), Annotated[kind | None, option], None)

@@ -4,25 +4,35 @@ One frozen pydantic section for each stage. A stage receives its own section and
 rejected; nothing is changed silently. ``resolve.py`` turns TOML and overrides into a ``Preset``.
 """
 
-from typing import Annotated, Literal, Self
+import importlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+from kdctl.config.section import Count, Dtype, Natural, Positive, Section, Share
+
 Source = Literal["student", "teacher", "dataset"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-
+S = TypeVar("S", bound=Section)
 
 LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+IN_EVERY_IDENTITY = {"damping", "autoround_iters"}
+"""Settings of one method that students of all methods were identified by before a method had its own."""
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen, closed, documented by the strings under its fields."""
+def quantizers() -> Mapping[str, Any]:
+    """Return the post-training quantizers by name (``quant/quantizer.py``).
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    A method declares its settings beside the code that reads them. They are looked up by the folder's name: the schema
+    imports nothing that computes, and a new method changes no file here.
+    """
+    return importlib.import_module("kdctl.quant.methods").QUANTIZERS
+
+
+def _known_method(name: str) -> str:
+    if name not in quantizers():
+        raise ValueError(f"there is no such method; there are {', '.join(quantizers())}")
+    return name
 
 
 class TeacherSection(Section):
@@ -36,32 +46,41 @@ class TeacherSection(Section):
     """Number format of teacher, student and scales."""
 
 
-class QuantizeSection(Section):
-    """Teacher to INT4 student."""
+def _settings_of_methods() -> list[type[Section]]:
+    """List the classes that methods declare their settings in, to inherit from."""
+    return [each.settings for each in reversed([*quantizers().values()]) if each.settings.model_fields]
 
+
+class _QuantizeSection(Section):
     bits: Literal[2, 3, 4, 8] = 4
     """Bits per weight."""
     group_size: Annotated[int, Field(ge=8)] = 128
     """Weights along in_features that share one scale."""
     symmetric: bool = False
     """Fix the zero point in the middle of the codes and do not store it."""
-    method: Literal["minmax", "hqq", "gptq", "autoround"] = "hqq"
+    method: Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": [*quantizers()]})] = "hqq"
     """How codes, scales and zero points are found."""
     calibration_source: Literal["teacher", "dataset"] = "teacher"
-    """Rollout store whose sequences ``gptq`` and ``autoround`` calibrate on."""
+    """Rollout store whose sequences methods that need some calibrate on."""
     calibration_sequences: Count = 128
     """Sequences to calibrate on."""
-    damping: Positive = 0.01
-    """Share of the mean diagonal added to the Hessian by ``gptq``."""
-    autoround_iters: Count = 200
-    """Steps of ``autoround`` on each decoder layer."""
     skip: tuple[str, ...] = ()
     """Patterns (``*.mlp.down_proj``) of linear layers to leave in full precision; the output head always is."""
 
     @property
     def calibrated(self) -> bool:
         """Tell whether the method reads sequences; its codes are then not those nearest to the teacher's weights."""
-        return self.method in ("gptq", "autoround")
+        return bool(quantizers()[self.method].needs)
+
+    def of(self, settings: type[S]) -> S:
+        """Return the settings that one method declares."""
+        return settings(**{name: getattr(self, name) for name in settings.model_fields})
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides a student: all but the settings of other methods."""
+        own = quantizers()[self.method].settings.model_fields
+        kept = {*_QuantizeSection.model_fields, *own, *IN_EVERY_IDENTITY}
+        return {name: value for name, value in self.model_dump(mode="json").items() if name in kept}
 
     @model_validator(mode="after")
     def _refuse_asymmetric_8_bit(self) -> Self:
@@ -71,6 +90,10 @@ class QuantizeSection(Section):
                 "8-bit code, so the stored grid would not be the trained one; set quantize.symmetric=true"
             )
         return self
+
+
+class QuantizeSection(*_settings_of_methods(), _QuantizeSection):  # pyright: ignore[reportGeneralTypeIssues]
+    """Teacher to INT4 student."""
 
 
 class PromptsSection(Section):
@@ -110,7 +133,7 @@ class RolloutSection(Section):
     top_k: Natural = 0
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
     seed: int = 0
-    """Seed of the sampled tokens, and of ``autoround`` on them."""
+    """Seed of the sampled tokens, and of a method that calibrates on them."""
     keep_states: Literal["no", "exact", "int8"] = "no"
     """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdctl.config.preset import QuantizeSection
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -52,6 +54,15 @@ class QuantizedWeight:
     codes: Tensor
     qparams: QParams
     grid: Grid
+
+
+Weights = dict[str, QuantizedWeight]
+"""Weights on the grid by the name of their linear layer."""
+
+
+def grid_of(settings: QuantizeSection) -> Grid:
+    """Return the grid that the settings ask for."""
+    return Grid(settings.bits, settings.group_size, settings.symmetric)
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:

@@ -1,8 +1,7 @@
 """Walks a model: which layers are quantized, by which method, and the student that results."""
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,22 +10,14 @@ from transformers import PreTrainedModel
 
 from kdctl.base.errors import ModelError, PresetError
 from kdctl.config.preset import QuantizeSection
-from kdctl.model.batch import Batch
 from kdctl.model.load import from_tensors, linear_shapes
-from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
-from kdctl.quant.calibrate import quantize_in_order
-from kdctl.quant.gptq import gptq
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.affine import QuantizedWeight, Weights, dequantize
+from kdctl.quant.methods import QUANTIZERS
+from kdctl.quant.quantizer import QuantizeContext
+from kdctl.quant.scales import QParamsOf, quantize_weight
 from kdctl.run.records import LayerError
 
-Weights = dict[str, QuantizedWeight]
-Progress = Callable[[int, int], None]
 GROUP_SIZES = (128, 64, 32, 16, 8)
-
-
-def grid_of(settings: QuantizeSection) -> Grid:
-    """Return the grid that the settings ask for."""
-    return Grid(settings.bits, settings.group_size, settings.symmetric)
 
 
 def select_layers(model: nn.Module, settings: QuantizeSection) -> list[str]:
@@ -59,32 +50,19 @@ def _check_group_size(name: str, in_features: int, group_size: int) -> None:
         )
 
 
-def quantize_layers(
-    teacher: nn.Module, names: list[str], settings: QuantizeSection, progress: Progress | None = None
-) -> Weights:
-    """Quantize each named layer's weight; scales take the dtype of the teacher."""
+def quantize_layers(teacher: PreTrainedModel, names: Sequence[str], settings: QuantizeSection) -> Weights:
+    """Quantize each named layer's weight with a method that needs no calibration."""
+    return QUANTIZERS[settings.method].quantize(QuantizeContext(teacher, names, settings))
+
+
+def quantize_each(context: QuantizeContext, qparams_of: QParamsOf) -> Weights:
+    """Quantize each layer's weight by itself; scales take its dtype."""
     weights: Weights = {}
-    for done, name in enumerate(names):
-        weight = teacher.get_parameter(f"{name}.weight").detach()
-        weights[name] = quantize_weight(weight, settings.method, grid_of(settings), weight.dtype)
-        if progress is not None:
-            progress(done + 1, len(names))
+    for done, name in enumerate(context.layers):
+        weight = context.teacher.get_parameter(f"{name}.weight").detach()
+        weights[name] = quantize_weight(weight, qparams_of, context.grid, weight.dtype)
+        context.progress(done + 1, len(context.layers))
     return weights
-
-
-def quantize_calibrated(
-    teacher: PreTrainedModel,
-    names: list[str],
-    settings: QuantizeSection,
-    batches: Sequence[Batch],
-    progress: Progress | None = None,
-) -> Weights:
-    """Quantize layer by layer with GPTQ on calibration batches, each layer seeing the quantized ones before it."""
-
-    def quantizer(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
-        return gptq(weight, hessian, grid_of(settings), weight.dtype, settings.damping)
-
-    return quantize_in_order(copy.deepcopy(teacher), names, batches, quantizer, progress)
 
 
 def build_student(teacher: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> PreTrainedModel:

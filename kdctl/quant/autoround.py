@@ -5,7 +5,6 @@ optional. It patches transformers and logging on import and seeds the process, s
 (``python -m kdctl.quant.autoround FOLDER``), which reads the teacher from disk and gets everything else in files.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -21,15 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kdctl.base.errors import ModelError, PresetError
-from kdctl.config.preset import Dtype, QuantizeSection
+from kdctl.base.errors import ModelError
+from kdctl.config.preset import QuantizeSection
+from kdctl.config.section import Dtype
 from kdctl.model.batch import Batch
 from kdctl.model.load import linear_shapes, load_model, torch_dtype
 from kdctl.model.tokenizer import open_tokenizer
-from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize, quantize
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight, Weights, dequantize, grid_of, quantize
 from kdctl.quant.calibrate import by_decoder_layer
+from kdctl.quant.methods.autoround import INSTALL, AutoroundSettings
+from kdctl.quant.quantizer import QuantizeContext, ignore
 
-INSTALL = 'pip install "kdctl[autoround]"'
 TASK, TOKENS, RESULT = "task.json", "tokens.safetensors", "result.safetensors"
 BATCH = 8
 LAST_LINES = 20
@@ -49,28 +50,28 @@ class Task(BaseModel):
     seed: int
 
 
-def installed() -> bool:
-    """Tell whether auto-round is installed, without importing it."""
-    return importlib.util.find_spec("auto_round") is not None
+def task_of(context: QuantizeContext) -> Task:
+    """Describe what is to be quantized. Raises ModelError where the teacher has no folder to be read from."""
+    if context.folder is None:
+        raise ModelError("AutoRound reads the teacher in a process of its own, so it needs the teacher's folder")
+    return Task.model_validate(
+        {
+            "teacher": context.folder,
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "device": context.teacher.device.type,
+            "settings": context.settings,
+            "names": tuple(context.layers),
+            "seed": context.seed,
+        }
+    )
 
 
-def check_installed() -> None:
-    """Raise PresetError unless auto-round is installed."""
-    if not installed():
-        raise PresetError(
-            f"quantize.method=autoround needs the package auto-round, which is not installed; install it:\n{INSTALL}"
-        )
-
-
-def autoround(
-    task: Task, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
-) -> dict[str, QuantizedWeight]:
+def autoround(task: Task, batches: Sequence[Batch], progress: Callable[[int, int], None] = ignore) -> Weights:
     """Quantize a teacher's layers with AutoRound on calibration batches.
 
-    Raises PresetError if auto-round is not installed, ModelError if it fails, leaves a layer out, or if a weight that
+    Raises ModelError if it fails, leaves a layer out, or if a weight that
     it tuned differs in any bit from (q - z) * s.
     """
-    check_installed()
     by_decoder_layer(task.names)
     with tempfile.TemporaryDirectory(prefix="kdctl-autoround-") as temporary:
         folder = Path(temporary)
@@ -83,8 +84,7 @@ def autoround(
             f"auto-round left {len(missing)} layers in full precision ({', '.join(missing[:3])}), because it does not "
             "take layers of this shape; add them to quantize.skip"
         )
-    grid = Grid(task.settings.bits, task.settings.group_size, task.settings.symmetric)
-    return {name: _layer(name, tuned, grid) for name in task.names}
+    return {name: _layer(name, tuned, grid_of(task.settings)) for name in task.names}
 
 
 def rectangle(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def on_grid(name: str, weight: Tensor, qparams: QParams, grid: Grid) -> Quantize
     return found
 
 
-def _run(folder: Path, progress: Callable[[int, int], None] | None) -> None:
+def _run(folder: Path, progress: Callable[[int, int], None]) -> None:
     """Run auto-round on a task folder, reading its progress bar. Raises ModelError with its last words if it fails."""
     # AR_* would change what is computed; without its progress bar there is nothing to read
     environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE" and key[:3] != "AR_"}
@@ -130,7 +130,7 @@ def _run(folder: Path, progress: Callable[[int, int], None] | None) -> None:
     ) as child:
         for line in child.stdout or ():
             last.append(line)
-            if progress is not None and (bar := PROGRESS.match(line)):
+            if bar := PROGRESS.match(line):
                 progress(int(bar[1]), int(bar[2]))
     if child.returncode:
         raise ModelError(f"auto-round ended with exit code {child.returncode}; its last lines:\n{''.join(last)}")
@@ -150,7 +150,7 @@ def tune(task: Task, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     # "int" has scales of either sign on symmetric grids; "int_sym_gptq" has the positive ones that are stored here
     kind = "int_sym_gptq" if settings.symmetric else "int"
     config = SignRoundConfig(
-        iters=settings.autoround_iters,
+        iters=settings.of(AutoroundSettings).autoround_iters,
         bits=settings.bits,
         group_size=settings.group_size,
         sym=settings.symmetric,

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from kdctl.base.errors import ModelError
 from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import Batch
-from kdctl.quant.affine import QuantizedWeight, dequantize
+from kdctl.quant.affine import QuantizedWeight, Weights, dequantize
+from kdctl.quant.quantizer import ignore
 
-Quantizer = Callable[[str, Tensor, Tensor], QuantizedWeight]
+FromHessian = Callable[[str, Tensor, Tensor], QuantizedWeight]
 """Maps a layer's name, weight and Hessian to a quantized weight."""
-Progress = Callable[[int, int], None]
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -41,13 +41,13 @@ def quantize_in_order(
     model: PreTrainedModel,
     names: Sequence[str],
     batches: Sequence[Batch],
-    quantizer: Quantizer,
-    progress: Progress | None = None,
-) -> dict[str, QuantizedWeight]:
+    quantizer: FromHessian,
+    progress: Callable[[int, int], None] = ignore,
+) -> Weights:
     """Quantize a model's layers in place, first to last, and return their weights on the grid."""
     groups = by_decoder_layer(names)
     hidden, options = first_inputs(model, list(groups), batches)
-    weights: dict[str, QuantizedWeight] = {}
+    weights: Weights = {}
     for done, (prefix, members) in enumerate(groups.items()):
         layer = model.get_submodule(prefix)
         hessians = collect(layer, {name: model.get_submodule(name) for name in members}, hidden, options[prefix])
@@ -56,8 +56,7 @@ def quantize_in_order(
             weights[name] = quantizer(name, parameter, hessians[name])
             parameter.copy_(dequantize(weights[name].codes, weights[name].qparams, weights[name].grid))
         hidden = [run(layer, state, kept) for state, kept in zip(hidden, options[prefix], strict=True)]
-        if progress is not None:
-            progress(done + 1, len(groups))
+        progress(done + 1, len(groups))
     return weights
 
 

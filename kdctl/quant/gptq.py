@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, grouped
-from kdctl.quant.methods import ZERO_SHIFTS, minmax, search
+from kdctl.quant.scales import ZERO_SHIFTS, minmax, search
 
 BLOCK = 128
 

@@ -5,9 +5,9 @@ writes has its own ``records.py`` there.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdctl.run.measures import TokenMeasure
 
@@ -59,9 +59,18 @@ class Versions(Record):
     torch: str
     transformers: str
     compressed_tensors: str
-    hqq: str
-    auto_round: str | None = None
-    """None where that extra is not installed."""
+    quantizers: dict[str, str] = {}
+    """Packages of post-training methods that are installed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, found: Any) -> Any:
+        """Read records that have one field for each package."""
+        old = {"hqq": "hqq", "auto_round": "auto-round"}
+        if not isinstance(found, dict) or not found.keys() & old:
+            return found
+        packages = {package: found[name] for name, package in old.items() if found.get(name)}
+        return {name: value for name, value in found.items() if name not in old} | {"quantizers": packages}
 
 
 class Estimate(Record):

@@ -1,8 +1,9 @@
 """What a stage is given: one preset, one run folder, someone to tell, and the other processes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,8 +16,7 @@ from kdctl.data.prompts import messages_of, read_rows
 from kdctl.model.load import skeleton
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
-from kdctl.quant.autoround import check_installed as check_autoround
-from kdctl.quant.autoround import installed as autoround_installed
+from kdctl.quant.methods import QUANTIZERS
 from kdctl.run.paths import RunDir, read_record, write_record
 from kdctl.run.records import Versions
 from kdctl.system.distributed import ALONE, Processes
@@ -73,8 +73,8 @@ def open_run(
         check_same_model(base, preset, context.paths)
     teacher = Teacher(preset.teacher, preset.runtime, context.reporter)
     layers_of(teacher, preset)
-    if preset.quantize.method == "autoround" and not (context.paths.student / "quantize.json").exists():
-        check_autoround()
+    if not (context.paths.student / "quantize.json").exists():
+        QUANTIZERS[preset.quantize.method].check(preset.quantize)
     if base is None:
         check_prompts(preset)
         ranks.on_main(lambda: write_record(context.paths.preset, preset))
@@ -114,6 +114,14 @@ def versions() -> Versions:
         torch=version("torch"),
         transformers=version("transformers"),
         compressed_tensors=version("compressed-tensors"),
-        hqq=version("hqq"),
-        auto_round=version("auto-round") if autoround_installed() else None,
+        quantizers=_quantizer_versions(),
     )
+
+
+def _quantizer_versions() -> dict[str, str]:
+    """Look up the packages of post-training methods that are installed."""
+    found = {}
+    for package in sorted({package for quantizer in QUANTIZERS.values() for package in quantizer.packages}):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

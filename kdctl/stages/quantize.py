@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kdctl.base.errors import StoreError
-from kdctl.base.progress import Advance
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
@@ -15,8 +14,9 @@ from kdctl.formats.student import Student, check_sums
 from kdctl.model.batch import Batch, collate, split
 from kdctl.model.folder import weights_bytes
 from kdctl.model.teacher import Teacher
-from kdctl.quant.apply import Weights, build_student, layer_errors, quantize_calibrated, quantize_layers, sqnr
-from kdctl.quant.autoround import Task, autoround, check_installed
+from kdctl.quant.apply import build_student, layer_errors, sqnr
+from kdctl.quant.methods import QUANTIZERS
+from kdctl.quant.quantizer import QuantizeContext
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument
 from kdctl.run.paths import read_record, write_record
@@ -79,8 +79,8 @@ def compare(
     context: Context, teacher: Teacher, sections: Sequence[QuantizeSection], *, force: bool = False
 ) -> list[MethodResult]:
     """Quantize and measure the teacher in several ways. Keeps their figures, not their students."""
-    if any(settings.method == "autoround" for settings in sections):
-        check_installed()
+    for settings in sections:
+        QUANTIZERS[settings.method].check(settings)
 
     def compared(main: Context) -> list[MethodResult]:
         measuring = ensure_measuring(main, teacher)
@@ -117,36 +117,26 @@ def recipe_of(context: Context, teacher: Teacher, settings: QuantizeSection) -> 
     """Put together what decides a PTQ student, filling the calibration store where it is missing."""
     calibration = ensure_rollouts(context, teacher, settings.calibration_source) if settings.calibrated else None
     inputs = {"teacher": teacher.fingerprint()} | ({"calibration": calibration.fingerprint()} if calibration else {})
-    name = identity("quantize", {"quantize": settings, "dtype": str(teacher.dtype)}, inputs)
+    name = identity("quantize", {"quantize": settings.decisive(), "dtype": str(teacher.dtype)}, inputs)
     return Recipe(settings, name, calibration)
 
 
 def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[Student, float]:
     """Quantize the teacher; also return how long it took, in seconds."""
-    started, settings, names = time.perf_counter(), recipe.settings, layers_of(teacher, context.preset)
-    with context.reporter.task(f"quantizing {len(names)} layers with {settings.method}", "layers") as advance:
-        weights = _quantized(context, teacher, recipe, names, advance)
+    started, method, names = time.perf_counter(), recipe.settings.method, layers_of(teacher, context.preset)
+    with context.reporter.task(f"quantizing {len(names)} layers with {method}", "layers") as advance:
+        given = QuantizeContext(
+            teacher=teacher.load(),
+            layers=names,
+            settings=recipe.settings,
+            batches=calibration_batches(context, teacher, recipe.calibration) if recipe.calibration else (),
+            folder=teacher.folder(),
+            seed=context.preset.rollout.seed,
+            progress=advance,
+        )
+        weights = QUANTIZERS[method].quantize(given)
     seconds = time.perf_counter() - started
     return Student(build_student(teacher.load(), weights), weights), seconds
-
-
-def _quantized(context: Context, teacher: Teacher, recipe: Recipe, names: list[str], advance: Advance) -> Weights:
-    """Run a method, on calibration sequences where it takes them."""
-    settings = recipe.settings
-    if recipe.calibration is None:
-        return quantize_layers(teacher.load(), names, settings, advance)
-    batches = calibration_batches(context, teacher, recipe.calibration)
-    if settings.method == "gptq":
-        return quantize_calibrated(teacher.load(), names, settings, batches, advance)
-    task = Task(
-        teacher=teacher.folder(),
-        dtype=teacher.settings.dtype,
-        device=str(teacher.device),
-        settings=settings,
-        names=tuple(names),
-        seed=context.preset.rollout.seed,
-    )
-    return autoround(task, batches, advance)
 
 
 def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:

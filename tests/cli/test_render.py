@@ -19,7 +19,7 @@ from kdctl.run.records import (
 )
 from kdctl.sweep.records import SweepReport, TrialRecord
 
-VERSIONS = Versions(kdctl="0", torch="0", transformers="0", compressed_tensors="0", hqq="0")
+VERSIONS = Versions(kdctl="0", torch="0", transformers="0", compressed_tensors="0")
 LAYERS = tuple(LayerError(name=f"layers.{i}", relative_error=0.09 - i / 100, sqnr_db=20.0 + i) for i in range(8))
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from kdctl.base.errors import PresetError
-from kdctl.config.preset import DistillSection, Preset, QuantizeSection, RolloutSection, Section
+from kdctl.config.preset import DistillSection, Preset, QuantizeSection, RolloutSection
 from kdctl.config.resolve import (
     build_preset,
     canonical,
@@ -23,6 +23,7 @@ from kdctl.config.resolve import (
     suggest,
     with_value,
 )
+from kdctl.config.section import Section
 
 INPUTS = {"teacher": "aaaa", "student": "bbbb"}
 

@@ -19,7 +19,7 @@ from kdctl.distill.checkpoint import (
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.distill.shadow import ShadowWeights
 from kdctl.quant.affine import Grid
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.scales import minmax, quantize_weight
 from kdctl.run.records import CheckpointMeta
 
 
@@ -28,9 +28,7 @@ def training(seed: int = 0, optimizer: str = "adamw") -> tuple[nn.Module, Shadow
     torch.manual_seed(seed)
     teacher, student = nn.ModuleDict({"a": nn.Linear(32, 16)}), nn.ModuleDict({"a": nn.Linear(32, 16)})
     weight = teacher.get_parameter("a.weight").detach()
-    shadow = ShadowWeights(
-        student, {"a": quantize_weight(weight, "minmax", Grid(4, 32, False), torch.float32)}, teacher
-    )
+    shadow = ShadowWeights(student, {"a": quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)}, teacher)
     shadow.write_back()
     settings = DistillSection.model_validate({"lr": 1e-2, "optimizer": optimizer})
     return student, shadow, make_optimizer(shadow, settings)

@@ -8,7 +8,7 @@ from kdctl.base.errors import PresetError
 from kdctl.config.preset import DistillSection
 from kdctl.distill.shadow import Shadow, ShadowLora, ShadowScales, ShadowWeights, make_shadow
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize, grouped, quantize
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.scales import minmax, quantize_weight
 
 MODES = {
     "weights": DistillSection(),
@@ -22,7 +22,7 @@ def layer(seed: int = 0) -> tuple[nn.ModuleDict, nn.ModuleDict, dict[str, Quanti
     """Build a one-layer teacher and student, float32, with a grid that clamps some weights."""
     torch.manual_seed(seed)
     teacher, student = (nn.ModuleDict({"a": nn.Linear(64, 24, bias=False)}) for _ in range(2))
-    weight = quantize_weight(teacher.get_parameter("a.weight").detach(), "minmax", Grid(4, 32, False), torch.float32)
+    weight = quantize_weight(teacher.get_parameter("a.weight").detach(), minmax, Grid(4, 32, False), torch.float32)
     narrow = QuantizedWeight(
         weight.codes, type(weight.qparams)(weight.qparams.scale * 0.8, weight.qparams.zero_point), weight.grid
     )
@@ -136,7 +136,7 @@ def test_lora_shares_the_teachers_weight_and_leaves_other_layers_alone() -> None
     teacher, student = (nn.ModuleDict({k: nn.Linear(32, 8, bias=False) for k in "ab"}) for _ in range(2))
     grid = Grid(4, 32, False)
     weights = {
-        k: quantize_weight(teacher.get_parameter(f"{k}.weight").detach(), "minmax", grid, torch.float32) for k in "ab"
+        k: quantize_weight(teacher.get_parameter(f"{k}.weight").detach(), minmax, grid, torch.float32) for k in "ab"
     }
     shadow = ShadowLora(student, weights, teacher, DistillSection(train="lora", lora_targets=("a",)))
     assert shadow._frozen["a"].data_ptr() == teacher.get_parameter("a.weight").data_ptr()
@@ -169,7 +169,7 @@ def test_trained_norms_are_the_students_own() -> None:
 def test_lora_on_other_codes_keeps_its_base_in_the_teachers_dtype() -> None:
     torch.manual_seed(0)
     teacher, student = (nn.ModuleDict({"a": nn.Linear(32, 8, bias=False, dtype=torch.bfloat16)}) for _ in range(2))
-    nearest = quantize_weight(teacher.get_parameter("a.weight").detach(), "minmax", Grid(4, 32, False), torch.bfloat16)
+    nearest = quantize_weight(teacher.get_parameter("a.weight").detach(), minmax, Grid(4, 32, False), torch.bfloat16)
     codes = (nearest.codes.int() + torch.randint(-1, 2, nearest.codes.shape)).clamp(0, 15).to(torch.uint8)
     weights = {"a": QuantizedWeight(codes, nearest.qparams, nearest.grid)}
     shadow = make_shadow(MODES["lora"], student, weights, teacher)

@@ -10,7 +10,7 @@ from kdctl.config.preset import DistillSection
 from kdctl.distill.optimizer import TOGETHER, gradient_norm, make_optimizer, update
 from kdctl.distill.shadow import ShadowWeights
 from kdctl.quant.affine import Grid
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.scales import minmax, quantize_weight
 
 LAYERS = [str(index) for index in range(TOGETHER + 5)]
 
@@ -22,7 +22,7 @@ def shadow_of(learn_scales: bool = False, dtype: torch.dtype = torch.float32) ->
     student = copy.deepcopy(teacher)
     grid = Grid(4, 32, False)
     values = {name: teacher.get_parameter(f"{name}.weight").detach() for name in LAYERS}
-    weights = {name: quantize_weight(value, "minmax", grid, dtype) for name, value in values.items()}
+    weights = {name: quantize_weight(value, minmax, grid, dtype) for name, value in values.items()}
     shadow = ShadowWeights(student, weights, teacher, learn_scales)
     shadow.write_back()
     return student, shadow

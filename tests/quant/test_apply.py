@@ -10,7 +10,9 @@ from kdctl.base.errors import ModelError, PresetError
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats.student import Student
 from kdctl.model.load import skeleton
-from kdctl.quant.apply import dense, layer_errors, quantize_layers, select_layers
+from kdctl.quant.apply import dense, layer_errors, select_layers
+from kdctl.quant.methods import QUANTIZERS
+from kdctl.quant.quantizer import QuantizeContext
 
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 SETTINGS = QuantizeSection(group_size=16, method="minmax")
@@ -126,5 +128,6 @@ def test_layer_errors_are_relative_frobenius_norms_worst_first(teacher: PreTrain
 def test_progress_counts_every_layer(teacher: PreTrainedModel):
     seen = []
     names = select_layers(teacher, SETTINGS)
-    quantize_layers(teacher, names, SETTINGS, lambda done, total: seen.append((done, total)))
+    context = QuantizeContext(teacher, names, SETTINGS, progress=lambda done, total: seen.append((done, total)))
+    QUANTIZERS[SETTINGS.method].quantize(context)
     assert seen == [(done, 14) for done in range(1, 15)]

@@ -23,7 +23,8 @@ from kdctl.quant import autoround as module
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, quantize
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.quant.autoround import RESULT, Task, autoround, on_grid, rectangle
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.methods.autoround import INSTALL
+from kdctl.quant.scales import minmax, quantize_weight
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Rollout
 from kdctl.stages import pipeline
@@ -63,7 +64,7 @@ def task_for(teacher: PreTrainedModel, folder: Path, seed: int = 0, **changes: o
 def weight_on(grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
     """Return a random weight whose codes are not those of rounding anything to the nearest."""
     torch.manual_seed(0)
-    qparams = quantize_weight(torch.randn(24, 128) * 0.05, "minmax", grid, dtype).qparams
+    qparams = quantize_weight(torch.randn(24, 128) * 0.05, minmax, grid, dtype).qparams
     return QuantizedWeight(torch.randint(0, grid.max_code + 1, (24, 128), dtype=torch.uint8), qparams, grid)
 
 
@@ -94,7 +95,7 @@ def test_a_weight_off_the_grid_is_refused_with_its_distance(damage: str) -> None
         weight[7, 9] = 17 * float(scale[7, 0])
     with pytest.raises(ModelError, match=r"weight of a\.b is up to \d\.\d\de-\d\d of its largest") as error:
         on_grid("a.b", weight, QParams(scale, zero), grid)
-    assert module.INSTALL in str(error.value)
+    assert INSTALL in str(error.value)
 
 
 def test_calibration_rows_are_one_rectangle_with_masks_from_lengths() -> None:
@@ -145,11 +146,10 @@ def test_a_layer_that_was_left_out_is_named(
     task = task_for(teacher, tiny_dir)
 
     def run(folder: Path, _: object) -> None:
-        given = quantize_weight(teacher.get_parameter(f"{task.names[0]}.weight"), "minmax", GRIDS[0], torch.bfloat16)
+        given = quantize_weight(teacher.get_parameter(f"{task.names[0]}.weight"), minmax, GRIDS[0], torch.bfloat16)
         parts = {"weight": dense(given), "scale": given.qparams.scale, "zero_point": given.qparams.zero_point.float()}
         save_file({f"{task.names[0]}.{part}": tensor for part, tensor in parts.items()}, folder / RESULT)
 
-    monkeypatch.setattr(module, "check_installed", lambda: None)
     monkeypatch.setattr(module, "_run", run)
     with pytest.raises(ModelError, match=rf"left {len(task.names) - 1} layers in full precision \({task.names[1]}, "):
         autoround(task, random_batches())
@@ -159,7 +159,6 @@ def test_a_layer_that_was_left_out_is_named(
 def test_a_failure_shows_its_last_words(
     teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "check_installed", lambda: None)
     with pytest.raises(ModelError, match=r"auto-round ended with exit code 1; its last lines:\n(.*\n)*\w+.*Error: "):
         autoround(task_for(teacher, tmp_path), random_batches())
 
@@ -266,6 +265,6 @@ def test_quantize_calibrates_on_the_store_and_writes_a_proven_folder(smoke: Pres
     section = smoke.quantize.model_copy(update={"method": "autoround", "autoround_iters": 5})
     job = open_run(smoke.model_copy(update={"quantize": section}), tmp_path)
     report = pipeline.quantize(*job)
-    assert (report.method, report.versions.auto_round) == ("autoround", version("auto-round"))
+    assert (report.method, report.versions.quantizers["auto-round"]) == ("autoround", version("auto-round"))
     assert RolloutStore(job.context.paths.rollouts("teacher")).manifest_path.exists()
     assert verify(job.context.paths.student, find_teacher(job.context.paths.student), torch.device("cpu")).passed

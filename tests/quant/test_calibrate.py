@@ -11,7 +11,7 @@ from kdctl.base.errors import ModelError
 from kdctl.model.batch import collate
 from kdctl.quant.affine import Grid, dequantize
 from kdctl.quant.calibrate import by_decoder_layer, quantize_in_order
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.scales import minmax, quantize_weight
 from kdctl.run.records import Rollout
 
 ROWS = [Rollout("", i, 0, [65 + i] * (3 + i), [70] * 5, None, "length", 0, 0, "teacher") for i in range(4)]
@@ -24,7 +24,7 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
 
     def quantizer(name: str, weight: Tensor, hessian: Tensor):
         seen[name] = hessian
-        return quantize_weight(weight, "minmax", Grid(4, 32, False), torch.float32)
+        return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
 
     model = copy.deepcopy(teacher_fp32)
     weights = quantize_in_order(model, names, batches, quantizer)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize, quantize
 from kdctl.quant.gptq import gptq, inverse_factor
-from kdctl.quant.methods import quantize_weight
+from kdctl.quant.scales import hqq, minmax, quantize_weight
 
 GRIDS = [Grid(4, 32, False), Grid(4, 32, True), Grid(3, 32, False), Grid(2, 64, False), Grid(8, 64, True)]
 
@@ -29,7 +29,7 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
 def test_output_error_is_far_below_that_of_rounding(grid: Grid) -> None:
     weight, hessian = data()
     found = output_error(weight, gptq(weight, hessian, grid, torch.bfloat16, 0.01), hessian)
-    for method in ("minmax", "hqq"):
+    for method in (minmax, hqq):
         assert found < 0.6 * output_error(weight, quantize_weight(weight, method, grid, torch.bfloat16), hessian)
 
 
@@ -46,7 +46,7 @@ def test_codes_are_codes_and_scales_are_positive_with_dead_inputs() -> None:
     assert int(found.codes.max()) <= 15
     assert bool((found.qparams.scale > 0).all())
     assert output_error(weight, found, hessian) < output_error(
-        weight, quantize_weight(weight, "minmax", GRIDS[0], torch.bfloat16), hessian
+        weight, quantize_weight(weight, minmax, GRIDS[0], torch.bfloat16), hessian
     )
 
 

@@ -1,4 +1,4 @@
-"""Methods that choose scales and zero points for a weight: min-max and HQQ. Pure functions on tensors."""
+"""Choosing scales and zero points for a weight: min-max, HQQ, search. Pure functions on tensors."""
 
 from collections.abc import Callable
 
@@ -100,10 +100,11 @@ def nearest_zero(zero: Tensor, grid: Grid) -> Tensor:
     return zero.round().clamp(0, grid.max_code).to(torch.uint8)
 
 
-METHODS: dict[str, Callable[[Tensor, Grid, torch.dtype], QParams]] = {"minmax": minmax, "hqq": hqq}
+QParamsOf = Callable[[Tensor, Grid, torch.dtype], QParams]
+"""Chooses the scales and zero points of a weight (out_features, in_features); scales get the dtype."""
 
 
-def quantize_weight(weight: Tensor, method: str, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize one weight (out_features, in_features) with a method of ``METHODS``."""
-    qparams = METHODS[method](weight, grid, dtype)
+def quantize_weight(weight: Tensor, qparams_of: QParamsOf, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
+    """Round one weight (out_features, in_features) to the nearest codes with chosen scales and zero points."""
+    qparams = qparams_of(weight, grid, dtype)
     return QuantizedWeight(quantize(weight, qparams, grid), qparams, grid)

@@ -8,10 +8,11 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from kdctl.quant.affine import Grid, QParams, dequantize, grouped, quantize
-from kdctl.quant.methods import METHODS, ZERO_SHIFTS, hqq, minmax, quantize_weight, search
+from kdctl.quant.scales import ZERO_SHIFTS, hqq, minmax, quantize_weight, search
 
 GROUP = 16
 GRIDS = [Grid(bits, GROUP, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
+METHODS = {"hqq": hqq, "minmax": minmax}
 NAMES = sorted(METHODS)
 
 
@@ -49,7 +50,7 @@ def error(weight: Tensor, qparams: QParams, grid: Grid) -> Tensor:
 @pytest.mark.parametrize("method", NAMES)
 def test_scales_are_positive_and_finite_whatever_the_group(method: str, grid: Grid, dtype: torch.dtype):
     for name, weight in weights().items():
-        quantized = quantize_weight(weight.to(dtype), method, grid, dtype)
+        quantized = quantize_weight(weight.to(dtype), METHODS[method], grid, dtype)
         scale, zero = quantized.qparams.scale, quantized.qparams.zero_point
         assert scale.dtype == dtype, name
         assert scale.shape == zero.shape == (len(weight), 4), name
@@ -64,7 +65,7 @@ def test_scales_are_positive_and_finite_whatever_the_group(method: str, grid: Gr
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
 @pytest.mark.parametrize("method", NAMES)
 def test_scales_are_positive_and_finite_at_the_ends_of_bf16(method: str, grid: Grid, size: float):
-    quantized = quantize_weight((normal(4) * size).bfloat16(), method, grid, torch.bfloat16)
+    quantized = quantize_weight((normal(4) * size).bfloat16(), METHODS[method], grid, torch.bfloat16)
     assert torch.isfinite(quantized.qparams.scale).all()
     assert (quantized.qparams.scale > 0).all()
 
@@ -81,7 +82,7 @@ def test_symmetric_zero_points_stay_in_the_middle(method: str, grid: Grid):
 def test_zero_stays_zero(method: str, grid: Grid):
     weight = normal()
     weight[:, ::3] = 0
-    quantized = quantize_weight(weight, method, grid, torch.bfloat16)
+    quantized = quantize_weight(weight, METHODS[method], grid, torch.bfloat16)
     assert (dequantize(quantized.codes, quantized.qparams, grid)[:, ::3] == 0).all()
 
 
@@ -115,7 +116,7 @@ def test_minmax_finds_the_grid_of_weights_that_span_it(bits: int):
     scale = torch.tensor([1.0, 1.25, 1.5, 0.0625]).repeat(8, 1)
     zero = torch.arange(8).repeat(4, 1).t().remainder(2**bits).to(torch.uint8)
     weight = dequantize(codes, QParams(scale, zero), grid)
-    found = quantize_weight(weight, "minmax", grid, torch.bfloat16)
+    found = quantize_weight(weight, minmax, grid, torch.bfloat16)
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.qparams.scale.float(), scale)
     assert torch.equal(found.qparams.zero_point, zero)

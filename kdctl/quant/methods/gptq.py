@@ -1,0 +1,47 @@
+"""GPTQ: each column's rounding error compensated in the columns after it, decoder layer by decoder layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdctl.config.section import Positive, Section
+from kdctl.quant.quantizer import QuantizeContext, Quantizer, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdctl.quant.affine import QuantizedWeight, Weights
+
+
+class GptqSettings(Section):
+    """Settings of GPTQ."""
+
+    damping: Positive = 0.01
+    """Share of the mean diagonal added to the Hessian by ``gptq``."""
+
+
+class Gptq(Quantizer):
+    """Each layer sees the quantized ones before it."""
+
+    name = "gptq"
+    needs = frozenset({Statistic.INPUT_HESSIAN})
+    settings = GptqSettings
+    packages = ()
+
+    def quantize(self, context: QuantizeContext) -> Weights:
+        """Quantize a copy of the teacher in order, on calibration sequences."""
+        import copy
+
+        from kdctl.quant.calibrate import quantize_in_order
+        from kdctl.quant.gptq import gptq
+
+        own = context.settings.of(GptqSettings)
+
+        def compensated(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+            return gptq(weight, hessian, context.grid, weight.dtype, own.damping)
+
+        student = copy.deepcopy(context.teacher)
+        return quantize_in_order(student, context.layers, context.batches, compensated, context.progress)
+
+
+QUANTIZER = Gptq()

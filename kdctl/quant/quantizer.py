@@ -1,0 +1,79 @@
+"""What a post-training quantizer is: a name, what it needs, its own settings, and one function.
+
+Imported wherever a preset is read, so torch is not imported here, nor at the top of any module of ``methods``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from kdctl.config.section import Section
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from kdctl.config.preset import QuantizeSection
+    from kdctl.model.batch import Batch
+    from kdctl.quant.affine import Grid, Weights
+
+
+class Statistic(StrEnum):
+    """What a quantizer takes from the teacher beside its weights. Any of them needs calibration sequences."""
+
+    TOKENS = "tokens"
+    """The sequences themselves."""
+    INPUT_HESSIAN = "input_hessian"
+    """Σ x·xᵀ over the tokens that reach a linear layer."""
+
+
+def ignore(done: int, total: int) -> None:
+    """Take notice of no progress."""
+
+
+@dataclass(frozen=True)
+class QuantizeContext:
+    """What a quantizer works on. batches: calibration sequences, none where it needs no statistic."""
+
+    teacher: PreTrainedModel
+    layers: Sequence[str]
+    settings: QuantizeSection
+    batches: Sequence[Batch] = ()
+    folder: Path | None = None
+    """The teacher's files, for a quantizer that works in a process of its own."""
+    seed: int = 0
+    progress: Callable[[int, int], None] = ignore
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the settings ask for."""
+        from kdctl.quant.affine import grid_of
+
+        return grid_of(self.settings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the scales: the teacher's."""
+        return self.teacher.dtype
+
+
+class Quantizer(Protocol):
+    """A post-training method. Its settings are fields of the preset's section ``quantize``."""
+
+    name: str
+    needs: frozenset[Statistic]
+    settings: type[Section]
+    packages: tuple[str, ...]
+    """Distributions that decide its numbers; their versions go on record."""
+
+    def check(self, settings: QuantizeSection) -> None:
+        """Raise PresetError if a package is missing or the grid is not one that the method can fill."""
+
+    def quantize(self, context: QuantizeContext) -> Weights:
+        """Put each layer's weight on the grid. Leaves the teacher as it is."""
+        ...
