@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from kdctl.base.errors import DataError, StoreError, TrainingError
 from kdctl.base.progress import Silent
+from kdctl.model.batch import predicting_states
+from kdctl.rollout import teacher_states
 from kdctl.rollout.store import RolloutStore
-from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import read_record
 from kdctl.run.records import DistillReport
 from kdctl.stages import pipeline
@@ -112,16 +113,17 @@ def test_a_trial_that_diverges_does_not_end_the_sweep_and_is_tried_again(
 def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, filled = [], []
-    load, encoded = AutoModelForCausalLM.from_pretrained, TeacherStates._encoded
+    loaded, read = [], []
+    load = AutoModelForCausalLM.from_pretrained
     noted = lambda folder, **more: loaded.append(folder) or load(folder, **more)  # noqa: E731
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
-    monkeypatch.setattr(TeacherStates, "_encoded", lambda *given: filled.append(given[1]) or encoded(*given))
+    passed = lambda model, batch: read.extend(batch.lengths) or predicting_states(model, batch)  # noqa: E731
+    monkeypatch.setattr(teacher_states, "predicting_states", passed)
     entries = {"beta": {"values": [0.0, 1.0]}, "rollout.keep_states": {"value": "exact"}}
     board = board_of(tmp_path, tiny_dir, entries, evaluate=False)
     run_shard(board, Shard(), Silent())
     assert loaded.count(tiny_dir) == 1
-    assert sum(map(len, filled)) == RolloutStore(board.run.rollouts("teacher")).manifest().rows
+    assert len(read) == RolloutStore(board.run.rollouts("teacher")).manifest().rows
     assert statuses(board) == ["complete"] * 2
 
 
