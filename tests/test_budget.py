@@ -10,7 +10,7 @@ TESTS = """
 import time
 import pytest
 
-def burn(seconds=0.3):
+def burn(seconds=0.15):
     began = time.process_time()
     while time.process_time() - began < seconds:
         pass
@@ -24,7 +24,7 @@ def own():
     burn()
 
 def test_quick(): pass
-def test_waits(): time.sleep(0.3)
+def test_waits(): time.sleep(0.15)
 @pytest.mark.slow
 def test_slow(): burn()
 def test_with_a_shared_fixture(shared): pass
@@ -34,15 +34,15 @@ def test_long(): burn()
 def test_with_its_own_fixture(own): pass
 def test_with_a_child():
     import subprocess, sys
-    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.3: pass"], check=True)
+    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.15: pass"], check=True)
 """
 
 
 def run(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (folder / "test_made_up.py").write_text(tests)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "budget", "-p", "no:cacheprovider", "--processor-limit=0.2"]
-    environment = {"PYTHONPATH": str(Path(budget.__file__).parent), "PATH": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "budget", "-p", "xdist", "--processor-limit=0.1"]
+    environment = {"PYTHONPATH": str(Path(budget.__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
         [*command, *options, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
