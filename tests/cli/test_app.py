@@ -27,7 +27,7 @@ from kdctl.base.version import __version__
 from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
-from kdctl.report.front import write_report
+from kdctl.report.front import Excerpt, write_report
 from kdctl.run.paths import RunDir
 from kdctl.stages import distill, evaluate, pipeline, rollout
 from kdctl.stages.context import open_run
@@ -276,7 +276,7 @@ def test_the_folder_is_named_after_the_preset(
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / "preset.json").write_text(load_preset("smoke").model_dump_json())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "run_all", lambda context, _: f"ran in {context.paths.path}")
+    monkeypatch.setattr(pipeline, "run_all", lambda context, _: Excerpt((f"ran in {context.paths.path}",)))
     done = invoke(*shlex.split(arguments))
     assert (done.exit_code, done.stdout) == (0, f"ran in {folder}\n")
     assert (tmp_path / folder / "preset.json").is_file()
