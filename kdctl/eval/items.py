@@ -12,6 +12,8 @@ import pyarrow as pa
 from lm_eval.api.task import ConfigurableTask
 
 from kdctl.config.resolve import canonical
+from kdctl.run.documents import item_values
+from kdctl.run.measures import ACCURACY, NORMALIZED_ACCURACY, Choices, ItemMeasure
 
 SCHEMA = pa.schema(
     {
@@ -112,18 +114,19 @@ def _verdict(task: ConfigurableTask, doc: Mapping[str, Any], loglikelihoods: lis
     In a task with several contexts and one continuation (WinoGrande) the choices, also to lm-eval, are the contexts.
     """
     choices = task.doc_to_choice(doc)
-    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    gold: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str):
         gold = choices.index(gold) if gold in choices else -1
-    values = np.array(loglikelihoods[: len(choices)])
-    lengths = [len(choice) for choice in choices]
-    best, best_norm = int(np.argmax(values)), int(np.argmax(values / np.array(lengths, dtype=float)))
+    said = Choices(loglikelihoods[: len(choices)], [len(choice) for choice in choices], gold)
     return {
-        "gold": gold,
-        "loglikelihoods": values,
-        "lengths": lengths,
-        "prediction_acc": best,
-        "prediction_acc_norm": best_norm,
-        "acc": best == gold,
-        "acc_norm": best_norm == gold,
+        **vars(said),
+        "prediction_acc": said.best,
+        "prediction_acc_norm": said.best_norm,
+        "acc": bool(ACCURACY.per_item(said)),
+        "acc_norm": bool(NORMALIZED_ACCURACY.per_item(said)),
     }
+
+
+def derived(table: pa.Table, measure: ItemMeasure) -> float:
+    """Average a measure over a table's items."""
+    return float(item_values(table, measure).astype(np.float64).mean())

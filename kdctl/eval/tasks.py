@@ -25,13 +25,15 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.config.resolve import suggest
 from kdctl.eval.harness import Meter, hub_access, quiet
-from kdctl.eval.items import Run, items_table
+from kdctl.eval.items import Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
+from kdctl.run.measures import derived_measures, reported_measures
 from kdctl.run.paths import atomic_path
 from kdctl.run.records import TaskScore
 
 BUNDLED = Path(__file__).parent / "task_files"
 MULTIPLE_CHOICE = "multiple_choice"
+REPORTED = {measure.name for measure in reported_measures()}
 Progress = Callable[[str, int, int], None]
 
 
@@ -127,7 +129,7 @@ def _entries(name: str, built: Mapping[str, Any]) -> list[LoadedTask]:
 def _is_pooled(group: Group) -> bool:
     """Tell whether a group's own score is the mean of one metric over all its items."""
     metrics = group.aggregate_metric_list or []
-    shared = {"acc", "acc_norm"}.intersection(*(task.aggregation() or () for task in group.get_all_tasks()))
+    shared = REPORTED.intersection(*(task.aggregation() or () for task in group.get_all_tasks()))
     return bool(metrics and shared) and all(metric.weight_by_size for metric in metrics)
 
 
@@ -137,7 +139,7 @@ def _check(task: Task, num_fewshot: int | None) -> None:
     _check_kind(name, task.OUTPUT_TYPE)
     if not isinstance(task, ConfigurableTask) or task.config.process_results is not None or task.multiple_target:
         raise DataError(f"task {name!r} does not score items as right or wrong in lm-eval's usual way; take it out")
-    if not {"acc", "acc_norm"} & set(task.aggregation()):
+    if not REPORTED & set(task.aggregation()):
         raise DataError(f"task {name!r} reports neither acc nor acc_norm; take it out of eval.tasks")
     _set_fewshot(task, num_fewshot)
 
@@ -230,9 +232,10 @@ def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
     """Sum up a task; the headline figure and its standard error come from the items."""
     _check_sums(table, runs)
     metrics = _pooled(runs)
-    accuracy = {metric: _mean(table, metric) for metric in ("acc", "acc_norm") if metric in metrics}
-    metric = "acc_norm" if "acc_norm" in accuracy else "acc"
+    accuracy = {one.name: _mean(table, one.name) for one in reported_measures() if one.name in metrics}
+    metric = list(accuracy)[-1]
     value = accuracy[metric]
+    others = {one.name: derived(table, one) for one in derived_measures()}
     return TaskScore(
         version=task.version,
         metric=metric,
@@ -240,7 +243,7 @@ def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
         stderr=math.sqrt(value * (1 - value) / max(table.num_rows - 1, 1)),
         items=table.num_rows,
         num_fewshot=max(run.task.config.num_fewshot or 0 for run in runs),
-        metrics=metrics | accuracy,
+        metrics=metrics | accuracy | others,
     )
 
 
@@ -250,7 +253,7 @@ def _check_sums(table: pa.Table, runs: Sequence[Run]) -> None:
     for run in runs:
         part = table.slice(start, len(run.samples))
         start += len(run.samples)
-        for metric in {"acc", "acc_norm"} & run.metrics.keys():
+        for metric in REPORTED & run.metrics.keys():
             if _mean(part, metric) != run.metrics[metric]:
                 raise RuntimeError(
                     f"{run.name}: items give {metric}={_mean(part, metric)}, lm-eval {run.metrics[metric]}"

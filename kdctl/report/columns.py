@@ -21,7 +21,7 @@ from kdctl.report.contrasts import (
 )
 from kdctl.report.study import Kind, Study
 from kdctl.report.tables import Block, Cell, Column, Style
-from kdctl.run.measures import TokenMeasure, Unit, column_measures
+from kdctl.run.measures import ITEM_MEASURES, TokenMeasure, Unit, column_measures, derived_measures
 from kdctl.run.records import Estimate
 
 AVERAGE = "average"
@@ -51,6 +51,8 @@ class Scale:
     column: Column
     tasks: tuple[str, ...] = ()
     measure: TokenMeasure | None = None
+    items: str = ""
+    """The measure of items, where it is not the tasks' headline."""
 
 
 class Results:
@@ -62,11 +64,13 @@ class Results:
         self.rows = self.all_rows if rows is None else list(rows)
         self.tasks = tuple(study.tasks)
         self.averages = judge(self._family([self.tasks]))
+        self.derived = [one.name for one in derived_measures() if one.heading and self.tasks]
+        self.beside = {name: judge(self._family([self.tasks], name)) for name in self.derived}
         self.single = judge(self._family([(task,) for task in self.tasks] if len(self.tasks) > 1 else []))
 
-    def _family(self, parts: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Found | None]:
+    def _family(self, parts: Sequence[tuple[str, ...]], measure: str = "") -> dict[tuple[str, ...], Found | None]:
         return {
-            (row.name, kind, *part): self.contrasts.over(base, row, part)
+            (row.name, kind, *part): self.contrasts.over(base, row, part, measure)
             for row in self.rows
             if row.kind != "teacher"
             for kind in BASELINES
@@ -74,8 +78,10 @@ class Results:
             for part in parts
         }
 
-    def judged(self, row: Row, kind: Kind, tasks: Sequence[str]) -> Judged | None:
-        """Return the comparison of a row with its baseline on one task or on the average of all."""
+    def judged(self, row: Row, kind: Kind, tasks: Sequence[str], measure: str = "") -> Judged | None:
+        """Return the comparison of a row with its baseline on one task or on the average of all, by a measure."""
+        if measure:
+            return self.beside[measure].get((row.name, kind, *tasks))
         family = self.averages if tuple(tasks) == self.tasks else self.single
         return family.get((row.name, kind, *tasks))
 
@@ -85,19 +91,22 @@ class Results:
         found = [Scale(task, Column(task, task.removesuffix("_offline"), "percent"), (task,)) for task in self.tasks]
         if len(found) > 1:
             found.append(Scale(AVERAGE, Column(AVERAGE, "average", "percent"), self.tasks))
+        for name in self.derived:
+            found.append(Scale(name, Column(name, ITEM_MEASURES[name].heading, "percent"), self.tasks, items=name))
         return found + [Scale(one.name, measure_column(one), measure=one) for one in column_measures() if one.ranked]
 
     def cell(self, row: Row, scale: Scale) -> Cell:
         """Write a row's result with the marks of what it differs from."""
         if scale.measure is None:
-            return replace(accuracy_cell(row, scale.tasks), marks=self._accuracy_marks(row, scale.tasks))
+            cell = accuracy_cell(row, scale.tasks, scale.items)
+            return replace(cell, marks=self._accuracy_marks(row, scale.tasks, scale.items))
         if row.kind == "teacher" and scale.measure.of == "pair":
             return Cell()
         marks = tuple(self._distance_marks(row, scale.measure)) if row.kind != "teacher" else ()
         return replace(distance_cell(row, scale.measure), marks=marks)
 
-    def _accuracy_marks(self, row: Row, tasks: Sequence[str]) -> tuple[str, ...]:
-        judged = [(letter, self.judged(row, kind, tasks)) for kind, letter in BASELINES.items()]
+    def _accuracy_marks(self, row: Row, tasks: Sequence[str], measure: str) -> tuple[str, ...]:
+        judged = [(letter, self.judged(row, kind, tasks, measure)) for kind, letter in BASELINES.items()]
         return tuple(letter + ARROWS[one.verdict] for letter, one in judged if one and one.verdict in ARROWS)
 
     def _distance_marks(self, row: Row, measure: TokenMeasure) -> Sequence[str]:
@@ -135,19 +144,21 @@ class Results:
             found = [per_token_difference(best, row, scale.measure) for row in others]
             tied = [row for row, one in zip(others, found, strict=True) if not differs(one)]
             return None if None in found else tied
-        judged = judge({(row.name,): self.contrasts.over(best, row, scale.tasks) for row in others})
+        judged = judge({(row.name,): self.contrasts.over(best, row, scale.tasks, scale.items) for row in others})
         tied = [row for row in others if (one := judged.get((row.name,))) and one.p_holm >= SIGNIFICANT]
         return tied if len(judged) == len(others) else None
 
 
-def accuracy_cell(row: Row, tasks: Sequence[str]) -> Cell:
+def accuracy_cell(row: Row, tasks: Sequence[str], measure: str = "") -> Cell:
     """Write an accuracy ± one standard error: of one task, or the average of several; of items where they are kept."""
     if not all(task in model.scores for model in row.models for task in tasks):
         return Cell()
-    answers = {task: found for task in tasks if (found := row.answers(task)) is not None}
+    answers = {task: found for task in tasks if (found := row.answers(task, measure)) is not None}
     if len(answers) == len(tasks):
         estimate, error = stats.average_seeds(answers, {task: row.clusters(task) for task in tasks})
         return Cell(estimate.value, error)
+    if measure:
+        return Cell()
     value = float(np.mean([[model.scores[task].value for task in tasks] for model in row.models]))
     errors = [row.models[0].scores[task].standard_error for task in tasks]
     known = [error for error in errors if error is not None]

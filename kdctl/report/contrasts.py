@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kdctl import stats
 from kdctl.report.study import Kind, Model, Settings, Study
 from kdctl.run.documents import PerDocument
-from kdctl.run.measures import TokenMeasure
+from kdctl.run.measures import ITEM_MEASURES, TokenMeasure
 from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated
 from kdctl.stats.findings import Comparison, SeedComparison
@@ -37,9 +37,9 @@ class Row:
         first = self.models[0].settings
         return first if len(self.models) == 1 else replace(first, seed=None)
 
-    def answers(self, task: str) -> NDArray[np.bool_] | None:
-        """Right and wrong answers, (seeds, items); None where any model's items are missing."""
-        found = [items.correct for model in self.models if (items := model.items(task)) is not None]
+    def answers(self, task: str, measure: str = "") -> NDArray[np.generic] | None:
+        """What answers are worth, (seeds, items), by the headline or another measure; None where any are missing."""
+        found = [items.values for model in self.models if (items := model.items(task, measure)) is not None]
         return np.stack(found) if len(found) == len(self.models) else None
 
     def clusters(self, task: str) -> list[str] | None:
@@ -90,25 +90,26 @@ class Contrasts:
 
     def __init__(self, margin: float):
         self.margin = margin
-        self._found: dict[tuple[str, str, tuple[str, ...]], Found | None] = {}
+        self._found: dict[tuple[str, str, tuple[str, ...], str], Found | None] = {}
 
-    def over(self, base: Row, row: Row, tasks: Sequence[str]) -> Found | None:
-        """Compare two rows on one task, or on the unweighted average of several."""
-        key = (base.name, row.name, tuple(tasks))
+    def over(self, base: Row, row: Row, tasks: Sequence[str], measure: str = "") -> Found | None:
+        """Compare two rows on one task, or on the unweighted average of several, by their headline or a measure."""
+        key = (base.name, row.name, tuple(tasks), measure)
         if key not in self._found:
-            self._found[key] = self._compare(base, row, tasks)
+            self._found[key] = self._compare(base, row, tasks, measure)
         return self._found[key]
 
-    def _compare(self, base: Row, row: Row, tasks: Sequence[str]) -> Found | None:
+    def _compare(self, base: Row, row: Row, tasks: Sequence[str], measure: str) -> Found | None:
         pairs = {}
         for task in tasks:
-            first, second = base.answers(task), row.answers(task)
+            first, second = base.answers(task, measure), row.answers(task, measure)
             if first is None or second is None:
                 return None
             pairs[task] = Repeated(first, second, row.clusters(task))
         if not pairs:
             return None
-        if len(base.models) > 1 or len(row.models) > 1:
+        graded = bool(measure) and not ITEM_MEASURES[measure].binary
+        if graded or len(base.models) > 1 or len(row.models) > 1:
             return stats.compare_seeds_average(pairs, margin=self.margin, fixed=base.kind != "variant")
         single = {
             task: Paired(np.asarray(pair.a)[0], np.asarray(pair.b)[0], pair.clusters) for task, pair in pairs.items()

@@ -176,7 +176,32 @@ def spreads(results: Results) -> Table:
     return Table("seeds", "Several seeds of one setting", columns, (Block("", tuple(rows)),), (note,))
 
 
+def measures(results: Results) -> Table:
+    """List every comparison by measures of items beside the headline, on the average of all tasks."""
+    rows = []
+    for name in results.derived:
+        for row in results.rows:
+            for kind in BASELINES:
+                judged = results.judged(row, kind, results.tasks, name)
+                if judged:
+                    found, texts = judged.found, (row.name, NAMES[kind], name)
+                    numbers = (_estimate(found.difference), Cell(found.p), Cell(judged.p_holm), Cell(found.mde))
+                    rows.append((*map(Cell, texts), *numbers, Cell(judged.words)))
+    columns = (
+        Column("model", "model"),
+        Column("baseline", "against"),
+        Column("measure", "measure"),
+        Column("difference", "difference, points [95 %]", "points"),
+        Column("p", "p", "p"),
+        Column("p_holm", "Holm's p", "p"),
+        Column("mde", "detectable, points", "percent"),
+        Column("verdict", "verdict"),
+    )
+    note = "Paired by item, on the average of all tasks; Holm's p is corrected within each measure."
+    return Table("measures", "Other measures, item by item", columns, (Block("", tuple(rows)),), (note,))
+
+
 def detail_tables(results: Results) -> list[Table]:
     """Return the tables behind the verdicts that have any row."""
-    made = [comparisons(results), distances(results), recoveries(results), spreads(results)]
+    made = [comparisons(results), measures(results), distances(results), recoveries(results), spreads(results)]
     return [table for table in made if table.rows]

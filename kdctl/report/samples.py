@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdctl.base.errors import StoreError
-from kdctl.run.documents import PerDocument, from_table
-from kdctl.run.measures import FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY
+from kdctl.run.documents import PerDocument, from_table, item_values
+from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY
 
 NEEDED = (FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY)
 """What a report reads by name; other measures have a column where they were taken."""
@@ -27,8 +27,8 @@ class Items:
     """Subtask and number of the document, which stay the same where only the wording of the prompt changes."""
     labels: NDArray[np.str_]
     """Equal for items that are not independent."""
-    correct: NDArray[np.bool_]
-    """Right by the task's headline metric."""
+    values: NDArray[np.generic]
+    """What the answers are worth by one measure: bool where it is right or wrong, else float64 in [0, 1]."""
 
     @property
     def clusters(self) -> NDArray[np.str_] | None:
@@ -37,8 +37,10 @@ class Items:
 
 
 def read_items(path: Path, metric: str) -> Items | None:
-    """Read ``samples/<task>.parquet``; None where there is none. Raises StoreError if it is damaged."""
-    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", metric])
+    """Read ``samples/<task>.parquet`` by a measure; None where there is none. Raises StoreError if it is damaged."""
+    measure = ITEM_MEASURES[metric]
+    needed = [metric] if measure.reported else ["loglikelihoods", "lengths", "gold"]
+    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", *needed])
     if table is None:
         return None
     ids = np.array(table["item_id"].to_pylist(), np.str_)
@@ -47,8 +49,7 @@ def read_items(path: Path, metric: str) -> Items | None:
     numbers = np.array([str(index) for index in table["doc_index"].to_pylist()], np.str_)
     places = np.char.add(np.char.add(subtasks, " "), numbers)
     labels = np.array(table["cluster"].to_pylist(), np.str_)
-    correct = np.array(table[metric].to_pylist(), np.bool_)
-    return Items(ids[order], places[order], labels[order], correct[order])
+    return Items(ids[order], places[order], labels[order], item_values(table, measure)[order])
 
 
 def read_documents(path: Path) -> PerDocument | None:

@@ -97,15 +97,19 @@ class Model:
             return self.result.size_bytes
         return self.quantized.student_bytes if self.quantized else None
 
-    def items(self, task: str) -> Items | None:
-        """Read the answers to a task; None where items were not kept. Raises StoreError if they are damaged."""
-        if task not in self._items and self.run is not None and self.result is not None and task in self.scores:
+    def items(self, task: str, measure: str = "") -> Items | None:
+        """Read the answers to a task, by its headline measure or another; None where items were not kept.
+
+        Raises StoreError if they are damaged.
+        """
+        key = (task, measure)
+        if key not in self._items and self.run is not None and self.result is not None and task in self.scores:
             path = self.run.eval(self.key) / "samples" / f"{task}.parquet"
-            self._items[task] = read_items(path, self.result.tasks[task].metric)
-        return self._items.get(task)
+            self._items[key] = read_items(path, measure or self.result.tasks[task].metric)
+        return self._items.get(key)
 
     @cached_property
-    def _items(self) -> dict[str, Items | None]:
+    def _items(self) -> dict[tuple[str, str], Items | None]:
         return {}
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What was measured on each held-out document: the columns of ``heldout.parquet``."""
+"""What was measured on each held-out document and each benchmark item: columns of ``samples/*.parquet``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdctl.run.measures import TOKEN_MEASURES, TokenMeasure
+from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, TokenMeasure
 
 Array = NDArray[np.float64]
 
@@ -55,3 +55,12 @@ def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Ta
     """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
     named = {"prompt_id": prompt_ids} if prompt_ids else {}
     return pa.table({**named, "tokens": per_document.tokens, **per_document.sums})
+
+
+def item_values(table: pa.Table, measure: ItemMeasure) -> NDArray[np.generic]:
+    """Return a measure of each item, (items,), bool of a binary one: its own column, or computed of the choices'."""
+    kind = np.bool_ if measure.binary else np.float64
+    if measure.name in table.column_names:
+        return np.array(table[measure.name].to_pylist(), kind)
+    columns = (table[name].to_pylist() for name in ("loglikelihoods", "lengths", "gold"))
+    return np.array([measure.per_item(Choices(*row)) for row in zip(*columns, strict=True)], kind)

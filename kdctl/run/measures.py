@@ -201,3 +201,8 @@ def column_measures() -> list[TokenMeasure]:
 def derived_measures() -> list[ItemMeasure]:
     """List what is computed of items beside what lm-eval reports."""
     return [one for one in ITEM_MEASURES.values() if not one.reported]
+
+
+def reported_measures() -> list[ItemMeasure]:
+    """List what lm-eval reports of items, a task's headline last."""
+    return [one for one in ITEM_MEASURES.values() if one.reported]

@@ -85,4 +85,4 @@ def _paired(run: RunDir, task: str, metric: str) -> Paired | None:
     if ptq is None or teacher is None:
         return None
     _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)
-    return Paired(ptq.correct[own], teacher.correct[theirs], None if ptq.clusters is None else ptq.clusters[own])
+    return Paired(ptq.values[own], teacher.values[theirs], None if ptq.clusters is None else ptq.clusters[own])

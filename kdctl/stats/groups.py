@@ -40,6 +40,20 @@ def correctness(values: ArrayLike, name: str) -> NDArray[np.bool_]:
     return array.astype(bool)
 
 
+def shares(values: ArrayLike, name: str) -> Array:
+    """Return what answers are worth, (items,) or (seeds, items), each from 0 (wrong) to 1 (right).
+
+    Raises DataError where there are none or any lies outside.
+    """
+    array = np.asarray(values, np.float64)
+    if not array.size or not ((array >= 0) & (array <= 1)).all():
+        raise DataError(
+            f"{name} must hold at least one answer, each worth 0 (wrong) to 1 (right); its shape is {array.shape}. "
+            "Averages of accuracies hold for nothing else: use ratio_difference for other metrics."
+        )
+    return array
+
+
 def grouping(clusters: Labels | None, items: int) -> Index:
     """Number the items' groups, each item its own without ``clusters``; DataError where counts differ."""
     if clusters is None:

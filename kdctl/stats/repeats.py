@@ -17,7 +17,7 @@ from kdctl.run.records import Estimate
 from kdctl.stats.averages import Task, averages, covariance, number_tasks, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
 from kdctl.stats.findings import SeedComparison, SeedSpread
-from kdctl.stats.groups import Array, Labels, correctness, finite, grouping, quantile
+from kdctl.stats.groups import Array, Labels, finite, grouping, quantile, shares
 from kdctl.stats.verdicts import EQUIVALENCE_LEVEL, MARGIN, decide, detectable, p_value, require_margin
 
 
@@ -31,8 +31,8 @@ class _MeanSquares:
 
 
 def _matrix(values: ArrayLike, name: str) -> Array:
-    """Return answers as (seeds, items) numbers; DataError on another shape."""
-    answers = correctness(values, name).astype(np.float64)
+    """Return what answers are worth as (seeds, items) numbers in [0, 1]; DataError on others and on another shape."""
+    answers = shares(values, name)
     if answers.ndim != 2:
         raise DataError(
             f"{name} has shape {answers.shape}, but seeds are compared on the same items: it must be (seeds, items). "
@@ -76,6 +76,11 @@ class _Setting:
         return np.sum([self.weights[name] * answers.mean(1) for name, answers in self.answers.items()], axis=0)
 
     @property
+    def binary(self) -> bool:
+        """Tell whether all answers are right or wrong."""
+        return all(bool(np.isin(answers, (0, 1)).all()) for answers in self.answers.values())
+
+    @property
     def residual(self) -> float:
         """σ²_residual/(S·N), summed over tasks."""
         return sum(self.weights[name] ** 2 * _residual_part(answers) for name, answers in self.answers.items())
@@ -111,17 +116,19 @@ def _tasks(
     return [Task(values[None], numbers[name], weights[name]) for name, values in means.items()]
 
 
-def _interval(value: float, parts: list[_Part], tasks: Sequence[Task]) -> Callable[[float], Estimate]:
+def _interval(value: float, parts: list[_Part], tasks: Sequence[Task], binary: bool) -> Callable[[float], Estimate]:
     """Return the interval of a mean as a function of the level: √Σ (t·SE)², each part with its own t quantile.
 
     That is t with seeds − 1 where seeds make the error and nearly z where items do, as Cochran & Cox 1957 weigh the
-    quantiles; Satterthwaite's degrees of freedom cover only 91 % with three seeds. It is never narrower than a score
-    interval is where all answers are equal, z²/(items + z²) of each task: see ``proportions.tango``.
+    quantiles; Satterthwaite's degrees of freedom cover only 91 % with three seeds. Of answers that are right or wrong
+    it is never narrower than a score interval is where all are equal, z²/(items + z²) of each task: see
+    ``proportions.tango``.
     """
 
     def at(level: float) -> Estimate:
         z = quantile(level, np.inf)
-        half = float(np.sqrt(sum((task.weight * z**2 / (task.columns.shape[1] + z**2)) ** 2 for task in tasks)))
+        least = [task.weight * z**2 / (task.columns.shape[1] + z**2) for task in tasks]
+        half = float(np.sqrt(sum(part**2 for part in least))) if binary else 0.0
         if all(np.isfinite(part.variance) for part in parts):
             half = max(half, float(np.sqrt(sum(quantile(level, part.df) ** 2 * part.variance for part in parts))))
         else:
@@ -149,8 +156,9 @@ def seeds(matrix: ArrayLike, clusters: Labels | None = None) -> SeedSpread:
     answers = _matrix(matrix, "matrix")
     count, items = answers.shape
     squares = _mean_squares(answers)
-    parts, tasks = _parts(_Setting({"": answers}, {"": 1.0}), {"": clusters})
-    estimate = _interval(float(answers.mean()), parts, tasks)(LEVEL)
+    setting = _Setting({"": answers}, {"": 1.0})
+    parts, tasks = _parts(setting, {"": clusters})
+    estimate = _interval(float(answers.mean()), parts, tasks, setting.binary)(LEVEL)
     raw: dict[Literal["seed", "item"], float] = {}
     if squares is not None:
         raw = {"seed": (squares.seed - squares.residual) / items, "item": (squares.item - squares.residual) / count}
@@ -179,7 +187,7 @@ def average_seeds(
         {name: _matrix(values, name) for name, values in matrices.items()}, resolve_weights(list(matrices), weights)
     )
     parts, tasks = _parts(setting, clusters)
-    return _interval(float(setting.by_seed.mean()), parts, tasks)(LEVEL), finite(_variance(parts))
+    return _interval(float(setting.by_seed.mean()), parts, tasks, setting.binary)(LEVEL), finite(_variance(parts))
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,7 @@ def compare_seeds_average(
     means = {name: second.answers[name].mean(0) - first.answers[name].mean(0) for name in pairs}
     tasks = _tasks(means, {name: pair.clusters for name, pair in pairs.items()}, chosen)
     parts = [*first.seed_parts(), *second.seed_parts(), _item_part(tasks, first.residual + second.residual)]
-    interval = _interval(float(averages(tasks)[0]), parts, tasks)
+    interval = _interval(float(averages(tasks)[0]), parts, tasks, first.binary and second.binary)
     difference, inner, p = interval(LEVEL), interval(EQUIVALENCE_LEVEL), p_value(interval)
     verdict, words = decide(difference, inner, p, margin)
     counts, variances = (len(first.by_seed), len(second.by_seed)), [_seed_variance(one) for one in (first, second)]

@@ -82,7 +82,7 @@ def test_methods_are_those_of_joined_folders_or_of_a_comparison(tmp_path: Path) 
     first, second = make_run(tmp_path / "a", {}), make_run(tmp_path / "b", {})
     report = second.student / "quantize.json"
     report.write_text(report.read_text().replace('"hqq",', '"gptq",', 1))
-    items = {task: read_study([second]).models[1].items(task).correct for task in ("alpha", "beta")}  # type: ignore
+    items = {task: read_study([second]).models[1].items(task).values for task in ("alpha", "beta")}  # type: ignore
     evaluated(second, "ptq", items, kl=0.3, weights="another")
     assert [row["method"] for row in records(table_of("method", read_study([first, second])))] == ["hqq", "gptq"]
     found = read_study([first]).models[1].quantized

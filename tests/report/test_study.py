@@ -21,7 +21,7 @@ def test_items_are_read_when_asked_for_and_say_what_the_score_says(tmp_path: Pat
     model = named(read_study([make_run(tmp_path / "run", {})]))["teacher"]
     items = model.items("alpha")
     assert items is not None
-    assert items.correct.mean() == model.scores["alpha"].value
+    assert items.values.mean() == model.scores["alpha"].value
     assert items.clusters is None
     assert model.items("alpha") is items
     assert model.items("gamma") is None
@@ -35,7 +35,7 @@ def test_subjects_are_clusters_and_items_are_ordered_by_id(tmp_path: Path) -> No
     assert items.clusters is not None
     assert len(set(items.clusters)) == 7
     assert np.array_equal(items.ids, np.sort(items.ids))
-    assert np.array_equal(items.correct, answers(0.5))
+    assert np.array_equal(items.values, answers(0.5))
 
 
 @pytest.mark.parametrize(
