@@ -21,7 +21,7 @@ from kdctl.eval.distribution import text_documents
 from kdctl.model.load import load_model, pick_device, quiet
 from kdctl.model.reference import model_folder
 from kdctl.model.tokenizer import open_tokenizer
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.run.records import Prompt
 
 SHORTEST, LONGEST = 16, 128
@@ -52,8 +52,9 @@ class Bench:
     def kdctl(self, greedy: bool = False) -> list[list[int]]:
         """Generate with kdctl."""
         sampling = Sampling(0.0 if greedy else 1.0, 1.0, 0, self.tokens, 0, 0)
-        generator = Generator(self.model, (), sampling, "teacher", len(self.prompts))
-        return [rollout.completion_ids for rollout in generator.block([(prompt, 0) for prompt in self.prompts])]
+        engine = InProcess(self.model, (), "teacher", len(self.prompts))
+        items = [(prompt, 0) for prompt in self.prompts]
+        return [rollout.completion_ids for rollout in engine.complete(items, sampling)]
 
     def transformers(self, greedy: bool = False) -> list[list[int]]:
         """Generate with transformers."""

@@ -31,7 +31,7 @@ from kdctl.config.resolve import load_preset
 from kdctl.formats.student import load_student
 from kdctl.formats.verify import find_teacher, verify
 from kdctl.model.load import linear_shapes
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.run.records import Prompt
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
@@ -128,8 +128,8 @@ def test_cached_generation_is_the_plain_forward_pass(family: str) -> None:
         Prompt(str(index), index, torch.randint(0, 256, (length,), generator=numbers).tolist())
         for index, length in enumerate((3, WINDOW + 9, WINDOW))
     ]
-    generator = Generator(model, [258], Sampling(1.0, 1.0, 0, 2 * WINDOW, 0, 0), "teacher")
-    for rollout in generator.block([(prompt, 0) for prompt in prompts]):
+    sampling = Sampling(1.0, 1.0, 0, 2 * WINDOW, 0, 0)
+    for rollout in InProcess(model, [258], "teacher").complete([(prompt, 0) for prompt in prompts], sampling):
         with torch.no_grad():
             logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0]
         start = len(rollout.prompt_ids) - 1

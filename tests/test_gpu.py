@@ -11,7 +11,7 @@ from kdctl.distill.divergence import Objective, divergence
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states
 from kdctl.model.head import Head, head_of
 from kdctl.model.load import load_model
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.run.records import Prompt, Rollout
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +71,7 @@ def test_loss_and_gradient_are_those_of_the_cpu(
 def test_likeliest_tokens_are_those_of_the_cpu(on_gpu: PreTrainedModel, teacher_fp32: PreTrainedModel) -> None:
     prompts = [(Prompt(str(length), length, list(range(40, 40 + length))), 0) for length in (2, 7, 20)]
     cold = Sampling(1e-4, 1.0, 0, 12, 0, 0)
-    found, expected = (Generator(model, [258], cold, "teacher").block(prompts) for model in (on_gpu, teacher_fp32))
+    found, expected = (InProcess(model, [258], "teacher").complete(prompts, cold) for model in (on_gpu, teacher_fp32))
     assert [one.completion_ids for one in found] == [one.completion_ids for one in expected]
 
 

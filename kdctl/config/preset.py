@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdctl.config.section import Count, Dtype, Natural, Positive, Section, Share
 
@@ -134,8 +134,18 @@ class RolloutSection(Section):
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
     seed: int = 0
     """Seed of the sampled tokens, and of a method that calibrates on them."""
+    engine: str = "transformers"
+    """What writes completions: ``transformers`` samples them in this process, reproducibly."""
     keep_states: Literal["no", "exact", "int8"] = "no"
     """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
+
+    @model_serializer(mode="wrap")
+    def _without_own_engine(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave what stores and variants are identified by as it was before there was a choice."""
+        values = handler(self)
+        if self.engine == "transformers":
+            values.pop("engine", None)
+        return values
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

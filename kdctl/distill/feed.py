@@ -8,17 +8,34 @@ micro-batches or another number of processes sees the same data.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from transformers import PreTrainedModel
 
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import shuffled_index, uniform
 from kdctl.config.preset import DistillSection
-from kdctl.rollout.sampler import Generator
+from kdctl.rollout.engine import RolloutEngine, record_of
+from kdctl.rollout.sampler import Item, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
-Source = Callable[[int], Rollout]
-"""Maps a slot to its rollout."""
+
+class RolloutSource(Protocol):
+    """Where the on-policy rows of a step come from."""
+
+    def prepare(self, step: int) -> None:
+        """Make sure that the rows of a step are there. Every process calls it."""
+        ...
+
+    def row(self, slot: int) -> Rollout:
+        """Return the rollout of a slot. Raises StoreError if there is none."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Take up what was there when training was interrupted after ``step`` steps."""
+        ...
 
 
 @dataclass
@@ -27,14 +44,14 @@ class Feed:
 
     settings: DistillSection
     off_policy: Sequence[Rollout]
-    on_policy: "Replay | Recorded | Live | None" = None
+    on_policy: RolloutSource | None = None
     processes: Processes = ALONE
 
     def rows(self, step: int) -> list[Rollout]:
         """Return the rollouts of one step, in row order, the same in every process."""
         count, settings = self.settings.rows_per_step, self.settings
-        if isinstance(self.on_policy, Live):
-            self.on_policy.refresh(step, self.processes)
+        if self.on_policy is not None:
+            self.on_policy.prepare(step)
         draws = on_policy_rows(settings.seed, step, count, settings.lmbda)
         return [self._row(step * count + row, drawn) for row, drawn in enumerate(draws)]
 
@@ -45,8 +62,18 @@ class Feed:
         return self.off_policy[index]
 
 
+class Stored:
+    """A source whose rows are all there before training starts."""
+
+    def prepare(self, step: int) -> None:
+        """Do nothing."""
+
+    def resume(self, step: int) -> None:
+        """Do nothing."""
+
+
 @dataclass
-class Replay:
+class Replay(Stored):
     """Student rollouts from a finished store, in reshuffled passes."""
 
     rollouts: Sequence[Rollout]
@@ -58,7 +85,7 @@ class Replay:
 
 
 @dataclass
-class Recorded:
+class Recorded(Stored):
     """The rollouts that another variant generated live, each in the slot that it filled there."""
 
     rollouts: Sequence[Rollout]
@@ -87,10 +114,13 @@ class Live:
 
     settings: DistillSection
     prompts: Sequence[Prompt]
-    generator: Generator
+    student: PreTrainedModel
+    engine: RolloutEngine
+    sampling: Sampling
     store: RolloutStore
     identity: str
     writer: str
+    processes: Processes = ALONE
     keep: Callable[[ShardEntry, Sequence[Rollout]], None] | None = None
     """Told of each shard before it is trained on, to keep the teacher's states of it."""
     progress: Callable[[int], None] | None = None
@@ -103,15 +133,15 @@ class Live:
         """Return the rollout of a slot of the current interval."""
         return self._rows[slot]
 
-    def refresh(self, step: int, processes: Processes = ALONE) -> None:
+    def prepare(self, step: int) -> None:
         """Make sure that the rollouts of a step's interval are there."""
         interval = step // self.settings.refresh_every
         if interval == self._interval:
             return
         if step != self._first(interval):
-            processes.main_first(lambda: self._reload(interval))
+            self.processes.main_first(lambda: self._reload(interval))
         else:
-            self._write(interval, processes)
+            self._write(interval)
         self._interval = interval
 
     def resume(self, step: int) -> None:
@@ -143,16 +173,21 @@ class Live:
             if drawn
         ]
 
-    def _write(self, interval: int, processes: Processes) -> None:
-        slots = self._slots(interval)
+    def _write(self, interval: int) -> None:
+        slots, processes = self._slots(interval), self.processes
         items = [(self.prompts[slot_index(s, len(self.prompts), self.settings.seed, "live")], s) for s in slots]
-        mine = processes.share(items)
-        rollouts = processes.merge(self.generator.block(mine, self._first(interval), self.progress) if mine else [])
-        if rollouts:
+        if items:
+            rollouts = self._generate(items, self._first(interval))
             entry = processes.on_main(lambda: self.store.write_shard(interval, rollouts, self.identity))
             self._note(interval, entry)
             processes.main_first(lambda: self._take(entry, rollouts))
         processes.on_main(lambda: self.store.finish(self._manifest()))
+
+    def _generate(self, items: Sequence[Item], step: int) -> list[Rollout]:
+        """Write completions with the student as it is after ``step`` steps, divided among the processes."""
+        self.engine.load(self.student, step)
+        mine = self.processes.share(items)
+        return self.processes.merge(self.engine.complete(mine, self.sampling, step, self.progress) if mine else [])
 
     def _reload(self, interval: int) -> None:
         entry = self.store.kept_shard(interval, self.identity) if self._slots(interval) else None
@@ -174,9 +209,10 @@ class Live:
             source="student",
             identity=self.identity,
             writer=self.writer,
-            sampling=self.generator.sampling.record(),
+            sampling=self.sampling.record(),
             shards=tuple(self._shards),
             steps=dict(self._steps),
+            engine=record_of(self.engine),
         )
 
 

@@ -20,7 +20,7 @@ from kdctl.distill.checkpoint import (
     save_checkpoint,
 )
 from kdctl.distill.divergence import Objective, divergence
-from kdctl.distill.feed import Feed, Live
+from kdctl.distill.feed import Feed
 from kdctl.distill.monitor import Monitor, Outcome, rollout_metrics
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.shadow import Shadow
@@ -238,7 +238,7 @@ def resume(trainer: Trainer, outputs: Outputs) -> int:
             "variant again, --name keeps both"
         )
     load_checkpoint(path, meta, trainer.shadow, trainer.optimizer, trainer.processes)
-    if isinstance(trainer.feed.on_policy, Live):
+    if trainer.feed.on_policy is not None:
         trainer.feed.on_policy.resume(meta.step)
     outputs.note(f"going on from step {meta.step} of {trainer.settings.steps}")
     return meta.step

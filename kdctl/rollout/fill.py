@@ -7,9 +7,10 @@ from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.data.prompts import PromptSet
 from kdctl.model.batch import split
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.engine import RolloutEngine, record_of
+from kdctl.rollout.sampler import Item, Sampling
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
+from kdctl.run.records import EngineRecord, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
 
@@ -24,7 +25,7 @@ class Plan:
     prompts_per_block: int
     num_generations: int = 1
 
-    def blocks(self) -> list[list[tuple[Prompt, int]]]:
+    def blocks(self) -> list[list[Item]]:
         """Cut (prompt, sample index) pairs into blocks of whole prompts."""
         size, prompts = self.prompts_per_block, self.prompts.prompts
         return [
@@ -32,13 +33,16 @@ class Plan:
             for i in range(0, len(prompts), size)
         ]
 
-    def manifest(self, shards: Sequence[ShardEntry], sampling: Sampling | None) -> StoreManifest:
-        """Describe the finished store."""
+    def manifest(
+        self, shards: Sequence[ShardEntry], sampling: Sampling | None = None, engine: RolloutEngine | None = None
+    ) -> StoreManifest:
+        """Describe the finished store; nobody sampled what a data set brought."""
         return StoreManifest(
             source=self.source,
             identity=self.identity,
             writer=self.writer,
             sampling=sampling.record() if sampling else None,
+            engine=record_of(engine) if engine else EngineRecord(),
             shards=tuple(shards),
             skipped_prompts=self.prompts.skipped,
         )
@@ -66,14 +70,19 @@ def usable(store: RolloutStore, identity: str) -> bool:
 
 
 def fill(
-    store: RolloutStore, plan: Plan, generator: Generator, reporter: Reporter, processes: Processes = ALONE
+    store: RolloutStore,
+    plan: Plan,
+    engine: RolloutEngine,
+    sampling: Sampling,
+    reporter: Reporter,
+    processes: Processes = ALONE,
 ) -> StoreManifest:
     """Generate a store block by block, keeping whole blocks of an earlier attempt; the manifest comes last.
 
     Blocks are divided among processes. Each is generated as it would be by one, so the store is the same.
     """
     processes.on_main(store.reopen)
-    longest = generator.sampling.max_new_tokens
+    longest = sampling.max_new_tokens
     blocks, shards = processes.share(list(enumerate(plan.blocks()))), []
     total, done = sum(len(block) for _, block in blocks) * longest, 0
     with reporter.task(f"generating {store.path.name} completions", "tokens") as advance:
@@ -81,11 +90,11 @@ def fill(
             entry = store.kept_shard(index, plan.identity)
             if entry is None:
                 drawn = _Counter(done, total, advance)
-                entry = store.write_shard(index, generator.block(block, progress=drawn), plan.identity)
+                entry = store.write_shard(index, engine.complete(block, sampling, progress=drawn), plan.identity)
             shards.append(entry)
             done += len(block) * longest
             advance(done, total)
-    manifest = plan.manifest(processes.merge(shards), generator.sampling)
+    manifest = plan.manifest(processes.merge(shards), sampling, engine)
     processes.on_main(lambda: store.finish(manifest))
     return manifest
 
@@ -106,6 +115,6 @@ def fill_from_dataset(store: RolloutStore, plan: Plan, rollouts: Sequence[Rollou
     store.reopen()
     blocks = enumerate(split(rollouts, plan.prompts_per_block))
     shards = [store.write_shard(index, block, plan.identity) for index, block in blocks]
-    manifest = plan.manifest(shards, None)
+    manifest = plan.manifest(shards)
     store.finish(manifest)
     return manifest

@@ -21,6 +21,8 @@ from kdctl.run.records import Prompt, Rollout, SamplingRecord
 from kdctl.system.cpu_products import packed
 
 Progress = Callable[[int], None]
+Item = tuple[Prompt, int]
+"""A prompt and the index of its sample."""
 PROMPT_TOKENS = 8192
 """Prompt tokens that are read in one pass."""
 SPAN = 256
@@ -75,45 +77,49 @@ class Row:
         return self.stopped or len(self.tokens) >= sampling.max_new_tokens
 
 
-class Generator:
-    """Samples completions from one model.
+class InProcess:
+    """Samples completions from a model in this process: what trains is what generates.
 
     stop: the tokens that end a completion. source: what the rollouts say about who wrote them. batch_size: completions
     in the making at once.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, stop: Sequence[int], sampling: Sampling, source: str, batch_size: int = 64
-    ):
+    name = "transformers"
+    reproducible = True
+
+    def __init__(self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64):
         self.model = model
         self.stop = set(stop)
-        self.sampling = sampling
         self.source = source
         self.batch_size = batch_size
 
-    def block(
-        self, items: Sequence[tuple[Prompt, int]], policy_step: int = 0, progress: Progress | None = None
+    def load(self, model: PreTrainedModel, policy_step: int) -> None:
+        """Take up a model; its weights are read where they are, so that nothing else is to be done."""
+        self.model = model
+
+    def complete(
+        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
     ) -> list[Rollout]:
         """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights."""
         rows = [Row(prompt, sample) for prompt, sample in items]
         with torch.inference_mode(), packed(self.model):
-            self._run(rows, policy_step, progress)
-        return [self._rollout(row, policy_step) for row in rows]
+            self._run(rows, sampling, policy_step, progress)
+        return [self._rollout(row, sampling.seed, policy_step) for row in rows]
 
-    def _run(self, rows: list[Row], policy_step: int, progress: Progress | None) -> None:
+    def _run(self, rows: list[Row], sampling: Sampling, policy_step: int, progress: Progress | None) -> None:
         """Draw a token for every active row and step; a row that finishes makes room for a waiting one."""
         waiting = sorted(rows, key=lambda row: -len(row.prompt.prompt_ids))
         size = min(self.batch_size, len(rows))
         longest = max(len(row.prompt.prompt_ids) for row in rows)
-        cache, active = RowCache(size, longest + self.sampling.max_new_tokens), []
+        cache, active = RowCache(size, longest + sampling.max_new_tokens), []
         while active or waiting:
             admitted = _admit(waiting, size - len(active))
             logits = self._forward(active, admitted, cache)
             active += admitted
-            self._draw(active, logits, policy_step)
+            self._draw(active, logits, sampling, policy_step)
             if progress is not None:
                 progress(len(active))
-            self._retire(active, cache)
+            _retire(active, cache, sampling)
 
     def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache) -> Tensor:
         """Read the active rows' last tokens and the admitted rows' prompts; return each row's next logits, (R, V).
@@ -140,9 +146,9 @@ class Generator:
             cache.copy(slots[0], slots[1:], length)
         return self.model.get_output_embeddings()(hidden[ends])  # pyright: ignore[reportOptionalCall]
 
-    def _draw(self, rows: list[Row], logits: Tensor, policy_step: int) -> None:
+    def _draw(self, rows: list[Row], logits: Tensor, sampling: Sampling, policy_step: int) -> None:
         """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
-        sampling, device = self.sampling, logits.device
+        device = logits.device
         keys = [(row.prompt.id, row.sample_index, len(row.tokens)) for row in rows]
         numbers = [uniform("token", sampling.seed, policy_step, *key) for key in keys]
         uniforms = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -164,16 +170,7 @@ class Generator:
             row.logprobs.append(logprob)
             row.stopped = token in self.stop
 
-    def _retire(self, active: list[Row], cache: RowCache) -> None:
-        """Take finished rows out, moving the last row into each gap so that the active ones stay side by side."""
-        for slot in reversed(range(len(active))):
-            if active[slot].finished(self.sampling):
-                last = active.pop()
-                if slot < len(active):
-                    active[slot] = last
-                    cache.copy(len(active), [slot], last.length - 1)
-
-    def _rollout(self, row: Row, policy_step: int) -> Rollout:
+    def _rollout(self, row: Row, seed: int, policy_step: int) -> Rollout:
         return Rollout(
             prompt_id=row.prompt.id,
             prompt_index=row.prompt.index,
@@ -183,9 +180,19 @@ class Generator:
             logprobs=row.logprobs,
             finish_reason="stop" if row.stopped else "length",
             policy_step=policy_step,
-            seed=self.sampling.seed,
+            seed=seed,
             source=self.source,
         )
+
+
+def _retire(active: list[Row], cache: RowCache, sampling: Sampling) -> None:
+    """Take finished rows out, moving the last row into each gap so that the active ones stay side by side."""
+    for slot in reversed(range(len(active))):
+        if active[slot].finished(sampling):
+            last = active.pop()
+            if slot < len(active):
+                active[slot] = last
+                cache.copy(len(active), [slot], last.length - 1)
 
 
 def _admit(waiting: list[Row], free: int) -> list[Row]:

@@ -7,7 +7,7 @@ writes has its own ``records.py`` there.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdctl.run.measures import TokenMeasure
 
@@ -102,6 +102,13 @@ class SamplingRecord(Record):
     seed: int
 
 
+class EngineRecord(Record):
+    """What sampled the completions of a store, and whether equal settings sample equal tokens again."""
+
+    name: str = "transformers"
+    reproducible: bool = True
+
+
 class StoreManifest(Record):
     """Index of a rollout store, written last; free of clock times so that equal runs leave equal bytes."""
 
@@ -115,6 +122,16 @@ class StoreManifest(Record):
     """Live stores only: training steps "first-last" to the (first, last + 1) rows written for them."""
     skipped_prompts: int = 0
     """Prompts left out because they were longer than max_prompt_tokens."""
+    engine: EngineRecord = EngineRecord()
+    """What sampled; written only where it is another than kdctl's own, which nothing said at first."""
+
+    @model_serializer(mode="wrap")
+    def _without_own_engine(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the bytes of a manifest, and so every identity that is made of them, as they were."""
+        values = handler(self)
+        if self.engine == EngineRecord():
+            values.pop("engine", None)
+        return values
 
     @property
     def rows(self) -> int:

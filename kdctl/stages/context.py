@@ -17,6 +17,7 @@ from kdctl.model.load import skeleton
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
 from kdctl.quant.methods import QUANTIZERS
+from kdctl.rollout.engine import engine_named
 from kdctl.run.paths import RunDir, read_record, write_record
 from kdctl.run.records import Versions
 from kdctl.system.distributed import ALONE, Processes
@@ -73,6 +74,7 @@ def open_run(
         check_same_model(base, preset, context.paths)
     teacher = Teacher(preset.teacher, preset.runtime, context.reporter)
     layers_of(teacher, preset)
+    engine_named(preset.rollout.engine)
     if not (context.paths.student / "quantize.json").exists():
         QUANTIZERS[preset.quantize.method].check(preset.quantize)
     if base is None:

@@ -23,6 +23,7 @@ from kdctl.model.activation_checkpointing import set_checkpointing
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import build_student, share_frozen
+from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.documents import PerDocument
@@ -36,9 +37,9 @@ from kdctl.stages.publish import accept_student, write_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
 from kdctl.stages.rollout import (
     Stores,
+    engine_of,
     ensure_rollouts,
     ensure_teacher_states,
-    generator,
     needed_sources,
     train_prompts,
 )
@@ -234,8 +235,18 @@ def _feed(context: Context, teacher: Teacher, plan: Plan, ptq: Student) -> tuple
 def _live(context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: TeacherStates | None) -> Live:
     """Generate during training into the variant's own store."""
     prompts, store = train_prompts(context, teacher).prompts, RolloutStore(plan.variant.rollouts)
-    sampler, writer = generator(context, teacher, ptq.model, "student"), fingerprint(context.paths.student)
-    live = Live(context.preset.distill, prompts, sampler, store, plan.identity, writer)
+    engine, sampling = engine_of(context, teacher, ptq.model, "student"), Sampling.of(context.preset.rollout)
+    live = Live(
+        settings=context.preset.distill,
+        prompts=prompts,
+        student=ptq.model,
+        engine=engine,
+        sampling=sampling,
+        store=store,
+        identity=plan.identity,
+        writer=fingerprint(context.paths.student),
+        processes=context.ranks,
+    )
     if states is not None:
         live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, teacher.load())
     return live

@@ -11,8 +11,9 @@ from kdctl.data.prompts import PromptSet, as_rollout
 from kdctl.formats.student import load_student
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
+from kdctl.rollout.engine import RolloutEngine, engine_named
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.records import Rollout
@@ -39,10 +40,10 @@ def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> 
     return found
 
 
-def generator(context: Context, teacher: Teacher, model: PreTrainedModel, source: str) -> Generator:
-    """Make a sampler of completions from a model, with the preset's settings."""
+def engine_of(context: Context, teacher: Teacher, model: PreTrainedModel, source: str) -> RolloutEngine:
+    """Make the engine that the preset names, to complete prompts with a model."""
     settings = context.preset.rollout
-    return Generator(model, teacher.stop_ids(), Sampling.of(settings), source, settings.batch_size)
+    return engine_named(settings.engine)(model, teacher.stop_ids(), source, settings.batch_size)
 
 
 def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> RolloutStore:
@@ -71,7 +72,8 @@ def fill_source(context: Context, teacher: Teacher, source: Source, store: Rollo
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, prompts)))
     else:
         model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
-        fill(store, plan, generator(context, teacher, model, source), context.reporter, context.ranks)
+        engine = engine_of(context, teacher, model, source)
+        fill(store, plan, engine, Sampling.of(settings), context.reporter, context.ranks)
     return True
 
 

@@ -17,7 +17,7 @@ from kdctl.eval.distribution import Yardstick
 from kdctl.formats.student import HELDOUT
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, usable
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument, from_table
 from kdctl.run.paths import read_record
@@ -50,8 +50,9 @@ def write_heldout(context: Context, teacher: Teacher, store: RolloutStore, plan:
     settings = context.preset.heldout
     sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
     source = "teacher" if plan.source == "heldout" else plan.source
-    generator = Generator(model, teacher.stop_ids(), sampling, source, settings.prompts_per_block)
-    fill(store, plan, generator, context.reporter, context.ranks)
+    # Never the engine of the preset: a yardstick must be the same however the training rollouts were written.
+    engine = InProcess(model, teacher.stop_ids(), source, settings.prompts_per_block)
+    fill(store, plan, engine, sampling, context.reporter, context.ranks)
 
 
 def ensure_heldout(context: Context, teacher: Teacher) -> RolloutStore:

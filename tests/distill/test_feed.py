@@ -10,7 +10,7 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection, PromptsSection
 from kdctl.data.prompts import PromptReader
 from kdctl.distill.feed import Feed, Live, Replay, on_policy_rows
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Rollout
 
@@ -23,8 +23,8 @@ def numbered(source: str, count: int) -> list[Rollout]:
 
 def live(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings=SETTINGS) -> Live:
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0).prompts
-    generator = Generator(teacher, [258], Sampling(1.0, 1.0, 0, 4, 0, 0), "student")
-    return Live(settings, prompts, generator, RolloutStore(folder), "identity", "writer")
+    engine, sampling = InProcess(teacher, [258], "student"), Sampling(1.0, 1.0, 0, 4, 0, 0)
+    return Live(settings, prompts, teacher, engine, sampling, RolloutStore(folder), "identity", "writer")
 
 
 def test_rows_come_from_the_source_that_the_draw_names() -> None:

@@ -18,7 +18,7 @@ from kdctl.base.progress import Advance, Silent
 from kdctl.cli.app import app
 from kdctl.data.prompts import PromptSet
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Prompt, Rollout
 
@@ -28,8 +28,8 @@ PLAN = Plan("teacher", "identity-one", "writer", PromptSet(PROMPTS, 2), prompts_
 
 
 @pytest.fixture
-def generator(teacher) -> Generator:
-    return Generator(teacher, (258,), SAMPLING, "teacher")
+def engine(teacher) -> InProcess:
+    return InProcess(teacher, (258,), "teacher")
 
 
 @pytest.fixture
@@ -41,18 +41,18 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-class Dying(Generator):
+class Dying(InProcess):
     """Fails when asked for more than ``lives`` blocks; counts those asked for."""
 
     lives = 0
     asked = 0
 
-    def block(self, items, policy_step=0, progress=None):
+    def complete(self, items, sampling, policy_step=0, progress=None):
         """Generate, or die."""
         if self.asked == self.lives:
             raise KeyboardInterrupt
         self.asked += 1
-        return super().block(items, policy_step, progress)
+        return super().complete(items, sampling, policy_step, progress)
 
 
 class Counting(Silent):
@@ -67,8 +67,8 @@ class Counting(Silent):
         yield lambda done, total: self.seen.append((done, total))
 
 
-def dying(generator: Generator, lives: int) -> Dying:
-    made = Dying(generator.model, tuple(generator.stop), generator.sampling, generator.source)
+def dying(engine: InProcess, lives: int) -> Dying:
+    made = Dying(engine.model, tuple(engine.stop), engine.source)
     made.lives = lives
     return made
 
@@ -94,66 +94,66 @@ def test_blocks_hold_whole_prompts_once_each_in_order(size, generations):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def test_independent_fills_are_equal_bytes(tmp_path, generator):
+def test_independent_fills_are_equal_bytes(tmp_path, engine):
     for name in ("one", "two"):
-        fill(RolloutStore(tmp_path / name), PLAN, generator, Silent())
+        fill(RolloutStore(tmp_path / name), PLAN, engine, SAMPLING, Silent())
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "one")) == 5
 
 
 @pytest.mark.parametrize("lives", [0, 1, 3])
-def test_resumed_fill_equals_an_undisturbed_one_and_repeats_no_block(tmp_path, generator, lives):
-    fill(RolloutStore(tmp_path / "whole"), PLAN, generator, Silent())
+def test_resumed_fill_equals_an_undisturbed_one_and_repeats_no_block(tmp_path, engine, lives):
+    fill(RolloutStore(tmp_path / "whole"), PLAN, engine, SAMPLING, Silent())
     store = RolloutStore(tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
-        fill(store, PLAN, dying(generator, lives), Silent())
+        fill(store, PLAN, dying(engine, lives), SAMPLING, Silent())
     assert not usable(store, PLAN.identity)
     store.path.mkdir(exist_ok=True)
     (store.path / f".shard-{lives:05d}.parquet.4242.tmp").write_bytes(b"half")
-    second = dying(generator, 4)
-    fill(store, PLAN, second, Silent())
+    second = dying(engine, 4)
+    fill(store, PLAN, second, SAMPLING, Silent())
     assert second.asked == 4 - lives
     assert contents(store.path) == contents(tmp_path / "whole")
 
 
-def test_damaged_shard_of_an_unfinished_store_is_generated_again(tmp_path, generator):
-    fill(RolloutStore(tmp_path / "whole"), PLAN, generator, Silent())
+def test_damaged_shard_of_an_unfinished_store_is_generated_again(tmp_path, engine):
+    fill(RolloutStore(tmp_path / "whole"), PLAN, engine, SAMPLING, Silent())
     store = RolloutStore(tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
-        fill(store, PLAN, dying(generator, 3), Silent())
+        fill(store, PLAN, dying(engine, 3), SAMPLING, Silent())
     for index, damage in enumerate((lambda data: data[:-9], lambda data: data[:99] + b"damage" + data[105:])):
         path = store.shard_path(index)
         path.write_bytes(damage(path.read_bytes()))
-    second = dying(generator, 4)
-    fill(store, PLAN, second, Silent())
+    second = dying(engine, 4)
+    fill(store, PLAN, second, SAMPLING, Silent())
     assert second.asked == 3
     assert contents(store.path) == contents(tmp_path / "whole")
 
 
-def test_shards_of_another_identity_are_not_reused(tmp_path, generator):
+def test_shards_of_another_identity_are_not_reused(tmp_path, engine):
     store = RolloutStore(tmp_path / "s")
     with pytest.raises(KeyboardInterrupt):
-        fill(store, PLAN, dying(generator, 2), Silent())
-    other = dying(generator, 4)
-    fill(store, dataclasses.replace(PLAN, identity="identity-two"), other, Silent())
+        fill(store, PLAN, dying(engine, 2), SAMPLING, Silent())
+    other = dying(engine, 4)
+    fill(store, dataclasses.replace(PLAN, identity="identity-two"), other, SAMPLING, Silent())
     assert other.asked == 4
     assert usable(store, "identity-two")
 
 
-def test_fewer_prompts_leave_no_old_shards(tmp_path, generator):
+def test_fewer_prompts_leave_no_old_shards(tmp_path, engine):
     store = RolloutStore(tmp_path / "s")
-    fill(store, PLAN, generator, Silent())
+    fill(store, PLAN, engine, SAMPLING, Silent())
     shorter = dataclasses.replace(PLAN, identity="identity-two", prompts=PromptSet(PROMPTS[:3], 0))
-    fill(store, shorter, generator, Silent())
+    fill(store, shorter, engine, SAMPLING, Silent())
     assert sorted(contents(store.path)) == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
     assert [r.prompt_id for r in store.read()] == ["p0", "p0", "p1", "p1", "p2", "p2"]
 
 
-def test_store_has_no_manifest_while_it_is_filled_anew(tmp_path, generator):
+def test_store_has_no_manifest_while_it_is_filled_anew(tmp_path, engine):
     store = RolloutStore(tmp_path / "s")
-    fill(store, PLAN, generator, Silent())
+    fill(store, PLAN, engine, SAMPLING, Silent())
     with pytest.raises(KeyboardInterrupt):
-        fill(store, dataclasses.replace(PLAN, identity="identity-two"), dying(generator, 1), Silent())
+        fill(store, dataclasses.replace(PLAN, identity="identity-two"), dying(engine, 1), SAMPLING, Silent())
     assert not usable(store, PLAN.identity)
     assert not usable(store, "identity-two")
 
@@ -161,8 +161,8 @@ def test_store_has_no_manifest_while_it_is_filled_anew(tmp_path, generator):
 # --- the finished store -----------------------------------------------------------------------------------------------
 
 
-def test_manifest_says_how_and_from_what(tmp_path, generator):
-    manifest = fill(RolloutStore(tmp_path / "s"), PLAN, generator, Silent())
+def test_manifest_says_how_and_from_what(tmp_path, engine):
+    manifest = fill(RolloutStore(tmp_path / "s"), PLAN, engine, SAMPLING, Silent())
     assert manifest == RolloutStore(tmp_path / "s").manifest()
     assert manifest.sampling == SAMPLING.record()
     assert manifest.sampling is not None
@@ -171,9 +171,9 @@ def test_manifest_says_how_and_from_what(tmp_path, generator):
     assert (manifest.rows, manifest.skipped_prompts) == (14, 2)
 
 
-def test_progress_ends_at_its_total_and_never_goes_back(tmp_path, generator):
+def test_progress_ends_at_its_total_and_never_goes_back(tmp_path, engine):
     reporter = Counting()
-    fill(RolloutStore(tmp_path / "s"), PLAN, generator, reporter)
+    fill(RolloutStore(tmp_path / "s"), PLAN, engine, SAMPLING, reporter)
     done = [step for step, _ in reporter.seen]
     assert done == sorted(done)
     assert len(set(done)) > 8
@@ -191,10 +191,10 @@ def test_dataset_store_holds_the_answers(tmp_path):
     assert list(RolloutStore(tmp_path / "s").read()) == rollouts
 
 
-def test_store_of_other_settings_is_refused_with_what_it_holds(tmp_path, generator):
+def test_store_of_other_settings_is_refused_with_what_it_holds(tmp_path, engine):
     store = RolloutStore(tmp_path / "s")
     assert not usable(store, PLAN.identity)
-    fill(store, PLAN, generator, Silent())
+    fill(store, PLAN, engine, SAMPLING, Silent())
     assert usable(store, PLAN.identity)
     with pytest.raises(StoreError, match=r"14 completions sampled with temperature=1\.0.*seed=0") as caught:
         usable(store, "identity-two")
@@ -202,9 +202,9 @@ def test_store_of_other_settings_is_refused_with_what_it_holds(tmp_path, generat
     assert store.read()
 
 
-def test_refused_yardstick_does_not_recommend_a_command_that_cannot_help(tmp_path, generator):
+def test_refused_yardstick_does_not_recommend_a_command_that_cannot_help(tmp_path, engine):
     store = RolloutStore(tmp_path / "heldout")
-    fill(store, dataclasses.replace(PLAN, source="heldout"), generator, Silent())
+    fill(store, dataclasses.replace(PLAN, source="heldout"), engine, SAMPLING, Silent())
     with pytest.raises(StoreError, match="another --run") as caught:
         usable(store, "identity-two")
     assert "--force" not in str(caught.value)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, 
 
 from kdctl.base.rng import uniform
 from kdctl.config.preset import RolloutSection
-from kdctl.rollout.sampler import Generator, Sampling, nucleus, sample
+from kdctl.rollout.sampler import InProcess, Sampling, nucleus, sample
 from kdctl.run.records import Prompt, Rollout
 
 EOS = 258
@@ -32,8 +32,7 @@ def ragged_prompts(count: int = 6) -> list[Prompt]:
 
 def generate(model: PreTrainedModel, prompts: list[Prompt], settings: Sampling, stop=STOPS, step=0) -> list[Rollout]:
     """Generate one completion a prompt, all in one block."""
-    generator = Generator(model, stop, settings, "teacher")
-    return generator.block([(prompt, 0) for prompt in prompts], step)
+    return InProcess(model, stop, "teacher").complete([(prompt, 0) for prompt in prompts], settings, step)
 
 
 @torch.no_grad()
@@ -195,9 +194,9 @@ def test_tokens_do_not_depend_on_the_rest_of_the_block(teacher_fp32, temperature
 def test_rows_that_follow_others_get_the_tokens_of_one_large_batch(teacher_fp32, temperature, batch_size):
     items = [(prompt, sample) for prompt in ragged_prompts(7) for sample in range(2)]
     settings = sampling(temperature=temperature)
-    large = Generator(teacher_fp32, STOPS, settings, "teacher").block(items)
+    large = InProcess(teacher_fp32, STOPS, "teacher").complete(items, settings)
     drawn: list[int] = []
-    small = Generator(teacher_fp32, STOPS, settings, "teacher", batch_size).block(items, progress=drawn.append)
+    small = InProcess(teacher_fp32, STOPS, "teacher", batch_size).complete(items, settings, progress=drawn.append)
     assert [rollout.completion_ids for rollout in small] == [rollout.completion_ids for rollout in large]
     assert max(drawn) == batch_size
     assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in large)
@@ -210,10 +209,10 @@ def test_completions_of_one_prompt_share_its_reading(teacher_fp32):
     )
     prompts = ragged_prompts(3)
     items = [(prompt, sample) for prompt in prompts for sample in range(4)]
-    found = Generator(teacher_fp32, (EOS,), EXACT, "teacher").block(items)
+    found = InProcess(teacher_fp32, (EOS,), "teacher").complete(items, EXACT)
     hook.remove()
     assert read[0] == sum(len(prompt.prompt_ids) for prompt in prompts)
-    alone = [Generator(teacher_fp32, (EOS,), EXACT, "teacher").block([item])[0] for item in items]
+    alone = [InProcess(teacher_fp32, (EOS,), "teacher").complete([item], EXACT)[0] for item in items]
     assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
 
 
@@ -247,7 +246,7 @@ def test_other_kinds_of_model_sample_the_same_in_any_block(kind):
 def test_first_and_second_tokens_follow_the_model(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
     settings = sampling(max_new_tokens=2)
-    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(4000)])
+    found = InProcess(teacher_fp32, (EOS,), "teacher").complete([(prompt, i) for i in range(4000)], settings)
     first = torch.tensor([rollout.completion_ids[0] for rollout in found])
     probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
     assert p_value(counts_of(first, 264), probabilities) > 1e-3
@@ -262,7 +261,7 @@ def test_first_and_second_tokens_follow_the_model(teacher_fp32):
 def test_temperature_shapes_the_completions_and_not_the_stored_logprobs(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
     settings = sampling(temperature=0.6, max_new_tokens=1)
-    found = Generator(teacher_fp32, (EOS,), settings, "teacher").block([(prompt, i) for i in range(3000)])
+    found = InProcess(teacher_fp32, (EOS,), "teacher").complete([(prompt, i) for i in range(3000)], settings)
     first = torch.tensor([rollout.completion_ids[0] for rollout in found])
     assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids, 0.6)) > 1e-3
     assert p_value(counts_of(first, 264), next_probabilities(teacher_fp32, prompt.prompt_ids)) < 1e-6
@@ -291,8 +290,8 @@ def test_stored_logprobs_are_the_unmasked_models_at_temperature_one(teacher_fp32
 
 def test_mean_surprise_of_exact_samples_is_the_models_entropy(teacher_fp32):
     prompt = Prompt("q", 0, list(range(40, 52)))
-    found = Generator(teacher_fp32, (EOS,), sampling(max_new_tokens=1), "teacher").block(
-        [(prompt, i) for i in range(3000)]
+    found = InProcess(teacher_fp32, (EOS,), "teacher").complete(
+        [(prompt, i) for i in range(3000)], sampling(max_new_tokens=1)
     )
     surprise = -torch.tensor([rollout.logprobs for rollout in found], dtype=torch.float64).squeeze(-1)
     probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
@@ -373,7 +372,7 @@ def test_masked_first_token_follows_the_renormalised_model(teacher_fp32):
     probabilities = next_probabilities(teacher_fp32, prompt.prompt_ids)
     stop = probabilities.topk(3).indices.tolist()
     settings = sampling(max_new_tokens=1, min_new_tokens=1)
-    found = Generator(teacher_fp32, stop, settings, "teacher").block([(prompt, i) for i in range(3000)])
+    found = InProcess(teacher_fp32, stop, "teacher").complete([(prompt, i) for i in range(3000)], settings)
     counts = counts_of(torch.tensor([rollout.completion_ids[0] for rollout in found]), 264)
     assert counts[stop].sum() == 0
     assert p_value(counts, probabilities.index_fill(0, torch.tensor(stop), 0.0)) > 1e-3
@@ -398,8 +397,8 @@ def test_other_key_other_tokens(teacher_fp32):
     ids = list(range(40, 60))
 
     def tokens(name: str = "p", index: int = 0, sample_index: int = 0, seed: int = 0, step: int = 0) -> tuple[int, ...]:
-        generator = Generator(teacher_fp32, (EOS,), sampling(seed=seed), "teacher")
-        (rollout,) = generator.block([(Prompt(name, index, ids), sample_index)], step)
+        engine = InProcess(teacher_fp32, (EOS,), "teacher")
+        (rollout,) = engine.complete([(Prompt(name, index, ids), sample_index)], sampling(seed=seed), step)
         return tuple(rollout.completion_ids)
 
     others = [tokens(name="other"), tokens(sample_index=1), tokens(seed=1), tokens(step=1)]
@@ -419,7 +418,7 @@ def test_global_random_state_is_neither_read_nor_moved(teacher_fp32):
 def test_rollouts_say_where_they_come_from(teacher_fp32):
     prompts = ragged_prompts(2)
     items = [(prompts[1], 0), (prompts[1], 1), (prompts[0], 5)]
-    found = Generator(teacher_fp32, (EOS,), sampling(seed=9), "student").block(items, policy_step=12)
+    found = InProcess(teacher_fp32, (EOS,), "student").complete(items, sampling(seed=9), policy_step=12)
     assert [(r.prompt_id, r.prompt_index, r.sample_index) for r in found] == [("p1", 1, 0), ("p1", 1, 1), ("p0", 0, 5)]
     assert [r.prompt_ids for r in found] == [prompt.prompt_ids for prompt, _ in items]
     assert {(r.seed, r.policy_step, r.source) for r in found} == {(9, 12, "student")}
@@ -427,8 +426,8 @@ def test_rollouts_say_where_they_come_from(teacher_fp32):
 
 def test_progress_counts_every_token(teacher_fp32):
     drawn: list[int] = []
-    generator = Generator(teacher_fp32, STOPS, EXACT, "teacher")
-    found = generator.block([(prompt, 0) for prompt in ragged_prompts()], progress=drawn.append)
+    engine = InProcess(teacher_fp32, STOPS, "teacher")
+    found = engine.complete([(prompt, 0) for prompt in ragged_prompts()], EXACT, progress=drawn.append)
     assert sum(drawn) == sum(len(rollout.completion_ids) for rollout in found)
     assert drawn == sorted(drawn, reverse=True)
 

@@ -26,7 +26,7 @@ from kdctl.model.load import load_model
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.rollout.fill import Plan, fill
-from kdctl.rollout.sampler import Generator, Sampling
+from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.paths import read_record
@@ -274,19 +274,23 @@ def write_stores(processes: Processes, folder: Path) -> None:
     model = load_model(folder / "float32", torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(folder / "float32")
     prompts = PromptReader(tokenizer, PromptsSection()).train(5, 0)
-    generator = Generator(model, [258], SAMPLING, "student")
+    engine = InProcess(model, [258], "student")
     plan = Plan("student", "identity", "writer", prompts, prompts_per_block=2, num_generations=2)
     divided, alone = RolloutStore(folder / "divided"), RolloutStore(folder / f"alone{processes.rank}")
-    assert fill(divided, plan, generator, Silent(), processes) == fill(alone, plan, generator, Silent())
+    assert fill(divided, plan, engine, SAMPLING, Silent(), processes) == fill(alone, plan, engine, SAMPLING, Silent())
     rows, counts = alone.read(), [len(rollout.completion_ids) for rollout in alone.read()]
     states, own = TeacherStates("teacher"), TeacherStates("teacher")
     states.fill(divided, model, Silent(), processes)
     own.fill(alone, model, Silent())
     assert torch.equal(states.of(rows, counts), own.of(rows, counts))
     settings = SETTINGS.model_copy(update={"lmbda": 0.5, "refresh_every": 2, "gradient_accumulation": 2})
+
+    def live(store: RolloutStore, who: Processes) -> Live:
+        return Live(settings, prompts.prompts, model, engine, SAMPLING, store, "identity", "writer", who)
+
     stores = [RolloutStore(folder / "live"), RolloutStore(folder / f"live{processes.rank}")]
     feeds = [
-        Feed(settings, rollouts(9), Live(settings, prompts.prompts, generator, store, "identity", "writer"), who)
+        Feed(settings, rollouts(9), live(store, who), who)
         for store, who in zip(stores, (processes, ALONE), strict=True)
     ]
     found, expected = [], []
@@ -297,7 +301,7 @@ def write_stores(processes: Processes, folder: Path) -> None:
     assert stores[0].manifest().steps == stores[1].manifest().steps
 
     def resumed() -> list[Rollout]:
-        again = Live(settings, prompts.prompts, generator, stores[0], "identity", "writer")
+        again = live(stores[0], ALONE)
         again.resume(2)
         return Feed(settings, rollouts(9), again).rows(2)
 
