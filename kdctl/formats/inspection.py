@@ -24,7 +24,7 @@ from kdctl.model import tokenizer as tokens
 from kdctl.model.folder import fingerprint, read_config, read_tensors, stop_ids
 from kdctl.model.load import load_model, ready
 from kdctl.model.tokenizer import check_vocabulary
-from kdctl.quant.affine import Grid, pack, pack_zero_point
+from kdctl.quant.affine import Grid, pack
 from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import from_table
@@ -168,7 +168,7 @@ class Inspection:
             if weight.codes.shape[1] * bits % 32:
                 _refill(f"{name}.weight_packed", pack(weight.codes, bits), self.tensors)
             if weight.codes.shape[0] * bits % 32 and not weight.grid.symmetric:
-                _refill(f"{name}.weight_zero_point", pack_zero_point(zero, bits), self.tensors)
+                _refill(f"{name}.weight_zero_point", pack(zero, bits, 0), self.tensors)
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise StoreError(f"{name} has values that are not finite")

@@ -14,6 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -28,9 +36,7 @@ from kdctl.quant.affine import (
     QuantizedWeight,
     dequantize,
     pack,
-    pack_zero_point,
     unpack,
-    unpack_zero_point,
 )
 from kdctl.run.paths import atomic_folder, sha256, write_record
 from kdctl.run.records import QuantizeReport
@@ -54,24 +60,25 @@ def quantization_config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
 
     ``dequantize`` lets a plain ``from_pretrained`` load asymmetric folders too; other loaders ignore the key.
     """
-    weights = {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": grid.symmetric,
-        "strategy": "group",
-        "group_size": grid.group_size,
-        "dynamic": False,
-    }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "dequantize": True,
-    }
+    weights = QuantizationArgs(
+        num_bits=grid.bits,
+        type=QuantizationType.INT,
+        symmetric=grid.symmetric,
+        strategy=QuantizationStrategy.GROUP,
+        group_size=grid.group_size,
+        dynamic=False,
+    )
+    group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=None, output_activations=None)
+    described = QuantizationConfig(
+        quant_method="compressed-tensors",
+        format="pack-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        config_groups={"group_0": group},
+        ignore=ignore,
+        kv_cache_scheme=None,
+    )
+    # what is not set here is left out, so that a newer compressed-tensors describes a grid in the same words
+    return described.model_dump(mode="json", exclude_unset=True) | {"dequantize": True}
 
 
 def packed_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -83,7 +90,7 @@ def packed_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         f"{name}.weight_shape": torch.tensor(weight.codes.shape),
     }
     if not weight.grid.symmetric:
-        tensors[f"{name}.weight_zero_point"] = pack_zero_point(weight.qparams.zero_point, bits)
+        tensors[f"{name}.weight_zero_point"] = pack(weight.qparams.zero_point, bits, 0)
     return tensors
 
 
@@ -94,8 +101,8 @@ def unpacked(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedW
     if grid.symmetric:
         zero = torch.full(scale.shape, grid.middle, dtype=torch.uint8)
     else:
-        zero = unpack_zero_point(tensors[f"{name}.weight_zero_point"], grid.bits, rows)
-    codes = unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
+        zero = unpack(tensors[f"{name}.weight_zero_point"], grid.bits, scale.shape, 0)
+    codes = unpack(tensors[f"{name}.weight_packed"], grid.bits, (rows, columns))
     return QuantizedWeight(codes, QParams(scale, zero), grid)
 
 

@@ -9,9 +9,12 @@ This is what compressed-tensors computes for the ``pack-quantized`` format, whic
 trains, generates, is evaluated and is saved goes through these functions and no others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from kdctl.config.preset import QuantizeSection
@@ -117,39 +120,22 @@ def dequantize(codes: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     return (difference * qparams.scale.unsqueeze(-1)).flatten(-2)
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack (rows, columns) unsigned integers below 2^bits into (rows, ⌈columns·bits/32⌉) int32 words, low bits first.
+def pack(values: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
+    """Pack (rows, columns) codes along one dimension into int32 words, as ``pack-quantized`` stores them.
 
-    A value may straddle two words: the layout is one stream of bits a row, as in compressed-tensors.
+    A value may straddle two words: ⌈n·bits/32⌉ of them hold n values. Zero points are packed along dimension 0.
     """
-    rows, columns = values.shape
-    words = -(-columns * bits // 32)
-    shifts = torch.arange(bits, device=values.device, dtype=torch.uint8)
-    stream = ((values.to(torch.uint8).unsqueeze(-1) >> shifts) & 1).flatten(1)
-    stream = torch.nn.functional.pad(stream, (0, words * 32 - columns * bits)).view(rows, words * 4, 8)
-    weights = 1 << torch.arange(8, device=values.device, dtype=torch.uint8)
-    octets = (stream * weights).sum(-1, dtype=torch.uint8)
-    return octets.contiguous().view(torch.int32)
+    return pack_to_int32((values.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8), bits, dim)
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Undo ``pack``: (rows, words) int32 to (rows, columns) uint8."""
-    # contiguous() would keep the strides of a transposed single word, which cannot be viewed as bytes
-    octets = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((octets.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : columns * bits]
-    weights = 1 << torch.arange(bits, device=packed.device, dtype=torch.uint8)
-    return (stream.unflatten(-1, (columns, bits)) * weights).sum(-1, dtype=torch.uint8)
-
-
-def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
-    """Pack zero points along out_features: (out_features, groups) to (words, groups) int32."""
-    return pack(zero_point.t(), bits).t().contiguous()
-
-
-def unpack_zero_point(packed: Tensor, bits: int, out_features: int) -> Tensor:
-    """Undo ``pack_zero_point``."""
-    return unpack(packed.t(), bits, out_features).t().contiguous()
+def unpack(packed: Tensor, bits: int, shape: Sequence[int], dim: Literal[0, 1] = 1) -> Tensor:
+    """Undo ``pack``: codes of that shape, uint8."""
+    if dim == 0:
+        return unpack(packed.t(), bits, shape[::-1]).t().contiguous()
+    # contiguous() would keep the strides of a transposed single word, which compressed-tensors cannot view as bytes
+    words = packed.clone(memory_format=torch.contiguous_format)
+    values = unpack_from_int32(words, bits, torch.Size(shape))
+    return (values.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).contiguous()
 
 
 def into_cell(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
