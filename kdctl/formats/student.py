@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
 from kdctl.model.folder import read_tensors
+from kdctl.model.hashes import known_sha256
 from kdctl.model.load import from_tensors
 from kdctl.quant.affine import (
     Grid,
@@ -179,7 +180,7 @@ def check_sums(folder: Path) -> None:
     listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
     needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
     for name in sorted(needed | listed.keys()):
-        if not (folder / name).is_file() or sha256(folder / name) != listed.get(name):
+        if not (folder / name).is_file() or known_sha256(folder / name, proven=True) != listed.get(name):
             raise StoreError(
                 f"{folder / name} is missing or damaged: it does not match {SUMS}; run the stage with --force"
             )

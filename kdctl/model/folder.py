@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
-from kdctl.run.paths import sha256
+from kdctl.model.hashes import known_sha256
 
 GENERATION = "generation_config.json"
 
@@ -55,7 +55,7 @@ def fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     generation = [folder / GENERATION] if (folder / GENERATION).is_file() else []
     for path in [folder / "config.json", *generation, *weight_files(folder)]:
-        total.update(f"{path.name}:{sha256(path)}\n".encode())
+        total.update(f"{path.name}:{known_sha256(path)}\n".encode())
     return total.hexdigest()
 
 

@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import GgufConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.model.folder import read_config
+from kdctl.model.hashes import known_sha256
 from kdctl.model.tokenizer import open_gguf_tokenizer
-from kdctl.run.paths import atomic_folder, cache_dir, sha256
+from kdctl.run.paths import atomic_folder, cache_dir
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
@@ -108,7 +109,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
 def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
     made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
-    return cache_dir() / "gguf" / f"{path.stem}-{sha256(path)[:16]}-{made_by}"
+    return cache_dir() / "gguf" / f"{path.stem}-{known_sha256(path)[:16]}-{made_by}"
 
 
 def find_config(

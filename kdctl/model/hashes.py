@@ -1,0 +1,55 @@
+"""Hashes of large files, remembered: no model is read twice for its fingerprint while its files do not change."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from kdctl.run.paths import cache_dir, sha256, write_text
+
+SETTLED_S = 2.0
+"""A file that changed less than this ago may change again without a later time stamp, so nothing is kept of it."""
+_KNOWN: dict[str, tuple[list[int], str]] = {}
+"""What this process has read itself."""
+
+
+def known_sha256(path: Path, proven: bool = False) -> str:
+    """Hash a file, or return what was found when it had the same size and time stamp.
+
+    proven: count only what this process has read itself, where the bytes on the disk are in question.
+    """
+    name, stamp = str(path.resolve()), _stamp(path)
+    if name in _KNOWN and _KNOWN[name][0] == stamp:
+        return _KNOWN[name][1]
+    kept = cache_dir() / "hashes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+    found = None if proven else _read(kept, stamp)
+    if found is None:
+        found = sha256(path)
+        if _stamp(path) != stamp or time.time() - stamp[1] / 1e9 < SETTLED_S:
+            return found
+        _write(kept, stamp, found)
+        _KNOWN[name] = (stamp, found)
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _read(kept: Path, stamp: list[int]) -> str | None:
+    """Return the hash that is kept for a file of this stamp; None for another one, or a damaged note."""
+    try:
+        note = json.loads(kept.read_text(encoding="utf-8"))
+        return str(note["sha256"]) if note["stamp"] == stamp else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _write(kept: Path, stamp: list[int], found: str) -> None:
+    """Keep a hash. Where the cache cannot be written the file is read again next time, which costs time only."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps({"stamp": stamp, "sha256": found}))
+    except OSError:
+        return

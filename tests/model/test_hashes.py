@@ -1,0 +1,86 @@
+"""Remembered hashes: each file is read once, and a file that changed is read again."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from kdctl.formats.student import check_sums, write_sums
+from kdctl.model import hashes
+from kdctl.model.folder import fingerprint
+from kdctl.run.paths import sha256
+
+HOUR = 3600
+
+
+@pytest.fixture
+def folder(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a model whose files are an hour old; nothing is remembered of them."""
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    for path in (tmp_path / "model").iterdir():
+        os.utime(path, (time.time() - HOUR, time.time() - HOUR))
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List the files that are hashed."""
+    names: list[str] = []
+    monkeypatch.setattr(hashes, "sha256", lambda path: names.append(path.name) or sha256(path))
+    return names
+
+
+def test_a_model_is_read_once_and_by_a_later_process_not_at_all(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fingerprint(folder)
+    assert read.count("model.safetensors") == 1
+    assert fingerprint(folder) == first
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    assert fingerprint(folder) == first
+    assert read.count("model.safetensors") == 1
+
+
+def test_a_changed_file_of_the_same_size_is_read_again(folder: Path, read: list[str]) -> None:
+    first, weights = fingerprint(folder), folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(folder) != first
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(folder) == first
+    assert read.count("model.safetensors") == 3, "what has just changed is not remembered"
+
+
+def test_integrity_is_never_taken_from_another_process(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sums(folder)
+    fingerprint(folder)
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    fingerprint(folder)
+    assert read.count("model.safetensors") == 1
+    check_sums(folder)
+    fingerprint(folder)
+    check_sums(folder)
+    assert read.count("model.safetensors") == 2
+
+
+def test_a_damaged_note_and_a_cache_that_cannot_be_written_cost_time_only(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = fingerprint(folder)
+    for note in (tmp_path / "cache" / "hashes").iterdir():
+        note.write_text("{")
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    assert fingerprint(folder) == first
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    assert fingerprint(folder) == first
+    assert read.count("model.safetensors") == 3
