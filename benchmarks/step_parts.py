@@ -123,9 +123,9 @@ def timed_step(trainer: Trainer, data: list[Rollout], batch: Batch, clock: Clock
 
 def floors(trainer: Trainer, batch: Batch, rates: tuple[float, float]) -> dict[str, float]:
     """Return the least seconds that each part could take. rates: operations and bytes a second."""
-    config, tokens, predicting = trainer.student.config, sum(batch.lengths), batch.completion_tokens
+    config, tokens, predicting = trainer.student.config, sum(batch.seq_lens), batch.completion_tokens
     linear = sum(parameter.numel() for parameter in trainer.shadow._parameters.values())
-    attention = sum(2 * length * length for length in batch.lengths) * config.num_hidden_layers
+    attention = sum(2 * length * length for length in batch.seq_lens) * config.num_hidden_layers
     attention *= config.num_attention_heads * config.head_dim  # QKᵀ and PV, the causal half of each
     forward = 2 * linear * tokens + attention
     head = 2 * trainer.head.weight.numel() * predicting

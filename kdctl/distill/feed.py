@@ -85,7 +85,7 @@ class Replay(Stored):
 
 
 @dataclass
-class Recorded(Stored):
+class ReplayedVariant(Stored):
     """The rollouts that another variant generated live, each in the slot that it filled there."""
 
     rollouts: Sequence[Rollout]

@@ -109,7 +109,7 @@ class Trainer:
         parts = split(self.processes.share(rollouts), settings.micro_batch_size)
         batches = [collate(part, settings.max_tokens) for part in parts]
         tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
-        self.shadow.spend = len(batches) == 1
+        self.shadow.last_pass = len(batches) == 1
         losses: list[Tensor] = []
         for part, batch in zip(parts, batches, strict=True):
             loss = self.loss(part, batch.to(self.student.device))

@@ -44,11 +44,11 @@ class Shadow(ABC):
     """Hooks between a student's quantized weights and the tensors that an optimizer moves.
 
     trained: those tensors by name, float32. The student holds Q of them after ``write_back`` and at the start, where it
-    is exactly the quantized model that was given. spend: the next backward pass is the last before ``write_back``, so
+    is exactly the quantized model that was given. last_pass: the next backward is the last before ``write_back``, so
     where backward has finished with a weight its gradient may take its place.
     """
 
-    spend = False
+    last_pass = False
 
     def __init__(self, student: nn.Module, weights: Weights):
         self.trained: dict[str, nn.Parameter] = {}
@@ -155,7 +155,7 @@ class ShadowWeights(Shadow):
             slope = position.round().clamp_(0, grid.max_code) - zero - torch.where(free, position - zero, 0.0)
             self._receive_scale(name, (grouped(gradient, grid.group_size) * slope).sum(-1))
         gradient.mul_(free.flatten(-2))
-        if self.spend:
+        if self.last_pass:
             gradient = local(self._parameters[name]).detach().copy_(gradient)
         _accumulate(self.trained[f"{name}.master"], gradient)
 

@@ -102,15 +102,15 @@ def use_layouts(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def forward(model: PreTrainedModel, input_ids: Tensor, places: Tensor, layout: Layout) -> Tensor:
+def forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
     """Run a model over the tokens of a layout, up to its final hidden states, (N, H).
 
-    input_ids, places: (N,) int64, the tokens and where each stands in its sequence. Raises ModelError if the model's
-    attention cannot take a layout.
+    input_ids, position_ids: (N,) int64, the tokens and their places in their sequences. Raises ModelError if the
+    model's attention cannot take a layout.
     """
     output = use_layouts(model).base_model(
         input_ids=input_ids.unsqueeze(0),
-        position_ids=places.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
         attention_mask=torch.empty(0, 0, 0, 0),  # every model hands four dimensions through, so that none builds a mask
         past_key_values=layout.cache,
         use_cache=layout.cache is not None,

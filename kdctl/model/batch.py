@@ -16,14 +16,14 @@ from kdctl.run.records import Rollout
 class Batch:
     """Sequences laid end to end, each prompt then completion; no token is padding.
 
-    input_ids, places: (N,) int64, tokens and where each stands in its sequence; predicting: (M,) int64, the tokens
-    whose successor carries loss; lengths, counts: tokens, and tokens that carry loss, of each sequence.
+    input_ids, position_ids: (N,) int64, tokens and their places in their sequences; predicting: (M,) int64, the tokens
+    whose successor carries loss; seq_lens, counts: tokens, and tokens that carry loss, of each sequence.
     """
 
     input_ids: Tensor
-    places: Tensor
+    position_ids: Tensor
     predicting: Tensor
-    lengths: tuple[int, ...]
+    seq_lens: tuple[int, ...]
     counts: tuple[int, ...]
 
     @property
@@ -37,8 +37,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Move to a device."""
-        ids, places, predicting = (tensor.to(device) for tensor in (self.input_ids, self.places, self.predicting))
-        return Batch(ids, places, predicting, self.lengths, self.counts)
+        ids, position_ids, predicting = (
+            tensor.to(device) for tensor in (self.input_ids, self.position_ids, self.predicting)
+        )
+        return Batch(ids, position_ids, predicting, self.seq_lens, self.counts)
 
 
 def split(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
@@ -73,7 +75,7 @@ def collate(rollouts: Sequence[Rollout], max_tokens: int | None = None) -> Batch
 def predicting_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the final hidden states that predict completion tokens, (M, H), with what backward needs of them."""
     batch = batch.to(model.device)
-    return forward(model, batch.input_ids, batch.places, Layout(batch.lengths))[batch.predicting]
+    return forward(model, batch.input_ids, batch.position_ids, Layout(batch.seq_lens))[batch.predicting]
 
 
 @torch.inference_mode()

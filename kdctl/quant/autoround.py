@@ -89,7 +89,7 @@ def autoround(task: Task, batches: Sequence[Batch], progress: Callable[[int, int
 
 def rectangle(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Stack the sequences of batches into one right-padded pair of tensors, (rows, T) int64, padding all 0."""
-    sequences = [row.cpu() for batch in batches for row in batch.input_ids.split(batch.lengths)]
+    sequences = [row.cpu() for batch in batches for row in batch.input_ids.split(batch.seq_lens)]
     return {
         "input_ids": pad_sequence(sequences, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in sequences], batch_first=True),

@@ -86,7 +86,7 @@ def first_inputs(
     ]
     try:
         for batch in batches:
-            forward(model, batch.input_ids, batch.places, Layout(batch.lengths))
+            forward(model, batch.input_ids, batch.position_ids, Layout(batch.seq_lens))
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,7 +11,7 @@ from kdctl import stats
 from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import identity, variant_name
-from kdctl.distill.feed import Feed, Live, Recorded, Replay
+from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant
 from kdctl.distill.fsdp import local_rows, shard, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.distill.monitor import Outcome
@@ -222,7 +222,7 @@ def _feed(context: Context, teacher: Teacher, plan: Plan, ptq: Student) -> tuple
     off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
     if settings.replay is not None and settings.lmbda > 0:
         store = recorded(context, settings.replay)
-        feed = Feed(settings, off_policy, Recorded(store.read(), settings.replay), ranks)
+        feed = Feed(settings, off_policy, ReplayedVariant(store.read(), settings.replay), ranks)
         return feed, ensure_teacher_states(context, teacher, [*stores.values(), store])
     states = ensure_teacher_states(context, teacher, stores.values())
     if settings.lmbda == 0:

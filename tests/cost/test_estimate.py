@@ -95,7 +95,7 @@ def test_what_is_trained_and_its_moments(
 def test_gradients(network: Network, teacher: PreTrainedModel, mode: dict[str, Any], micro_batches: int) -> None:
     preset = preset_with(mode | {"distill.gradient_accumulation": micro_batches})
     student, _, shadow = made(teacher, preset)
-    shadow.spend = micro_batches == 1
+    shadow.last_pass = micro_batches == 1
     for _ in range(micro_batches):
         backward(student)
     gradients = [parameter.grad for parameter in shadow.parameters()]

@@ -167,7 +167,7 @@ def test_prompt_tokens_carry_no_loss(teacher_fp32: PreTrainedModel) -> None:
     """Only where completion tokens are predicted may the student's hidden states receive a gradient."""
     batch = collate(rollouts(3), 64)
     states = predicting_states(teacher_fp32, batch)
-    hidden = forward(teacher_fp32, batch.input_ids, batch.places, Layout(batch.lengths)).detach() * 1.1
+    hidden = forward(teacher_fp32, batch.input_ids, batch.position_ids, Layout(batch.seq_lens)).detach() * 1.1
     hidden.requires_grad_(True)
     divergence(hidden[batch.predicting], states, head_of(teacher_fp32), Objective()).backward()
     assert hidden.grad is not None
@@ -184,8 +184,8 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_padded_rows(teacher_fp32: P
     reference = copy.deepcopy(student)
     packed = divergence(predicting_hidden(student, batch), predicting_states(teacher_fp32, batch), head, Objective())
     packed.backward()
-    ids = pad_sequence(list(batch.input_ids.split(batch.lengths)), batch_first=True)
-    places, lengths = torch.arange(ids.shape[1]), torch.tensor(batch.lengths).unsqueeze(-1)
+    ids = pad_sequence(list(batch.input_ids.split(batch.seq_lens)), batch_first=True)
+    places, lengths = torch.arange(ids.shape[1]), torch.tensor(batch.seq_lens).unsqueeze(-1)
     prompts = torch.tensor([len(item.prompt_ids) for item in data]).unsqueeze(-1)
     carries = ((places < lengths) & (places >= prompts))[:, 1:]
     mask = (places < lengths).long()

@@ -115,7 +115,7 @@ def test_a_gradient_may_take_the_place_of_its_weight_until_write_back(teacher: P
     for spend in (False, True):
         student = quantized(teacher, SETTINGS)
         shadow = ShadowWeights(student.model, student.weights, teacher)
-        shadow.spend = spend
+        shadow.last_pass = spend
         before = {name: student.model.get_parameter(f"{name}.weight").clone() for name in shadow.masters}
         loss_of(student.model(token_ids(0)).logits, 0).backward()
         gradients = {name: master.grad for name, master in shadow.masters.items()}

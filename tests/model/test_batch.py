@@ -34,7 +34,7 @@ ROLLOUTS = [rollout(index, *lengths) for index, lengths in enumerate(LENGTHS)]
 
 
 def sequences_of(batch: Batch) -> list[list[int]]:
-    return [part.tolist() for part in batch.input_ids.split(batch.lengths)]
+    return [part.tolist() for part in batch.input_ids.split(batch.seq_lens)]
 
 
 def completions_of(batch: Batch) -> list[list[int]]:
@@ -54,7 +54,7 @@ def test_loss_is_on_the_completion_and_nothing_else():
 def test_no_token_is_padding_and_places_count_from_each_start():
     batch = collate(ROLLOUTS, 999)
     assert len(batch.input_ids) == sum(map(sum, LENGTHS))
-    assert batch.places.tolist() == [place for lengths in LENGTHS for place in range(sum(lengths))]
+    assert batch.position_ids.tolist() == [place for lengths in LENGTHS for place in range(sum(lengths))]
 
 
 @pytest.mark.parametrize("max_tokens", [2, 4, 8, 11, 12, 999])
@@ -76,7 +76,7 @@ def test_a_first_token_without_a_prompt_has_no_predecessor_and_carries_no_loss()
 
 def test_predicting_and_targets_align_like_a_loop():
     batch = collate(ROLLOUTS, 12)
-    starts = [sum(batch.lengths[:row]) for row in range(len(batch.lengths))]
+    starts = [sum(batch.seq_lens[:row]) for row in range(len(batch.seq_lens))]
     places, targets = [], []
     for start, item in zip(starts, ROLLOUTS, strict=True):
         for place, token in enumerate(item.completion_ids, start=len(item.prompt_ids)):

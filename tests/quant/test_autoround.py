@@ -102,7 +102,7 @@ def test_calibration_rows_are_one_rectangle_with_masks_from_lengths() -> None:
     batches = random_batches()
     found = rectangle(batches)
     assert found["input_ids"].shape == found["attention_mask"].shape == (12, 40)
-    expected = [row for batch in batches for row in batch.input_ids.split(batch.lengths)]
+    expected = [row for batch in batches for row in batch.input_ids.split(batch.seq_lens)]
     for row, ids, mask in zip(expected, found["input_ids"], found["attention_mask"], strict=True):
         assert torch.equal(ids[: len(row)], row)
         assert int(mask.sum()) == int(mask[: len(row)].sum()) == len(row)
@@ -182,7 +182,7 @@ def divergence(teacher: PreTrainedModel, weights: Tuned) -> float:
     """Return the mean KL(teacher‖student) over the calibration tokens."""
     student, total, count = build_student(teacher, weights), 0.0, 0
     for batch in random_batches():
-        for row in batch.input_ids.split(batch.lengths):
+        for row in batch.input_ids.split(batch.seq_lens):
             p, q = (model(input_ids=row[None]).logits.double().log_softmax(-1) for model in (teacher, student))
             total += float((p.exp() * (p - q)).sum())
             count += len(row)

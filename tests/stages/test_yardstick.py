@@ -37,6 +37,6 @@ def test_the_teacher_reads_the_yardstick_once(smoke: Preset, tmp_path: Path) -> 
     assert measuring.yardstick() is measuring.yardstick()
     assert measuring.text_yardstick() is measuring.text_yardstick()
     first, few = measuring.yardstick(), measuring.yardstick(3)
-    assert sum(len(batch.lengths) for batch in few.batches) == 3 < sum(len(batch.lengths) for batch in first.batches)
+    assert sum(len(batch.seq_lens) for batch in few.batches) == 3 < sum(len(batch.seq_lens) for batch in first.batches)
     states = predicting_states(measuring.teacher.load(), first.batches[0])
     assert torch.equal(states, first.states[0])

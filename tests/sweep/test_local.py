@@ -117,7 +117,7 @@ def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     load = AutoModelForCausalLM.from_pretrained
     noted = lambda folder, **more: loaded.append(folder) or load(folder, **more)  # noqa: E731
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
-    passed = lambda model, batch: read.extend(batch.lengths) or predicting_states(model, batch)  # noqa: E731
+    passed = lambda model, batch: read.extend(batch.seq_lens) or predicting_states(model, batch)  # noqa: E731
     monkeypatch.setattr(teacher_states, "predicting_states", passed)
     entries = {"beta": {"values": [0.0, 1.0]}, "rollout.keep_states": {"value": "exact"}}
     board = board_of(tmp_path, tiny_dir, entries, evaluate=False)
