@@ -179,13 +179,9 @@ class Cost:
         return tokens * self.network.hidden * self.itemsize
 
     def _writing(self) -> dict[str, int]:
-        """The student while it is measured and saved; then what was stored, as kdctl and as transformers load it.
-
-        The folder is checked on the CPU, whatever the run's device.
-        """
+        """The student while it is measured and saved; what was stored is read back a layer at a time."""
         student = self.grid + self.quantized
-        checking = {"checking the folder": self.folder + 2 * self.model + student} if self.cpu else {}
-        return {"measuring and saving": self.linears + student + self.network.loss_bytes(self.cpu), **checking}
+        return {"measuring and saving": self.linears + student + self.network.loss_bytes(self.cpu)}
 
     # --- disk and tokens --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -19,7 +18,18 @@ from kdctl.base.errors import KdctlError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.eval import distribution as metrics
 from kdctl.formats.layout import expected_tensors
-from kdctl.formats.student import HELDOUT, REPORT, SUMS, Student, check_sums, folder_bytes, read_student, stored_grid
+from kdctl.formats.proof import check_finite, check_forms, check_grid, decompressed, some
+from kdctl.formats.student import (
+    HELDOUT,
+    REPORT,
+    SUMS,
+    Student,
+    check_sums,
+    folder_bytes,
+    packed_tensors,
+    read_student,
+    stored_grid,
+)
 from kdctl.model import tokenizer as tokens
 from kdctl.model.folder import fingerprint, read_config, read_tensors, stop_ids
 from kdctl.model.load import load_model, ready
@@ -96,7 +106,7 @@ class Inspection:
         model, found = AutoModelForCausalLM.from_pretrained(self.folder, output_loading_info=True)  # pyright: ignore
         wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if wrong:
-            raise StoreError(f"transformers finds missing or unexpected tensors: {_some(wrong)}")
+            raise StoreError(f"transformers finds missing or unexpected tensors: {some(wrong)}")
         return ready(model, self.device)
 
     @cached_property
@@ -130,7 +140,7 @@ class Inspection:
         files = {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()}
         strangers = sorted(name for name in files - listed - {SUMS} if not name.startswith("."))
         if strangers:
-            raise StoreError(f"{SUMS} does not cover {_some(strangers)}")
+            raise StoreError(f"{SUMS} does not cover {some(strangers)}")
         return f"{len(listed)} files match {SUMS}"
 
     def record(self) -> str:
@@ -150,28 +160,20 @@ class Inspection:
     def shapes(self) -> str:
         """Compare the stored tensors with those that the configuration demands."""
         expected = expected_tensors(self.config, self.folder)
-        missing, strange = expected.keys() - self.tensors.keys(), self.tensors.keys() - expected.keys()
-        if missing or strange:
-            raise StoreError(f"missing: {_some(sorted(missing))}; not expected: {_some(sorted(strange))}")
-        for name, form in expected.items():
-            form.check(name, self.tensors[name])
+        check_forms(self.tensors, expected)
         return f"{len(expected)} tensors have the shapes and types that config.json demands, none is missing or extra"
 
     def numbers(self) -> str:
         """Look at scales, zero points, the bits that fill up packed words, and the unquantized numbers."""
         for name, weight in self.student.weights.items():
-            scale, zero, bits = weight.qparams.scale, weight.qparams.zero_point, weight.grid.bits
-            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise StoreError(f"{name}.weight_scale has values that are not finite and positive")
-            if int(zero.max()) > weight.grid.max_code:
-                raise StoreError(f"{name}.weight_zero_point has values above {weight.grid.max_code}")
+            check_grid(name, weight)
+            zero, bits = weight.qparams.zero_point, weight.grid.bits
             if weight.codes.shape[1] * bits % 32:
                 _refill(f"{name}.weight_packed", pack(weight.codes, bits), self.tensors)
             if weight.codes.shape[0] * bits % 32 and not weight.grid.symmetric:
                 _refill(f"{name}.weight_zero_point", pack(zero, bits, 0), self.tensors)
         for name, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise StoreError(f"{name} has values that are not finite")
+            check_finite(name, tensor)
         return f"scales of {len(self.student.weights)} layers are finite and positive, zero points are codes"
 
     @torch.no_grad()
@@ -180,7 +182,7 @@ class Inspection:
         mine, theirs = self.student.model.state_dict(), self.plain.state_dict()
         if mine.keys() != theirs.keys():
             raise StoreError(
-                f"kdctl and transformers load different tensors: {_some(sorted(mine.keys() ^ theirs.keys()))}"
+                f"kdctl and transformers load different tensors: {some(sorted(mine.keys() ^ theirs.keys()))}"
             )
         for name, tensor in mine.items():
             if tensor.dtype != theirs[name].dtype or not torch.equal(tensor, theirs[name]):
@@ -193,10 +195,8 @@ class Inspection:
     def _reference(self, name: str) -> Tensor:
         """Decompress one layer as the package compressed-tensors does."""
         group = self.config.to_dict()["quantization_config"]["config_groups"]["group_0"]
-        parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-        local = {part: self.tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in self.tensors}
-        scheme = QuantizationScheme.model_validate(group)
-        return PackedQuantizationCompressor.decompress(local, scheme)["weight"]
+        parts = {key: self.tensors[key] for key in packed_tensors(name, self.student.weights[name])}
+        return decompressed(name, parts, QuantizationScheme.model_validate(group))
 
     @torch.inference_mode()
     def logits(self) -> str:
@@ -240,7 +240,7 @@ class Inspection:
         own = {key: value for key, value in self.config.to_dict().items() if key in theirs.keys() - OWN_KEYS}
         different = sorted(key for key, value in own.items() if value != theirs[key])
         if different:
-            raise StoreError(f"config.json and the teacher's differ in {_some(different)}")
+            raise StoreError(f"config.json and the teacher's differ in {some(different)}")
         return f"{len(own)} settings of the network are the teacher's"
 
     def layer_errors(self) -> str:
@@ -283,8 +283,3 @@ def _refill(name: str, packed: Tensor, stored: dict[str, Tensor]) -> None:
     """Raise StoreError if bits that fill up the last word of a row are set."""
     if not torch.equal(packed.cpu(), stored[name]):
         raise StoreError(f"{name} has bits set that belong to no code")
-
-
-def _some(names: list[str]) -> str:
-    """Name the first few."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

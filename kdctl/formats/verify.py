@@ -1,7 +1,7 @@
 """Proves a student folder: integrity, tensors, numbers, and three loaders that agree to the bit.
 
 What can be proven from the folder alone must be; what needs the teacher is "unknown", with the reason, where there is
-none. The first part also is the gate that every new folder passes before it takes its place.
+none. ``accept`` is the gate that every new folder passes before it takes its place, with its student still in memory.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from kdctl.base.errors import KdctlError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.formats.inspection import Inspection, Teacher, Unknown
+from kdctl.formats.proof import prove
 from kdctl.formats.records import Check, VerifyReport
+from kdctl.formats.student import Student
 from kdctl.model.load import torch_dtype
 from kdctl.model.reference import model_folder
 from kdctl.run.paths import enclosing_run, read_record, replace_folder
@@ -49,21 +51,37 @@ def find_teacher(folder: Path, reference: str | None = None) -> Teacher:
 def verify(folder: Path, teacher: Teacher, device: torch.device) -> VerifyReport:
     """Make every check. Raises StoreError if the folder is no student folder at all."""
     found = Inspection(folder, teacher, device)
+    stored = [
+        _check("integrity", found.integrity),
+        _check("record", found.record),
+        _check("tensors", found.shapes),
+        _check("grid", found.numbers),
+        _check("loaders", found.loaders),
+        _check("logits", found.logits),
+        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
+    ]
     measured = [
         _check("teacher", found.same_teacher, needs_teacher=True),
         _check("configuration", found.same_configuration, needs_teacher=True),
         _check("error of each layer", found.layer_errors, needs_teacher=True),
         _check("KL to the teacher", found.divergence, needs_teacher=True),
     ]
-    return _report(folder, [*_gate_checks(found), *measured])
+    return _report(folder, [*stored, *measured])
 
 
-def accept(pending: Path, folder: Path, teacher: Teacher, device: torch.device) -> None:
-    """Give a new student folder its place if it passes every check that only costs seconds.
+def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> None:
+    """Give a new folder its place if what it stores is the student in memory, and its records and tokenizer agree.
 
     Raises StoreError if it does not; then it is kept as ``<name>.failed`` and what was in its place stays.
     """
-    report = _report(folder, _gate_checks(Inspection(pending, teacher, device)))
+    found = Inspection(pending, teacher, torch.device("cpu"))
+    checks = [
+        _check("integrity", found.integrity),
+        _check("record", found.record),
+        _check("tensors", lambda: prove(pending, student)),
+        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
+    ]
+    report = _report(folder, checks)
     if report.passed:
         replace_folder(pending, folder)
         return
@@ -78,18 +96,6 @@ def accept(pending: Path, folder: Path, teacher: Teacher, device: torch.device) 
 
 def _report(folder: Path, checks: list[Check]) -> VerifyReport:
     return VerifyReport(folder=str(folder), passed=all(check.acceptable for check in checks), checks=tuple(checks))
-
-
-def _gate_checks(found: Inspection) -> list[Check]:
-    return [
-        _check("integrity", found.integrity),
-        _check("record", found.record),
-        _check("tensors", found.shapes),
-        _check("grid", found.numbers),
-        _check("loaders", found.loaders),
-        _check("logits", found.logits),
-        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
-    ]
 
 
 def _check(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:

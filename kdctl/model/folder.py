@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -48,6 +48,23 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
                 yield name, file.get_tensor(name)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files by name; each is read when it is asked for, and not kept."""
+
+    def __init__(self, folder: Path):
+        files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not iterable
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def fingerprint(folder: Path) -> str:

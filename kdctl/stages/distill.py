@@ -33,7 +33,7 @@ from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 from kdctl.stages.context import Context, versions
 from kdctl.stages.gate import check_gap
-from kdctl.stages.publish import accept_student, write_student
+from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
 from kdctl.stages.rollout import (
     Stores,
@@ -152,7 +152,7 @@ def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
 
 
 def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocument, watch: Watch | None) -> Trained:
-    """Train the PTQ student and write it beside its place. It ends with this call: the gate needs its room."""
+    """Train the PTQ student and publish what it became."""
     teacher = measuring.teacher
     student = load_student(context.paths.student, teacher.device)
     share_frozen(student.model, teacher.load(), student.weights)
@@ -255,7 +255,7 @@ def _live(context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: 
 def _write_trained(
     context: Context, measuring: Measuring, plan: Plan, student: Student, before: PerDocument, outcome: Outcome
 ) -> Trained:
-    """Measure the trained student and write it beside its place."""
+    """Measure the trained student and publish it as ``final/``."""
     after = measuring.measure(student.model, "distilled student")
     described = describe_student(context, measuring, student, plan.identity, after)
     summary, removed = distribution.summarize(before), stats.removed(after[FORWARD_KL], before[FORWARD_KL])
@@ -265,13 +265,13 @@ def _write_trained(
             f"→ {described.distribution.forward_kl.value:.4f}; lower distill.lr"
         )
     training = Training(plan.variant.name, context.preset.distill, outcome.kept_step, summary, removed)
-    write_student(measuring.teacher, plan.variant.final, student, described, after, training)
+    said = Described(described, after, training)
+    publish_student(context, measuring.teacher, plan.variant.final, student, said)
     return Trained(outcome, summary, described.distribution, removed)
 
 
 def _finish_variant(context: Context, teacher: Teacher, plan: Plan, trained: Trained) -> DistillReport:
-    """Verify ``final/`` and move it in, then write ``distill.json``."""
-    accept_student(context, teacher, plan.variant.final)
+    """Write ``distill.json``, which says that the variant is complete."""
     settings, lines, stores = context.preset.distill, read_metrics(plan.variant.metrics), plan.stores
     if settings.live:
         stores = {**stores, "student": RolloutStore(plan.variant.rollouts)}

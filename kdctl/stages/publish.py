@@ -1,8 +1,9 @@
-"""Writes student folders: the model card with them, and the gate before them."""
+"""Publishes student folders: the model card with them, and the gate before them."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
@@ -15,42 +16,27 @@ from kdctl.model.teacher import Teacher
 from kdctl.run.documents import PerDocument, as_table
 from kdctl.run.records import QuantizeReport
 from kdctl.stages.context import Context
-from kdctl.system.memory import give_back
 
 
-def write_student(
-    teacher: Teacher,
-    folder: Path,
-    student: Student,
-    report: QuantizeReport,
-    per_document: PerDocument,
-    training: Training | None = None,
-) -> None:
-    """Write a student folder beside its place, where ``accept_student`` finds it.
+@dataclass(frozen=True)
+class Described:
+    """What a folder says of its student. training: how it was trained, None for a PTQ student."""
 
-    training: how it was trained, None for a PTQ student.
+    report: QuantizeReport
+    per_document: PerDocument
+    training: Training | None = None
+
+
+def publish_student(context: Context, teacher: Teacher, folder: Path, student: Student, said: Described) -> None:
+    """Write a student folder and give it its place once its files prove to hold the student in memory.
+
+    Raises StoreError if they do not.
     """
-    origin = origin_of(teacher)
-    table = as_table(per_document)
-    save_student(
-        _pending(folder), student, teacher.tokenizer(), report, table, lambda sized: model_card(sized, origin, training)
-    )
-
-
-def accept_student(context: Context, teacher: Teacher, folder: Path) -> None:
-    """Verify a folder that ``write_student`` wrote and move it to its place. Raises StoreError if it does not verify.
-
-    The model is loaded twice more for that, so the caller should hold no student any longer. It is loaded to the CPU:
-    what is compared is the same everywhere, and an accelerator that holds the teacher may have no room left.
-    """
-    give_back()
+    origin, pending = origin_of(teacher), folder.with_name(f".{folder.name}.new")
+    card = partial(model_card, origin=origin, training=said.training)
+    save_student(pending, student, teacher.tokenizer(), said.report, as_table(said.per_document), card)
     with context.reporter.task(f"verifying {folder.name}"):
-        original = Original(teacher.folder(), teacher.dtype, teacher.fingerprint())
-        accept(_pending(folder), folder, original, torch.device("cpu"))
-
-
-def _pending(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.new")
+        accept(pending, folder, student, Original(teacher.folder(), teacher.dtype, teacher.fingerprint()))
 
 
 def origin_of(teacher: Teacher) -> Origin:

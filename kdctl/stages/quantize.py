@@ -22,7 +22,7 @@ from kdctl.run.documents import PerDocument
 from kdctl.run.paths import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport
 from kdctl.stages.context import Context, layers_of, versions
-from kdctl.stages.publish import accept_student, write_student
+from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.rollout import ensure_rollouts
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
@@ -61,18 +61,12 @@ def _finished(context: Context, recipe: Recipe, path: Path) -> QuantizeReport:
 
 
 def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe, path: Path) -> QuantizeReport:
-    """Make and measure the student, and accept it."""
-    _write_new(context, teacher, measuring, recipe)
-    accept_student(context, teacher, context.paths.student)
-    return read_record(path, QuantizeReport)
-
-
-def _write_new(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe) -> None:
-    """Make the student, measure it and write it beside its place. It ends with this call: the gate needs its room."""
+    """Make the student, measure it and publish it."""
     student, seconds = make_student(context, teacher, recipe)
     per_document = measuring.measure(student.model, "student")
     report = describe_student(context, measuring, student, recipe.identity, per_document, seconds)
-    write_student(teacher, context.paths.student, student, report, per_document)
+    publish_student(context, teacher, path.parent, student, Described(report, per_document))
+    return read_record(path, QuantizeReport)
 
 
 def compare(

@@ -390,7 +390,7 @@ def damaging(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("damaging")
 def test_the_gate_keeps_a_failed_student_under_another_name(smoke: Preset, tmp_path: Path) -> None:
     job = open_run(smoke, tmp_path)
-    with pytest.raises(StoreError, match=r"grid: .*weight_scale.*student\.failed"):
+    with pytest.raises(StoreError, match=r"tensors: .*weight_scale.*student\.failed"):
         pipeline.quantize(*job)
     assert sorted(path.name for path in tmp_path.glob("*student*")) == ["student.failed"]
     assert (tmp_path / "student.failed" / "model.safetensors").is_file()

@@ -1,16 +1,17 @@
-"""What is in memory when a new student folder is verified, on the tiny model."""
+"""What is in memory when a new student folder is proven, on the tiny model."""
 
 import gc
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
-from kdctl.formats.verify import accept
-from kdctl.stages import pipeline, publish
+from kdctl.formats import verify
+from kdctl.formats.proof import prove
+from kdctl.formats.student import Student
+from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
 
 
@@ -21,18 +22,19 @@ def _living() -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["weights", "lora", "scales"])
-def test_the_student_is_gone_from_memory_when_its_folder_is_verified(
+def test_no_model_but_the_teacher_and_the_student_is_in_memory_during_the_proof(
     smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str
 ) -> None:
     preset = build_preset(smoke.model_dump(), {"distill.train": train, "distill.steps": 1}, "test")
     job = open_run(preset, tmp_path)
     held, found = [job.teacher.load(), *_living()], []
 
-    def looked(pending: Path, folder: Path, teacher: publish.Original, device: torch.device) -> None:
-        found.append([thing for thing in _living() if not any(thing is other for other in held)])
-        assert device == torch.device("cpu")
-        accept(pending, folder, teacher, device)
+    def looked(folder: Path, student: Student) -> str:
+        said = prove(folder, student)
+        own = [*held, *student.model.modules()]
+        found.append([thing for thing in _living() if not any(thing is other for other in own)])
+        return said
 
-    monkeypatch.setattr(publish, "accept", looked)
+    monkeypatch.setattr(verify, "prove", looked)
     pipeline.distill(*job, name="one")
     assert found == [[], []], "of quantize and of distill"
