@@ -29,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
 from kdctl.model.folder import read_tensors
-from kdctl.model.hashes import known_sha256
+from kdctl.model.hashes import known_sha256, written_sha256
 from kdctl.model.load import from_tensors
 from kdctl.quant.affine import (
     Grid,
@@ -39,7 +39,7 @@ from kdctl.quant.affine import (
     pack,
     unpack,
 )
-from kdctl.run.paths import atomic_folder, sha256, write_record
+from kdctl.run.paths import atomic_folder, write_record
 from kdctl.run.records import QuantizeReport
 
 SUMS = "SHA256SUMS"
@@ -165,7 +165,7 @@ def folder_bytes(folder: Path) -> int:
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every file of a folder, in the format of the sha256sum command."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{written_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -9,8 +9,8 @@ from kdctl.run.paths import cache_dir, sha256, write_text
 
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again without a later time stamp, so nothing is kept of it."""
-_KNOWN: dict[str, tuple[list[int], str]] = {}
-"""What this process has read itself."""
+_KNOWN: dict[tuple[int, ...], str] = {}
+"""What this process has read itself, by file and time stamp: a file keeps them when its folder is renamed."""
 
 
 def known_sha256(path: Path, proven: bool = False) -> str:
@@ -19,8 +19,8 @@ def known_sha256(path: Path, proven: bool = False) -> str:
     proven: count only what this process has read itself, where the bytes on the disk are in question.
     """
     name, stamp = str(path.resolve()), _stamp(path)
-    if name in _KNOWN and _KNOWN[name][0] == stamp:
-        return _KNOWN[name][1]
+    if (key := _key(path)) in _KNOWN:
+        return _KNOWN[key]
     kept = cache_dir() / "hashes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
     found = None if proven else _read(kept, stamp)
     if found is None:
@@ -28,8 +28,18 @@ def known_sha256(path: Path, proven: bool = False) -> str:
         if _stamp(path) != stamp or time.time() - stamp[1] / 1e9 < SETTLED_S:
             return found
         _write(kept, stamp, found)
-        _KNOWN[name] = (stamp, found)
+        _KNOWN[key] = found
     return found
+
+
+def written_sha256(path: Path) -> str:
+    """Hash a file that this process has just written where no other looks, and remember it wherever it is moved."""
+    _KNOWN[_key(path)] = found = sha256(path)
+    return found
+
+
+def _key(path: Path) -> tuple[int, ...]:
+    return (path.stat().st_dev, *_stamp(path))
 
 
 def _stamp(path: Path) -> list[int]:

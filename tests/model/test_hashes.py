@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kdctl.base.errors import StoreError
 from kdctl.formats.student import check_sums, write_sums
 from kdctl.model import hashes
 from kdctl.model.folder import fingerprint
@@ -61,14 +62,30 @@ def test_integrity_is_never_taken_from_another_process(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sums(folder)
-    fingerprint(folder)
-    monkeypatch.setattr(hashes, "_KNOWN", {})
-    fingerprint(folder)
-    assert read.count("model.safetensors") == 1
-    check_sums(folder)
-    fingerprint(folder)
-    check_sums(folder)
+    for _ in range(2):  # the first notes what the second takes
+        monkeypatch.setattr(hashes, "_KNOWN", {})
+        fingerprint(folder)
     assert read.count("model.safetensors") == 2
+    check_sums(folder)
+    fingerprint(folder)
+    check_sums(folder)
+    assert read.count("model.safetensors") == 3
+
+
+def test_what_was_just_written_is_known_where_it_is_moved_to_until_it_changes(
+    folder: Path, read: list[str], tmp_path: Path
+) -> None:
+    write_sums(folder)
+    moved = folder.rename(tmp_path / "moved")
+    check_sums(moved)
+    fingerprint(moved)
+    assert read.count("model.safetensors") == 1
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(StoreError, match="does not match"):
+        check_sums(moved)
 
 
 def test_a_damaged_note_and_a_cache_that_cannot_be_written_cost_time_only(
