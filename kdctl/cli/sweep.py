@@ -128,7 +128,7 @@ def sweep(
         found = read_sweep(request.file)
         folder = where.run or Path("runs") / found.name
         if values:
-            run_one(request, found, folder, values)
+            run_one(request, found, folder, values, dry_run)
         elif dry_run:
             show_plan(planned(request, found, folder))
         elif where.backend == "wandb":
@@ -198,15 +198,20 @@ def watched(board: "Board", reporter: console.ConsoleReporter) -> Iterator[None]
         yield
 
 
-def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str]) -> None:
-    """Run one trial with values from the command line, as a wandb agent does."""
+def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str], dry_run: bool) -> None:
+    """Run one trial with values from the command line, as a wandb agent does, or print it."""
     from kdctl.sweep.board import Board
     from kdctl.sweep.plan import base_plan, parse_trial
+    from kdctl.sweep.records import TrialRecord
 
     overrides = resolve.parse_assignments(request.settings or [])
     plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
     values = parse_trial(found, assignments)
     plan.trial_preset(values)
+    if dry_run:
+        name = plan.variant(values, plan.preset)
+        views.show_trials([TrialRecord(number=0, values=values, status="waiting", variant=name)])
+        return
     prepare_libraries(plan.preset.runtime.offline, request.verbose)
     from kdctl.sweep.local import LocalSweep
 

@@ -80,6 +80,16 @@ def test_a_dry_run_prints_the_trials_imports_nothing_heavy_and_leaves_nothing(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_one_trial_prints_that_one_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli.app, ["sweep", "beta_lambda_grid", "lmbda=1", "beta=0.5", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert [name for name in ("lambda1_beta0.5", "lambda0_", "beta1_") if name in done.stdout] == ["lambda1_beta0.5"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
