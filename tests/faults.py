@@ -127,8 +127,8 @@ def stages(fault: Fault, root: Path, slow: bool, tests: Sequence[str]) -> list[l
     inside = Path(fault.file).relative_to("kdctl")
     folder = Path("tests") / inside.parent
     near = [str(path) for path in (folder / f"test_{inside.name}", folder) if (root / path).exists()]
-    found = [[*near, *FAST], ["tests", *FAST]] if near else [["tests", *FAST]]
-    return [*found, [*near, "tests", *SLOW]] if slow else found
+    places = [near, ["tests"]] if near else [["tests"]]
+    return [[*place, *speed] for speed in ((FAST, SLOW) if slow else (FAST,)) for place in places]
 
 
 def missed(faults: Sequence[Fault], root: Path, slow: bool = False, tests: Sequence[str] = ()) -> list[str]:
