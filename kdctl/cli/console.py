@@ -115,7 +115,7 @@ def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 def on_terminal() -> bool:
     """Tell whether a person reads stdout; whatever colors are forced, a pipe or a file is none."""
-    return sys.stdout.isatty()
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def terminal_width() -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kdctl.stages.context import Run
 
 DEFAULT_PRESET = "quickstart"
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 PresetOption = Annotated[
     str | None,

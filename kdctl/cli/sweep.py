@@ -23,12 +23,15 @@ from kdctl.cli.options import (
     prepare_libraries,
     process_count,
     show,
+    show_json,
 )
 from kdctl.config import resolve
 from kdctl.config.preset import Preset
 
 if TYPE_CHECKING:
     from kdctl.sweep.board import Board
+    from kdctl.sweep.plan import SweepPlan, Values
+    from kdctl.sweep.records import TrialRecord
     from kdctl.sweep.space import Sweep
 
 DEFAULT_SWEEP = "quickstart_grid"
@@ -128,9 +131,9 @@ def sweep(
         found = read_sweep(request.file)
         folder = where.run or Path("runs") / found.name
         if values:
-            run_one(request, found, folder, values, dry_run)
+            plan_one(request, found, folder, values, as_json) if dry_run else run_one(request, found, folder, values)
         elif dry_run:
-            show_plan(planned(request, found, folder))
+            show_plan(planned(request, found, folder), as_json)
         elif where.backend == "wandb":
             run_agents(request, found, folder, where)
         elif where.backend == "kubernetes":
@@ -151,11 +154,19 @@ def planned(request: Request, found: "Sweep", folder: Path) -> "Board":
     return Board(plan, folder)
 
 
-def show_plan(board: "Board") -> None:
+def show_plan(board: "Board", as_json: bool) -> None:
     """Print the trials that would run."""
     from kdctl.sweep.board import preview
 
-    views.show_trials(preview(board.plan))
+    print_trials(preview(board.plan), as_json)
+
+
+def print_trials(trials: "Sequence[TrialRecord]", as_json: bool) -> None:
+    """Print trials as JSON, by number, or for people."""
+    if as_json:
+        show_json({str(trial.number): trial for trial in trials})
+    else:
+        views.show_trials(trials)
 
 
 def run_here(request: Request, board: "Board", jobs: int, shard: str | None) -> None:
@@ -198,20 +209,31 @@ def watched(board: "Board", reporter: console.ConsoleReporter) -> Iterator[None]
         yield
 
 
-def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str], dry_run: bool) -> None:
-    """Run one trial with values from the command line, as a wandb agent does, or print it."""
-    from kdctl.sweep.board import Board
+def one_trial(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str]) -> "tuple[SweepPlan, Values]":
+    """Read the values of one trial from the command line. Raises PresetError for what cannot be trained."""
     from kdctl.sweep.plan import base_plan, parse_trial
-    from kdctl.sweep.records import TrialRecord
 
     overrides = resolve.parse_assignments(request.settings or [])
     plan = base_plan(found, request.base(found, folder), overrides, request.evaluate)
     values = parse_trial(found, assignments)
     plan.trial_preset(values)
-    if dry_run:
-        name = plan.variant(values, plan.preset)
-        views.show_trials([TrialRecord(number=0, values=values, status="waiting", variant=name)])
-        return
+    return plan, values
+
+
+def plan_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str], as_json: bool) -> None:
+    """Print the one trial that would run."""
+    from kdctl.sweep.records import TrialRecord
+
+    plan, values = one_trial(request, found, folder, assignments)
+    name = plan.variant(values, plan.preset)
+    print_trials([TrialRecord(number=0, values=values, status="waiting", variant=name)], as_json)
+
+
+def run_one(request: Request, found: "Sweep", folder: Path, assignments: Sequence[str]) -> None:
+    """Run one trial with values from the command line, as a wandb agent does."""
+    from kdctl.sweep.board import Board
+
+    plan, values = one_trial(request, found, folder, assignments)
     prepare_libraries(plan.preset.runtime.offline, request.verbose)
     from kdctl.sweep.local import LocalSweep
 

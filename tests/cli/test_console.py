@@ -126,3 +126,8 @@ def test_a_live_table_is_redrawn_below_notes() -> None:
     assert "one [note]" in shown
     assert "beta" in shown
     assert len(drawn) >= 2
+
+
+def test_a_closed_stdout_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert not console.on_terminal()

@@ -87,6 +87,10 @@ def test_a_dry_run_of_one_trial_prints_that_one_and_trains_nothing(
     done = CliRunner().invoke(cli.app, ["sweep", "beta_lambda_grid", "lmbda=1", "beta=0.5", "--dry-run"])
     assert done.exit_code == 0, done.output
     assert [name for name in ("lambda1_beta0.5", "lambda0_", "beta1_") if name in done.stdout] == ["lambda1_beta0.5"]
+    told = CliRunner().invoke(cli.app, ["sweep", "beta_lambda_grid", "lmbda=1", "beta=0.5", "--dry-run", "--json"])
+    assert json.loads(told.stdout)["0"]["values"] == {"distill.lmbda": 1.0, "distill.beta": 0.5}
+    whole = json.loads(CliRunner().invoke(cli.app, ["sweep", "beta_lambda_grid", "--dry-run", "--json"]).stdout)
+    assert [trial["number"] for trial in whole.values()] == list(range(9))
     assert list(tmp_path.iterdir()) == []
 
 

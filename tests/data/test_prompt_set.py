@@ -139,3 +139,16 @@ def test_fingerprint_is_the_hash_of_all_tokens():
     """Stores on disk name their prompts by it."""
     found = PromptSet([Prompt("p", 0, [1, 2]), Prompt("q", 1, [3], [4, 5])], 7)
     assert found.fingerprint() == "a15dd8a2646c80a732aaf1657499c7fc0a17ee91a98bf96d26c22d6fa865c8bf"
+
+
+def test_a_cache_that_cannot_be_used_costs_time_only(tokenizer, tmp_path, cache, monkeypatch):
+    name = source(tmp_path)
+    expected = ask(tokenizer, name)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "file"))
+    assert ask(tokenizer, name) == expected
+    monkeypatch.setenv("KDCTL_CACHE", str(cache.parent))
+    for kept in list(cache.iterdir()):
+        kept.unlink()
+        kept.mkdir()
+    assert ask(tokenizer, name) == expected

@@ -101,3 +101,18 @@ def test_a_damaged_note_and_a_cache_that_cannot_be_written_cost_time_only(
     monkeypatch.setattr(hashes, "_KNOWN", {})
     assert fingerprint(folder) == first
     assert read.count("model.safetensors") == 3
+
+
+def test_a_file_that_is_edited_in_place_and_dated_back_is_read_again(folder: Path, read: list[str]) -> None:
+    first, weights = fingerprint(folder), folder / "model.safetensors"
+    before = weights.stat()
+    with open(weights, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = weights.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert fingerprint(folder) != first
+    assert read.count("model.safetensors") == 2

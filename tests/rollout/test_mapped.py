@@ -119,3 +119,21 @@ def test_a_million_rollouts_open_within_a_gigabyte(tmp_path):
     assert found["rollouts"] == 1_000_000
     assert found["peak_rss_gb"] < 1.0
     assert found["cpu_s"] < 2.0, "about 1 s on an idle machine; processor time, so that other work does not count"
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named_and_the_store_is_not_blamed(tmp_path, monkeypatch):
+    found = written(tmp_path / "store").read()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StoreError, match=r"cannot be unpacked in .*file/cache.*KDCTL_CACHE"):
+        found[0]
+
+
+def test_a_manifest_that_counts_other_rows_than_a_shard_has_is_refused(tmp_path):
+    for rows in (3, 99):
+        store = written(tmp_path / str(rows))
+        manifest = json.loads(store.manifest_path.read_text())
+        manifest["shards"][0]["rows"] = rows
+        store.manifest_path.write_text(json.dumps(manifest))
+        with pytest.raises(StoreError, match="shard-00000"):
+            list(store.read())

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from kdctl.base.errors import StoreError
 from kdctl.config.preset import Preset
 from kdctl.eval.distribution import predicting_states
 from kdctl.stages.context import open_run
+from kdctl.stages.quantize import quantize
 from kdctl.stages.yardstick import ensure_heldout, ensure_measuring
 
 
@@ -40,3 +43,15 @@ def test_the_teacher_reads_the_yardstick_once(smoke: Preset, tmp_path: Path) -> 
     assert sum(len(batch.seq_lens) for batch in few.batches) == 3 < sum(len(batch.seq_lens) for batch in first.batches)
     states = predicting_states(measuring.teacher.load(), first.batches[0])
     assert torch.equal(states, first.states[0])
+
+
+def test_a_folder_without_what_was_measured_of_it_is_refused_by_name(smoke: Preset, tmp_path: Path) -> None:
+    context, teacher = open_run(smoke, tmp_path)
+    measuring = ensure_measuring(context, teacher)
+    quantize(context, teacher, measuring)
+    assert measuring.measured(context.paths.student) is not None
+    table = context.paths.student / "heldout.parquet"
+    for damage in (lambda: table.write_bytes(b""), table.unlink):
+        damage()
+        with pytest.raises(StoreError, match=r"heldout\.parquet is missing or damaged"):
+            measuring.measured(context.paths.student)
