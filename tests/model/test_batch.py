@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from kdctl.distill.feed import on_policy_rows, slot_index
 from kdctl.model.batch import Batch, collate
 from kdctl.run.records import Rollout
 
@@ -93,69 +92,3 @@ def test_moving_a_batch_keeps_it():
     for name, value in vars(batch).items():
         same = torch.equal(value, vars(moved)[name]) if isinstance(value, torch.Tensor) else value == vars(moved)[name]
         assert same, name
-
-
-# --- the λ draw -------------------------------------------------------------------------------------------------------
-
-
-def draws(lmbda: float, seed: int = 0, steps: int = 2000, rows: int = 8) -> list[bool]:
-    return [drawn for step in range(steps) for drawn in on_policy_rows(seed, step, rows, lmbda)]
-
-
-@pytest.mark.parametrize("lmbda", [0.1, 0.5, 0.9])
-def test_share_of_on_policy_rows_is_lambda(lmbda):
-    found = draws(lmbda)
-    tolerance = 4 * (lmbda * (1 - lmbda) / len(found)) ** 0.5
-    assert abs(sum(found) / len(found) - lmbda) < tolerance
-
-
-def test_lambda_zero_and_one_are_exact():
-    assert not any(draws(0.0))
-    assert all(draws(1.0))
-
-
-def test_larger_lambda_only_adds_rows():
-    small, large = draws(0.3), draws(0.6)
-    assert all(b for a, b in zip(small, large, strict=True) if a)
-    assert sum(large) > sum(small)
-
-
-def test_draw_is_a_function_of_seed_step_and_row():
-    assert draws(0.5) == draws(0.5)
-    assert draws(0.5, seed=1) != draws(0.5)
-    later = on_policy_rows(0, 1234, 64, 0.5)
-    assert later == on_policy_rows(0, 1234, 64, 0.5)
-    assert later != on_policy_rows(0, 1235, 64, 0.5)
-    assert later[:8] == on_policy_rows(0, 1234, 8, 0.5)
-
-
-def test_steps_and_rows_are_drawn_independently():
-    table = torch.tensor([on_policy_rows(0, step, 8, 0.5) for step in range(2000)]).double()
-    together = torch.corrcoef(table.T) - torch.eye(8)
-    assert together.abs().max() < 0.1
-    shifted = torch.corrcoef(torch.stack([table[:-1].flatten(), table[1:].flatten()]))[0, 1]
-    assert shifted.abs() < 0.04
-
-
-# --- the order of the data --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 16])
-def test_each_pass_covers_every_item_once(count):
-    for start in range(0, 5 * count, count):
-        found = [slot_index(slot, count, 3, "off_policy") for slot in range(start, start + count)]
-        assert sorted(found) == list(range(count))
-
-
-def test_passes_seeds_and_sources_have_their_own_order():
-    def order(start: int = 0, seed: int = 0, source: str = "off_policy") -> tuple[int, ...]:
-        return tuple(slot_index(slot, 20, seed, source) for slot in range(start, start + 20))
-
-    assert order() == order()
-    assert len({order(), order(start=20), order(seed=1), order(source="on_policy")}) == 4
-
-
-def test_slot_decides_alone_whatever_the_rows_per_step():
-    by_eight = [slot_index(step * 8 + row, 11, 0, "s") for step in range(6) for row in range(8)]
-    by_four = [slot_index(step * 4 + row, 11, 0, "s") for step in range(12) for row in range(4)]
-    assert by_eight == by_four
