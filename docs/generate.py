@@ -22,8 +22,7 @@ PACKAGE = HERE.parent / "kdctl"
 SHARED_FROM = 3
 LINE = 90
 FUNCTIONS = {
-    "stages.context": ("open_run",),
-    "stages.pipeline": ("quantize", "compare", "rollout", "distill", "evaluate", "report", "run_all"),
+    "api": ("open_run", "quantize", "compare", "rollout", "distill", "evaluate", "report", "run_all"),
     "formats.verify": ("verify",),
     "formats.export": ("export",),
 }

@@ -1,12 +1,4 @@
-"""kdctl from Python: open a run, then the same stages as on the command line.
-
-from kdctl.api import distill, evaluate, open_run, quantize
-
-run = open_run("quickstart", "runs/mine", {"distill.steps": 32})
-quantize(*run)
-distill(*run)
-results = evaluate(*run)
-"""
+"""kdctl from Python: ``open_run``, then the stages of the command line, each as ``stage(*run)``."""
 
 from kdctl.base.errors import KdctlError
 from kdctl.stages.context import Context, Run, open_run
