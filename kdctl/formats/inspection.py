@@ -18,7 +18,7 @@ from kdctl.base.errors import KdctlError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.eval import distribution as metrics
 from kdctl.formats.layout import expected_tensors
-from kdctl.formats.proof import check_finite, check_forms, check_grid, decompressed, some
+from kdctl.formats.proof import check_finite, check_grid, check_names, decompressed, some
 from kdctl.formats.student import (
     HELDOUT,
     REPORT,
@@ -26,7 +26,6 @@ from kdctl.formats.student import (
     Student,
     check_sums,
     folder_bytes,
-    packed_tensors,
     read_student,
     stored_grid,
 )
@@ -160,7 +159,9 @@ class Inspection:
     def shapes(self) -> str:
         """Compare the stored tensors with those that the configuration demands."""
         expected = expected_tensors(self.config, self.folder)
-        check_forms(self.tensors, expected)
+        check_names(self.tensors, expected)
+        for name, form in expected.items():
+            form.check(name, self.tensors[name])
         return f"{len(expected)} tensors have the shapes and types that config.json demands, none is missing or extra"
 
     def numbers(self) -> str:
@@ -195,7 +196,7 @@ class Inspection:
     def _reference(self, name: str) -> Tensor:
         """Decompress one layer as the package compressed-tensors does."""
         group = self.config.to_dict()["quantization_config"]["config_groups"]["group_0"]
-        parts = {key: self.tensors[key] for key in packed_tensors(name, self.student.weights[name])}
+        parts = {key: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.weight_")}
         return decompressed(name, parts, QuantizationScheme.model_validate(group))
 
     @torch.inference_mode()

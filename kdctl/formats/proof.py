@@ -16,34 +16,40 @@ from kdctl.base.errors import StoreError
 from kdctl.formats.layout import Form, expected_tensors
 from kdctl.formats.student import Student, packed_tensors, unpacked, unquantized_tensors
 from kdctl.model.folder import StoredTensors, read_config
-from kdctl.quant.affine import QuantizedWeight, dequantize
+from kdctl.quant.affine import QuantizedWeight
+from kdctl.quant.apply import dense
 
 
 @torch.no_grad()
 def prove(folder: Path, student: Student) -> str:
     """Compare every stored tensor with the student in memory. Raises StoreError naming the first that differs."""
     config, stored = read_config(folder), StoredTensors(folder)
+    expected = expected_tensors(config, folder)
     scheme = QuantizationScheme.model_validate(config.to_dict()["quantization_config"]["config_groups"]["group_0"])
-    check_forms(stored, expected_tensors(config, folder))
+    check_names(stored, expected)
+
+    def equal(name: str, live: Tensor) -> Tensor:
+        expected[name].check(name, found := stored[name])
+        _same(name, found, live)
+        return found
+
     for name, weight in student.weights.items():
         check_grid(name, weight)
-        parts = {key: stored[key] for key in packed_tensors(name, weight)}
-        _check_layer(name, parts, weight, student.model.get_parameter(f"{name}.weight"))
-        if not torch.equal(decompressed(name, parts, scheme), parts_dense(name, parts, weight)):
+        parts = {key: equal(key, tensor) for key, tensor in packed_tensors(name, weight).items()}
+        values = dense(unpacked(name, parts, weight.grid))
+        _same(f"{name}.weight", values, student.model.get_parameter(f"{name}.weight"))
+        if not torch.equal(decompressed(name, parts, scheme), values):
             raise StoreError(f"compressed-tensors decompresses {name} to other numbers than kdctl")
     for name, tensor in unquantized_tensors(student.model, student.weights).items():
-        check_finite(name, stored[name])
-        _same(name, stored[name], tensor)
+        check_finite(name, equal(name, tensor))
     return f"{len(stored)} tensors are those of the student in memory, to the bit"
 
 
-def check_forms(stored: Mapping[str, Tensor], expected: Mapping[str, Form]) -> None:
+def check_names(stored: Mapping[str, Tensor], expected: Mapping[str, Form]) -> None:
     """Raise StoreError unless a folder stores the tensors that its configuration demands, and no others."""
     missing, strange = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     if missing or strange:
         raise StoreError(f"missing: {some(sorted(missing))}; not expected: {some(sorted(strange))}")
-    for name, form in expected.items():
-        form.check(name, stored[name])
 
 
 def check_grid(name: str, weight: QuantizedWeight) -> None:
@@ -67,22 +73,9 @@ def decompressed(name: str, parts: Mapping[str, Tensor], scheme: QuantizationSch
     return PackedQuantizationCompressor.decompress(local, scheme)["weight"]
 
 
-def parts_dense(name: str, parts: Mapping[str, Tensor], weight: QuantizedWeight) -> Tensor:
-    """Return Q(W) of one stored layer as kdctl reads it."""
-    found = unpacked(name, parts, weight.grid)
-    return dequantize(found.codes, found.qparams, found.grid)
-
-
 def some(names: list[str]) -> str:
     """Name the first few."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
-
-
-def _check_layer(name: str, parts: Mapping[str, Tensor], weight: QuantizedWeight, live: Tensor) -> None:
-    """Compare one stored layer with its codes, scales and zero points in memory, and with the weight that they make."""
-    for key, tensor in packed_tensors(name, weight).items():
-        _same(key, parts[key], tensor)
-    _same(f"{name}.weight", parts_dense(name, parts, weight), live)
 
 
 def _same(name: str, stored: Tensor, live: Tensor) -> None:
