@@ -19,8 +19,8 @@ def known_sha256(path: Path, proven: bool = False) -> str:
     proven: count only what this process has read itself, where the bytes on the disk are in question.
     """
     name, stamp = str(path.resolve()), _stamp(path)
-    if (key := _key(path)) in _KNOWN:
-        return _KNOWN[key]
+    if stamp in _KNOWN:
+        return _KNOWN[stamp]
     kept = cache_dir() / "hashes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
     found = None if proven else _read(kept, stamp)
     if found is None:
@@ -28,36 +28,32 @@ def known_sha256(path: Path, proven: bool = False) -> str:
         if _stamp(path) != stamp or time.time() - stamp[1] / 1e9 < SETTLED_S:
             return found
         _write(kept, stamp, found)
-        _KNOWN[key] = found
+        _KNOWN[stamp] = found
     return found
 
 
 def written_sha256(path: Path) -> str:
     """Hash a file that this process has just written where no other looks, and remember it wherever it is moved."""
-    _KNOWN[_key(path)] = found = sha256(path)
+    _KNOWN[_stamp(path)] = found = sha256(path)
     return found
 
 
-def _key(path: Path) -> tuple[int, ...]:
-    return (path.stat().st_dev, *_stamp(path))
-
-
-def _stamp(path: Path) -> list[int]:
-    """Return what changes with a file's content; the last, the time of any change, no program can set back."""
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return which file it is and what changes with its content; the time of any change no program can set back."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, status.st_dev
 
 
-def _read(kept: Path, stamp: list[int]) -> str | None:
+def _read(kept: Path, stamp: tuple[int, ...]) -> str | None:
     """Return the hash that is kept for a file of this stamp; None for another one, or a damaged note."""
     try:
         note = json.loads(kept.read_text(encoding="utf-8"))
-        return str(note["sha256"]) if note["stamp"] == stamp else None
+        return str(note["sha256"]) if note["stamp"] == list(stamp) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _write(kept: Path, stamp: list[int], found: str) -> None:
+def _write(kept: Path, stamp: tuple[int, ...], found: str) -> None:
     """Keep a hash. Where the cache cannot be written the file is read again next time, which costs time only."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
