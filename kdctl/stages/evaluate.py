@@ -176,7 +176,7 @@ def _load(teacher: Teacher, one: Candidate) -> PreTrainedModel:
 
 def _distances(context: Context, measuring: Measuring, one: Candidate, model: PreTrainedModel) -> dict[str, Sums]:
     """Compare a model with the teacher on teacher-written completions, on its own, and on plain text."""
-    held, settings = measuring.store.read(), context.preset.eval
+    held, settings = measuring.completions(), context.preset.eval
     found: dict[str, Sums] = {"heldout": (_on_yardstick(measuring, one, model), _prompt_ids(held))}
     if settings.student_written and one.name == "teacher":
         found["student_written"] = found["heldout"]

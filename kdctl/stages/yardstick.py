@@ -101,8 +101,12 @@ class Measuring:
         return distribution.yardstick_identity(self.text_tokens, self.store.fingerprint(), self.teacher.fingerprint())
 
     @cached_property
+    def _completions(self) -> Sequence[Rollout]:
+        return self.store.read()
+
+    @cached_property
     def _read(self) -> Yardstick:
-        return self.yardstick_of(self.store.read())
+        return self.yardstick_of(self.completions())
 
     @cached_property
     def _text_read(self) -> Yardstick:
@@ -112,9 +116,13 @@ class Measuring:
     def _teacher_text(self) -> TextMetrics:
         return distribution.text_perplexity(self.teacher.load(), self.text())
 
+    def completions(self) -> Sequence[Rollout]:
+        """Return the held-out completions; the files are compared with their hashes once."""
+        return self._completions
+
     def yardstick(self, documents: int | None = None) -> Yardstick:
         """Return the held-out completions, or their first ``documents``, with the teacher's states."""
-        return self._read if documents is None else self.yardstick_of(self.store.read()[:documents])
+        return self._read if documents is None else self.yardstick_of(self.completions()[:documents])
 
     def yardstick_of(self, rollouts: Sequence[Rollout]) -> Yardstick:
         """Have the teacher read completions of held-out prompts."""
