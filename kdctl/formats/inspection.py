@@ -30,8 +30,9 @@ from kdctl.formats.student import (
     stored_grid,
 )
 from kdctl.model import tokenizer as tokens
-from kdctl.model.folder import fingerprint, read_config, read_tensors, stop_ids
+from kdctl.model.folder import fingerprint, read_config, read_tensors
 from kdctl.model.load import load_model, ready
+from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import check_vocabulary
 from kdctl.quant.affine import Grid, pack
 from kdctl.quant.apply import layer_errors
@@ -218,9 +219,10 @@ class Inspection:
         check_vocabulary(own, self.config)
         theirs = tokens.open_tokenizer(self.teacher_folder)
         different = tokens.differences(own, theirs)
-        if stop_ids(self.folder, own) != stop_ids(self.teacher_folder, theirs):
+        rows, their_rows = self.config.vocab_size, read_config(self.teacher_folder).vocab_size
+        if stop_ids(self.folder, own, rows) != stop_ids(self.teacher_folder, theirs, their_rows):
             different.append("stop tokens")
-        if self.config.vocab_size != read_config(self.teacher_folder).vocab_size:
+        if rows != their_rows:
             different.append("vocabulary size")
         if different:
             raise StoreError(f"not the teacher's: {', '.join(different)}")

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.model.hashes import known_sha256
-
-GENERATION = "generation_config.json"
+from kdctl.model.stops import GENERATION
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -24,14 +22,6 @@ def read_config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path}: the model's configuration cannot be read: {error}") from None
-
-
-def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every token that ends a completion: those of generation_config.json and the tokenizer's."""
-    found = (folder / GENERATION).is_file()
-    configured = GenerationConfig.from_pretrained(folder).eos_token_id if found else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -10,9 +10,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import RuntimeSection, TeacherSection
-from kdctl.model.folder import fingerprint, stop_ids
+from kdctl.model.folder import fingerprint
 from kdctl.model.load import load_model, pick_device, torch_dtype
 from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
+from kdctl.model.stops import described, own_stops, read_from_config, stop_ids
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.system.memory import give_back
 
@@ -69,11 +70,22 @@ class Teacher:
     @_once
     def stop_ids(self) -> tuple[int, ...]:
         """Return the tokens that end a completion."""
-        return stop_ids(self.folder(), self.tokenizer())
+        return stop_ids(self.folder(), self.tokenizer(), self.config().get_text_config(decoder=True).vocab_size)
+
+    @_once
+    def say_stops(self) -> None:
+        """Say once which tokens end a completion."""
+        self.reporter.note(described(self.stop_ids(), self.tokenizer()))
+
+    def new_stops(self) -> dict[str, str]:
+        """Return the tokens that completions of earlier versions did not end at, as an input of an identity."""
+        known = not read_from_config(self.folder()) or [*self.stop_ids()] == own_stops(self.tokenizer())
+        return {} if known else {"stop": " ".join(map(str, self.stop_ids()))}
 
     @_once
     def load(self) -> PreTrainedModel:
-        """Load the weights; they stay in memory until ``forget``."""
+        """Load the weights, if what goes with them is in order; they stay in memory until ``forget``."""
+        self.stop_ids()
         return load_model(self.folder(), self.dtype, self.device)
 
     @property

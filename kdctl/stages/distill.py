@@ -143,7 +143,7 @@ def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
     if preset.distill.live:
         sections["rollout"] = preset.rollout
-        inputs["prompts"] = train_prompts(context, teacher).fingerprint()
+        inputs |= {"prompts": train_prompts(context, teacher).fingerprint(), **teacher.new_stops()}
     if preset.distill.replay is not None:
         inputs["replay"] = recorded(context, preset.distill.replay).fingerprint()
     if preset.rollout.keep_states != "no":

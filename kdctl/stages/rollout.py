@@ -63,11 +63,12 @@ def fill_source(context: Context, teacher: Teacher, source: Source, store: Rollo
         "teacher": teacher.fingerprint,
         "dataset": prompts.fingerprint,
     }[source]()
-    inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source}
+    inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source, **teacher.new_stops()}
     name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
     plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
     if context.ranks.on_main(lambda: usable(store, name)):
         return False
+    teacher.say_stops()
     if source == "dataset":
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, prompts)))
     else:

@@ -41,7 +41,8 @@ def heldout_plan(context: Context, teacher: Teacher, role: str, writer: str) -> 
     """Say what a store of held-out completions holds. role: who writes them; writer: its fingerprint."""
     settings, prompts = context.preset.heldout, heldout_prompts(context, teacher)
     sections = {"heldout": settings.model_dump(exclude={"text_tokens", "min_completion_tokens"})}
-    name = identity("heldout", sections, {role: writer, "prompts": prompts.fingerprint()})
+    inputs = {role: writer, "prompts": prompts.fingerprint(), **teacher.new_stops()}
+    name = identity("heldout", sections, inputs)
     source = "heldout" if role == "teacher" else role
     return Plan(source, name, writer, prompts, settings.prompts_per_block)
 
@@ -49,6 +50,7 @@ def heldout_plan(context: Context, teacher: Teacher, role: str, writer: str) -> 
 def write_heldout(context: Context, teacher: Teacher, store: RolloutStore, plan: Plan, model: PreTrainedModel) -> None:
     """Have a model complete the held-out prompts at temperature 1, with the same random numbers as any other."""
     settings = context.preset.heldout
+    teacher.say_stops()
     sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
     source = "teacher" if plan.source == "heldout" else plan.source
     # Never the engine of the preset: a yardstick must be the same however the training rollouts were written.

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdctl.base.errors import ModelError
-from kdctl.model.folder import fingerprint, stop_ids
+from kdctl.model.folder import fingerprint
 
 
 def test_pickled_weights_are_refused(tiny_dir, tmp_path):
@@ -16,19 +16,6 @@ def test_pickled_weights_are_refused(tiny_dir, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="does not open pickled weights"):
         fingerprint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("configured", "expected"),
-    [(None, (258,)), (258, (258,)), (7, (7, 258)), ([9, 258, 5], (5, 9, 258)), ([], (258,))],
-)
-def test_stop_ids_are_the_union_of_the_generation_config_and_the_tokenizer(tmp_path, tokenizer, configured, expected):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": configured}))
-    assert stop_ids(tmp_path, tokenizer) == expected
-
-
-def test_stop_ids_without_a_generation_config_are_the_tokenizers(tmp_path, tokenizer):
-    assert stop_ids(tmp_path, tokenizer) == (258,)
 
 
 def test_other_stop_tokens_are_another_fingerprint(tiny_dir, tmp_path):
