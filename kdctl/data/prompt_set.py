@@ -40,6 +40,11 @@ class PromptSet:
     skipped: int
     known: str | None = field(default=None, compare=False)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.prompt_ids) for prompt in self.prompts)
+
     def fingerprint(self) -> str:
         """Hash every token of every prompt and completion."""
         return self.known or sha256_of(canonical([vars(prompt) for prompt in self.prompts]))

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl import stats
 from kdctl.config.resolve import identity
 from kdctl.model.batch import Batch, collate, predicting_states, split
+from kdctl.model.context import Reach
 from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
 from kdctl.run.documents import PerDocument
 from kdctl.run.measures import PERPLEXITY, TEACHER_PERPLEXITY, TOKEN_MEASURES, Predictions, TokenMeasure
@@ -47,9 +48,15 @@ class Heads:
         return token_chunk(self.teacher.weight.shape[0])
 
 
-def yardstick_identity(text_tokens: int, heldout: str, teacher: str) -> str:
+def yardstick_identity(text_tokens: int, heldout: str, teacher: str, window: int = TEXT_WINDOW) -> str:
     """Hash everything that students are measured on: held-out completions, their writer and the plain text."""
-    return identity("yardstick", {"text_tokens": text_tokens}, {"heldout": heldout, "teacher": teacher})
+    text = {"text_tokens": text_tokens} | ({} if window == TEXT_WINDOW else {"text_window": window})
+    return identity("yardstick", text, {"heldout": heldout, "teacher": teacher})
+
+
+def text_window(reach: Reach) -> int:
+    """Return the tokens of the longest document of plain text that a network is given."""
+    return TEXT_WINDOW if reach.tokens is None else min(TEXT_WINDOW, reach.tokens)
 
 
 def make_yardstick(
@@ -154,12 +161,12 @@ def summarize(per_document: PerDocument) -> DistributionMetrics:
     return DistributionMetrics.model_validate(found | {"documents": len(tokens), "tokens": int(tokens.sum())})
 
 
-def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
-    """Cut Python's help topics into documents of at most 512 tokens until ``tokens`` are reached."""
+def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int, window: int = TEXT_WINDOW) -> list[list[int]]:
+    """Cut Python's help topics into documents of at most ``window`` tokens until ``tokens`` are reached."""
     documents: list[list[int]] = []
     for name in sorted(topics):
         ids: list[int] = tokenizer(topics[name], add_special_tokens=False)["input_ids"]  # pyright: ignore
-        ids = ids[: min(TEXT_WINDOW, tokens - sum(map(len, documents)))]
+        ids = ids[: min(window, tokens - sum(map(len, documents)))]
         if len(ids) < 2:
             break
         documents.append(ids)

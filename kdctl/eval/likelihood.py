@@ -22,6 +22,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kdctl.base.errors import DataError, ModelError
+from kdctl.model.context import UNLIMITED, Reach, reach_of
 from kdctl.model.head import check_head, head_of, rows_at_once
 
 T = TypeVar("T")
@@ -82,16 +83,16 @@ class Beginning:
 class Encoder:
     """Turns requests into tokens as lm-eval's ``HFLM`` does.
 
-    max_tokens: inputs that the model can read; longer contexts lose their beginning. Raises ModelError for a tokenizer
-    without a token that could stand for an empty context.
+    max_tokens: inputs that the model can read; longer contexts lose their beginning. reach: inputs that it computes the
+    same in any batch. Raises ModelError for a tokenizer without a token that could stand for an empty context.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, reach: Reach = UNLIMITED):
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if not isinstance(first, int):
             raise ModelError("the tokenizer has neither a bos nor an eos token to put before a text without context")
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens, self.reach = max_tokens, reach
         self.first = first
         self.first_text = str(tokenizer.decode(first))
 
@@ -105,6 +106,11 @@ class Encoder:
                 "least one can be scored; take the task out of eval.tasks"
             )
         tokens = (context + continuation)[-(self.max_tokens + 1) :]
+        if not self.reach.has(len(tokens) - 1):
+            raise DataError(
+                f"task {request.task_name!r}, document {request.doc_id}: {len(tokens) - 1} tokens, and "
+                f"{self.reach.why}; lower eval.num_fewshot or take the task out of eval.tasks"
+            )
         return Answer(index, (request.task_name, request.doc_id), tokens, len(continuation))
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -132,7 +138,7 @@ class LikelihoodModel(LM):
         self.model = model
         self.head = head_of(model)
         self.batch_size = batch_size
-        self.encoder = Encoder(tokenizer, resolve_max_length(model.config, tokenizer))
+        self.encoder = Encoder(tokenizer, resolve_max_length(model.config, tokenizer), reach_of(model.config))
 
     def loglikelihood(self, requests: list[Instance]) -> list[Result]:
         """Return each request's log-likelihood in nats, and whether greedy decoding would write its continuation."""

@@ -30,6 +30,7 @@ from kdctl.formats.student import (
     stored_grid,
 )
 from kdctl.model import tokenizer as tokens
+from kdctl.model.context import reach_of
 from kdctl.model.folder import fingerprint, read_config, read_tensors
 from kdctl.model.load import load_model, ready
 from kdctl.model.stops import stop_ids
@@ -265,7 +266,8 @@ class Inspection:
         if run is None or store is None or not store.manifest_path.is_file():
             raise Unknown("the held-out completions are not beside the folder")
         preset = read_record(run.preset, Preset)
-        found = metrics.yardstick_identity(preset.heldout.text_tokens, store.fingerprint(), self.report.teacher)
+        window = metrics.text_window(reach_of(self.config))
+        found = metrics.yardstick_identity(preset.heldout.text_tokens, store.fingerprint(), self.report.teacher, window)
         if found != self.report.yardstick:
             raise Unknown(f"{run.heldout} is not the yardstick that the folder was measured on")
         yardstick = metrics.make_yardstick(self.teacher_model, store.read())

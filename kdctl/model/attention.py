@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from kdctl.base.errors import ModelError
+from kdctl.model.context import reach_of
 
 NAME = "kdctl"
 
@@ -106,8 +107,9 @@ def forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lay
     """Run a model over the tokens of a layout, up to its final hidden states, (N, H).
 
     input_ids, position_ids: (N,) int64, the tokens and their places in their sequences. Raises ModelError if the
-    model's attention cannot take a layout.
+    model's attention cannot take a layout, or a sequence is longer than the network reaches.
     """
+    reach_of(model.config).check(max(layout.longest, *layout.sequences, 0))
     output = use_layouts(model).base_model(
         input_ids=input_ids.unsqueeze(0),
         position_ids=position_ids.unsqueeze(0),

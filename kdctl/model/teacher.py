@@ -10,6 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import RuntimeSection, TeacherSection
+from kdctl.model.context import Reach, reach_of
 from kdctl.model.folder import fingerprint
 from kdctl.model.load import load_model, pick_device, torch_dtype
 from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
@@ -45,6 +46,11 @@ class Teacher:
     def config(self) -> PretrainedConfig:
         """Read the configuration, without weights."""
         return find_config(self.settings.model, self.dtype, self.settings.revision, self.offline)
+
+    @_once
+    def reach(self) -> Reach:
+        """Return how long a sequence may be."""
+        return reach_of(self.config())
 
     @_once
     def folder(self) -> Path:

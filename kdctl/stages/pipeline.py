@@ -16,7 +16,7 @@ from kdctl.stages.context import Context
 from kdctl.stages.distill import distill, ensure_stores
 from kdctl.stages.evaluate import evaluate, open_foreign
 from kdctl.stages.quantize import compare, ensure_student, quantize
-from kdctl.stages.rollout import ensure_teacher_states, examples, fill_source, needed_sources
+from kdctl.stages.rollout import check_prompt_lengths, ensure_teacher_states, examples, fill_source, needed_sources
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 __all__ = [
@@ -52,13 +52,14 @@ def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool =
 
 
 def run_all(context: Context, teacher: Teacher) -> Excerpt:
-    """Run the five stages in order, skipping complete ones. In a new folder the tasks are checked before the work."""
+    """Run the five stages in order, skipping complete ones. Prompts, and tasks of a new folder, are checked first."""
     preset, ranks = context.preset, context.ranks
     ranks.check_trainable(preset.distill)
     if not ranks.on_main(context.paths.eval_root.exists):
         from kdctl.eval.tasks import build_tasks
 
         ranks.main_first(lambda: build_tasks(preset.eval, teacher.offline))
+    check_prompt_lengths(context, teacher)
     measuring = ensure_measuring(context, teacher)
     quantize(context, teacher, measuring)
     for source in needed_sources(preset):

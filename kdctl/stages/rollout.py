@@ -9,6 +9,7 @@ from kdctl.config.preset import Preset, Source
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptSet, as_rollout
 from kdctl.formats.student import load_student
+from kdctl.model.context import check_completions
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.engine import RolloutEngine, engine_named
@@ -28,11 +29,30 @@ def needed_sources(preset: Preset) -> list[Source]:
     return list(preset.distill.stores)
 
 
-def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> PromptSet:
-    """Read the training prompts; none of them is a held-out one."""
-    settings, longest = context.preset.rollout, context.preset.prompts.max_prompt_tokens
+def read_prompts(context: Context, teacher: Teacher, answers: bool = False) -> PromptSet:
+    """Read the training prompts; none of them is a held-out one.
+
+    Raises PresetError if one exceeds the teacher's context together with its completion, or with a token of its answer.
+    """
+    settings = context.preset.rollout
     excluded = frozenset(prompt.id for prompt in heldout_prompts(context, teacher).prompts)
     found = prompt_reader(context, teacher).train(settings.num_prompts, settings.seed, answers, excluded)
+    longest = 1 if answers else settings.max_new_tokens
+    check_completions(teacher.reach(), found.longest, longest, "rollout.max_new_tokens")
+    return found
+
+
+def check_prompt_lengths(context: Context, teacher: Teacher) -> None:
+    """Read all prompts that a run needs, so that those beyond the teacher's context are refused before any work."""
+    settings = context.preset.distill
+    for source in (*settings.stores, *(["student"] if settings.live else [])):
+        read_prompts(context, teacher, answers=source == "dataset")
+
+
+def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> PromptSet:
+    """Read the training prompts, and say what is missing."""
+    settings, longest = context.preset.rollout, context.preset.prompts.max_prompt_tokens
+    found = read_prompts(context, teacher, answers)
     if found.skipped:
         context.reporter.note(f"{found.skipped} prompts longer than {longest} tokens left out")
     if len(found.prompts) < settings.num_prompts:
@@ -97,9 +117,20 @@ def examples(context: Context, teacher: Teacher, source: Source, count: int) -> 
 
 
 def dataset_rollouts(context: Context, teacher: Teacher, prompts: PromptSet) -> list[Rollout]:
-    """Return a data set's completions, cut at ``max_new_tokens``. Raises DataError if all are empty."""
-    settings, stop = context.preset.rollout, teacher.stop_ids()
-    rollouts = [as_rollout(prompt, settings.seed, settings.max_new_tokens, stop) for prompt in prompts.prompts]
+    """Return a data set's completions, cut at ``max_new_tokens`` and where the teacher's context ends.
+
+    Raises DataError if all are empty.
+    """
+    settings, stop, reach = context.preset.rollout, teacher.stop_ids(), teacher.reach()
+    rollouts, cut = [], 0
+    for prompt in prompts.prompts:
+        room = reach.room(len(prompt.prompt_ids), settings.max_new_tokens)
+        rollouts.append(as_rollout(prompt, settings.seed, room, stop))
+        cut += (
+            rollouts[-1].finish_reason == "length" and len(prompt.completion_ids or ()) > room < settings.max_new_tokens
+        )
+    if cut:
+        context.reporter.note(f"{cut} answers cut at {reach.tokens} tokens with their prompts: {reach.why}")
     rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
     if not rollouts:
         raise DataError(

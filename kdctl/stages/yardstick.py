@@ -16,6 +16,7 @@ from kdctl.data.prompts import PromptReader, PromptSet
 from kdctl.eval import distribution
 from kdctl.eval.distribution import Yardstick
 from kdctl.formats.student import HELDOUT
+from kdctl.model.context import check_completions
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, usable
 from kdctl.rollout.sampler import InProcess, Sampling
@@ -32,9 +33,11 @@ def prompt_reader(context: Context, teacher: Teacher) -> PromptReader:
 
 
 def heldout_prompts(context: Context, teacher: Teacher) -> PromptSet:
-    """Read the held-out prompts."""
+    """Read the held-out prompts. Raises PresetError if one with its completion exceeds the teacher's context."""
     settings = context.preset.heldout
-    return prompt_reader(context, teacher).heldout(settings.num_prompts, settings.seed)
+    found = prompt_reader(context, teacher).heldout(settings.num_prompts, settings.seed)
+    check_completions(teacher.reach(), found.longest, settings.max_new_tokens, "heldout.max_new_tokens")
+    return found
 
 
 def heldout_plan(context: Context, teacher: Teacher, role: str, writer: str) -> Plan:
@@ -100,7 +103,13 @@ class Measuring:
     @cached_property
     def identity(self) -> str:
         """Hash of everything that students are measured on."""
-        return distribution.yardstick_identity(self.text_tokens, self.store.fingerprint(), self.teacher.fingerprint())
+        store, teacher = self.store.fingerprint(), self.teacher.fingerprint()
+        return distribution.yardstick_identity(self.text_tokens, store, teacher, self.text_window)
+
+    @property
+    def text_window(self) -> int:
+        """Tokens of the longest document of plain text."""
+        return distribution.text_window(self.teacher.reach())
 
     @cached_property
     def _completions(self) -> Sequence[Rollout]:
@@ -133,7 +142,7 @@ class Measuring:
 
     def text(self) -> list[list[int]]:
         """Return the plain text for perplexity, as documents of tokens."""
-        return distribution.text_documents(self.teacher.tokenizer(), self.text_tokens)
+        return distribution.text_documents(self.teacher.tokenizer(), self.text_tokens, self.text_window)
 
     def text_yardstick(self) -> Yardstick:
         """Return the plain text with the teacher's states."""
