@@ -15,7 +15,8 @@ from kdctl.eval.distribution import Yardstick, compare, summarize
 from kdctl.formats.student import load_student
 from kdctl.model.load import quiet
 from kdctl.rollout.teacher_states import from_int8, int8
-from kdctl.run.paths import RunDir, read_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record
 from kdctl.stages.context import open_run
 
 

@@ -1,5 +1,6 @@
 """Run folders without models: results, items and held-out documents that a test makes up."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 
 from kdctl.config.preset import DistillSection
 from kdctl.config.resolve import load_preset
-from kdctl.run.paths import RunDir, write_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import write_record
 from kdctl.run.records import (
     DistillReport,
     DistributionMetrics,
@@ -208,3 +210,9 @@ def make_run(path: Path, variants: Mapping[str, Mapping[str, Any]], tasks: Seque
         distilled(run, name, kl, **own)
         evaluated(run, name, {task: answers(share, draw) for task in tasks}, kl=kl, settings=own)
     return run
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change top-level values of a record, as someone does who leaves out the hash of its text."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "sum"}))

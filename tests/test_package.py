@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdctl.config.resolve import load_preset, preset_names
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import QuantizeReport
 from kdctl.sweep.space import sweep_names
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from kdctl.base.errors import PresetError
+from kdctl.base.sums import SumError, without_sum
 from kdctl.config.preset import DistillSection, Preset
 
 Tree = dict[str, Any]
@@ -56,7 +57,12 @@ def read_tree(name: str) -> Tree:
         raise PresetError(f"no preset {name!r}{hint}; shipped presets: {', '.join(preset_names())}; a path works too")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        tree = json.loads(without_sum(text)) if path.suffix == ".json" else tomllib.loads(text)
+    except SumError as error:
+        raise PresetError(
+            f"{path} is damaged or was edited: {error}. What the run folder holds was made with the settings that were "
+            "there; put them back, or keep the edited ones, without that line, as a preset of their own for a new --run"
+        ) from None
     except ValueError as error:
         raise PresetError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(tree, dict):

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.resolve import canonical
-from kdctl.run.paths import cache_dir, write_bytes
+from kdctl.run.files import write_bytes
+from kdctl.run.paths import cache_dir
 from kdctl.run.records import Prompt
 
 FORMAT = 1  # raise it when prompts are made or kept differently, so that older files are not taken

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
-from kdctl.run.paths import sha256
+from kdctl.run.files import sha256
 from kdctl.system.patches import hub_offline
 
 Row = dict[str, Any]

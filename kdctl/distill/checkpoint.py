@@ -3,7 +3,7 @@
 The data order, the λ draw and the learning rate are functions of the step, so the step is all else there is to keep.
 """
 
-import shutil
+import re
 from pathlib import Path
 
 import torch
@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from kdctl.base.errors import StoreError
 from kdctl.distill.shadow import Shadow
-from kdctl.run.paths import atomic_folder, read_record, require_free_space, sha256, write_record
+from kdctl.run.files import atomic_folder, remove, sha256, sweep_up, writing
+from kdctl.run.paths import require_free_space
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import CheckpointMeta
 from kdctl.system.distributed import ALONE, Processes
 
 TENSORS = "state.safetensors"
 META = "meta.json"
 STEP = "step"
+STEP_NAME = re.compile(r"step_\d+$")
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -27,7 +30,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[int]:
     """List the steps that have a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if STEP_NAME.match(path.name))
 
 
 def checkpoint_bytes(shadow: Shadow) -> int:
@@ -41,8 +44,7 @@ def require_room(root: Path, size: int, kept: int) -> str:
     Returns what they take at most, in words. Removes what a killed run left half-written; checkpoints that are there
     count as room.
     """
-    for path in root.glob(".step_*"):
-        shutil.rmtree(path)
+    sweep_up(root)
     most = (kept + 1) * size
     there = sum(path.stat().st_size for path in root.glob("step_*/*"))
     require_free_space(root, most - there, f"training ({kept} checkpoint(s) and the one being written)")
@@ -71,11 +73,12 @@ def save_checkpoint(
     if not processes.is_main:
         return path
     with atomic_folder(path) as temporary:
-        save_file(tensors, temporary / TENSORS)
+        with writing(temporary / TENSORS):
+            save_file(tensors, temporary / TENSORS)
         write_record(temporary / META, meta.model_copy(update={"sha256": sha256(temporary / TENSORS)}))
     for old in saved_steps(root)[:-keep_last]:
         if old != best:
-            shutil.rmtree(checkpoint_path(root, old))
+            remove(checkpoint_path(root, old))
     return path
 
 

@@ -27,8 +27,8 @@ from kdctl.config.resolve import suggest
 from kdctl.eval.harness import Meter, hub_access, quiet
 from kdctl.eval.items import Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
+from kdctl.run.files import atomic_path
 from kdctl.run.measures import derived_measures, reported_measures
-from kdctl.run.paths import atomic_path
 from kdctl.run.records import TaskScore
 
 BUNDLED = Path(__file__).parent / "task_files"
@@ -276,8 +276,6 @@ def _pooled(runs: Sequence[Run]) -> dict[str, float]:
 
 def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> None:
     """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes."""
-    samples = folder / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        with atomic_path(samples / f"{name}.parquet") as temporary:
+        with atomic_path(folder / "samples" / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")

@@ -12,11 +12,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import ModelError, StoreError
 from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
 from kdctl.formats.records import ExportFormat, ExportReport
-from kdctl.formats.student import Student, load_student, stored_grid
+from kdctl.formats.student import Student, load_student, save_description, stored_grid
 from kdctl.model.folder import fingerprint, read_config, weights_bytes
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
-from kdctl.run.paths import atomic_folder, atomic_path, require_free_space
+from kdctl.run.files import atomic_folder, atomic_path, writing
+from kdctl.run.paths import require_free_space
 
 GGUF_FILE = "model.gguf"
 HQQ_BYTE_CODES = {8: 1, 4: 2, 2: 4}  # codes in a byte; 3-bit codes are padded to whole words instead
@@ -66,8 +67,10 @@ def _needed_bytes(folder: Path, grid: Grid, to: str) -> int:
 def export_dense(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Write Q(W) as plain safetensors that need no quantization code to open."""
     with atomic_folder(folder) as temporary:
-        student.model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with writing(temporary / "model.safetensors"):
+            student.model.save_pretrained(temporary)
+        with writing(temporary / "tokenizer.json"):
+            tokenizer.save_pretrained(temporary)
     return {}
 
 
@@ -76,11 +79,10 @@ def export_gguf(student: Student, tokenizer: PreTrainedTokenizerBase, place: Pat
     blocks = quantized_blocks(student, exact)
     name = place.stem if place.suffix == ".gguf" else place.name
     if place.suffix == ".gguf":
-        place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(place) as temporary:
             write_gguf(temporary, student, tokenizer, blocks, name)
     else:
-        with atomic_folder(place) as temporary:
+        with atomic_folder(place) as temporary, writing(temporary / GGUF_FILE):
             write_gguf(temporary / GGUF_FILE, student, tokenizer, blocks, name)
     return {
         "block_type": next(iter(blocks.values())).kind.name,
@@ -101,11 +103,9 @@ def export_hqq(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Pat
     weights = hqq_weights(student.model, student.weights)
     student.model.config.architectures = [type(student.model).__name__]  # hqq picks the class by it
     with atomic_folder(folder) as temporary:
-        student.model.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if student.model.generation_config is not None:
-            student.model.generation_config.save_pretrained(temporary)
-        AutoHQQHFModel.save_weights(weights, str(temporary))
+        save_description(temporary, student.model.config, student.model.generation_config, tokenizer)
+        with writing(temporary / "qmodel.pt"):
+            AutoHQQHFModel.save_weights(weights, str(temporary))
     return {}
 
 

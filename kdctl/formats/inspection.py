@@ -40,7 +40,8 @@ from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import from_table
 from kdctl.run.measures import FORWARD_KL
-from kdctl.run.paths import enclosing_run, read_record
+from kdctl.run.paths import enclosing_run
+from kdctl.run.record_files import read_record
 from kdctl.run.records import QuantizeReport
 
 CLOSE = 1e-9

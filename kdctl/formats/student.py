@@ -39,7 +39,8 @@ from kdctl.quant.affine import (
     pack,
     unpack,
 )
-from kdctl.run.paths import atomic_folder, write_record
+from kdctl.run.files import atomic_folder, write_text, writing
+from kdctl.run.record_files import write_record
 from kdctl.run.records import QuantizeReport
 
 SUMS = "SHA256SUMS"
@@ -145,16 +146,31 @@ def save_student(
     config.name_or_path = ""
     with atomic_folder(folder) as temporary:
         on_cpu = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-        save_torch_state_dict(on_cpu, temporary)
-        config.save_pretrained(temporary)
-        if student.model.generation_config is not None:
-            student.model.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with writing(temporary / "model.safetensors"):
+            save_torch_state_dict(on_cpu, temporary)
+        save_description(temporary, config, student.model.generation_config, tokenizer)
         report = report.model_copy(update={"student_bytes": folder_bytes(temporary)})
         write_record(temporary / REPORT, report)
-        (temporary / CARD).write_text(card(report), encoding="utf-8")
-        pq.write_table(heldout, temporary / HELDOUT)
+        write_text(temporary / CARD, card(report))
+        with writing(temporary / HELDOUT):
+            pq.write_table(heldout, temporary / HELDOUT)
         write_sums(temporary)
+
+
+def save_description(
+    folder: Path,
+    config: PretrainedConfig,
+    generation: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write what a model folder holds beside weights."""
+    with writing(folder / "config.json"):
+        config.save_pretrained(folder)
+    if generation is not None:
+        with writing(folder / "generation_config.json"):
+            generation.save_pretrained(folder)
+    with writing(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -166,7 +182,7 @@ def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every file of a folder, in the format of the sha256sum command."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{written_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / SUMS, "".join(lines))
 
 
 def check_sums(folder: Path) -> None:

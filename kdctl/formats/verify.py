@@ -19,7 +19,9 @@ from kdctl.formats.records import Check, VerifyReport
 from kdctl.formats.student import Student
 from kdctl.model.load import torch_dtype
 from kdctl.model.reference import model_folder
-from kdctl.run.paths import enclosing_run, read_record, replace_folder
+from kdctl.run.files import replace_folder
+from kdctl.run.paths import enclosing_run
+from kdctl.run.record_files import read_record
 
 BROKEN = (
     *(KdctlError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),

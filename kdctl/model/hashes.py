@@ -5,7 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from kdctl.run.paths import cache_dir, sha256, write_text
+from kdctl.run.files import sha256, write_text
+from kdctl.run.paths import cache_dir
 
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again without a later time stamp, so nothing is kept of it."""
@@ -56,7 +57,6 @@ def _read(kept: Path, stamp: tuple[int, ...]) -> str | None:
 def _write(kept: Path, stamp: tuple[int, ...], found: str) -> None:
     """Keep a hash. Where the cache cannot be written the file is read again next time, which costs time only."""
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps({"stamp": stamp, "sha256": found}))
     except OSError:
         return

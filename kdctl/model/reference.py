@@ -21,7 +21,8 @@ from kdctl.base.errors import ModelError
 from kdctl.model.folder import read_config
 from kdctl.model.hashes import known_sha256
 from kdctl.model.tokenizer import open_gguf_tokenizer
-from kdctl.run.paths import atomic_folder, cache_dir
+from kdctl.run.files import atomic_folder, writing
+from kdctl.run.paths import cache_dir
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
@@ -101,8 +102,10 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with writing(temporary / "model.safetensors"):
+            model.save_pretrained(temporary)
+        with writing(temporary / "tokenizer.json"):
+            tokenizer.save_pretrained(temporary)
     return folder
 
 

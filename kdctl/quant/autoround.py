@@ -30,6 +30,7 @@ from kdctl.quant.affine import Grid, QParams, QuantizedWeight, Weights, dequanti
 from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.quant.methods.autoround import INSTALL, AutoroundSettings
 from kdctl.quant.quantizer import QuantizeContext, ignore
+from kdctl.run.files import write_text, writing
 
 TASK, TOKENS, RESULT = "task.json", "tokens.safetensors", "result.safetensors"
 BATCH = 8
@@ -75,8 +76,9 @@ def autoround(task: Task, batches: Sequence[Batch], progress: Callable[[int, int
     by_decoder_layer(task.names)
     with tempfile.TemporaryDirectory(prefix="kdctl-autoround-") as temporary:
         folder = Path(temporary)
-        (folder / TASK).write_text(task.model_dump_json(), encoding="utf-8")
-        save_file(rectangle(batches), folder / TOKENS)
+        write_text(folder / TASK, task.model_dump_json())
+        with writing(folder / TOKENS):
+            save_file(rectangle(batches), folder / TOKENS)
         _run(folder, progress)
         tuned = load_file(folder / RESULT, device=task.device)
     if missing := [name for name in task.names if f"{name}.scale" not in tuned]:
@@ -191,7 +193,9 @@ def read_layers(model: torch.nn.Module, names: Sequence[str]) -> dict[str, Tenso
 def main(folder: Path) -> None:
     """Do the task of a folder and leave the result there."""
     task = Task.model_validate_json((folder / TASK).read_text(encoding="utf-8"))
-    save_file(tune(task, load_file(folder / TOKENS)), folder / RESULT)
+    tuned = tune(task, load_file(folder / TOKENS))
+    with writing(folder / RESULT):
+        save_file(tuned, folder / RESULT)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from kdctl.report.contrasts import Row, baseline
 from kdctl.report.marks import accuracy_mark, by_method, kl_mark, method_of, short, telling, values, varied
 from kdctl.report.study import Model
 from kdctl.report.study_reader import LOSSES, distill_section
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import StoreManifest
 
 KL = "KL to teacher, nats/token"

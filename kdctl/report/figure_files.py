@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdctl.base.version import __version__
 from kdctl.report.charts import Chart
-from kdctl.run.paths import write_bytes
+from kdctl.run.files import write_bytes
 
 
 def write_figures(charts: Sequence[Chart], folder: Path) -> list[tuple[Chart, str]]:

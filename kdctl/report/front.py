@@ -16,7 +16,8 @@ from kdctl.report.page import page
 from kdctl.report.short import Headline, headlines, shortened
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import RENDERERS, Table, TableFormat, as_csv, records
-from kdctl.run.paths import RunDir, write_text
+from kdctl.run.files import read_bytes, write_text
+from kdctl.run.paths import RunDir
 from kdctl.run.tracking import log_tables
 
 MARGIN = 0.005
@@ -107,7 +108,7 @@ def _write(report: Report, folder: Path, charts: Sequence[Chart]) -> bool:
 
 def _write_changed(path: Path, text: str) -> bool:
     """Write a file unless it says the same already, and tell whether it was."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and read_bytes(path) == text.encode():
         return False
     write_text(path, text)
     return True

@@ -21,7 +21,8 @@ from kdctl.report.study import (
     require_comparable,
     student_folder,
 )
-from kdctl.run.paths import RunDir, VariantDir, read_record
+from kdctl.run.paths import RunDir, VariantDir
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport, EvalResult, MethodResult, QuantizeReport, StoreManifest, StudentFolder
 from kdctl.run.tracking import read_metrics
 

@@ -7,7 +7,6 @@ file that is read through memory maps. However many rollouts there are, the proc
 
 import mmap
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdctl.base.errors import StoreError
+from kdctl.run.files import nameless, writing
 from kdctl.run.paths import cache_dir
 from kdctl.run.records import Rollout
 
@@ -36,8 +36,7 @@ class MappedTables:
 
     def __init__(self) -> None:
         try:
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 - lives as long as this object
+            self._file = nameless(cache_dir())
         except OSError as error:
             raise _no_room(error) from None
         self.table = lru_cache(maxsize=MAPPED)(partial(_mapped, self._file))
@@ -47,7 +46,7 @@ class MappedTables:
         start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
             self._file.seek(start)
-            with pa.ipc.new_stream(self._file, shard.schema_arrow) as writer:
+            with writing(cache_dir()), pa.ipc.new_stream(self._file, shard.schema_arrow) as writer:
                 for batch in shard.iter_batches(batch_size=UNPACKED):
                     writer.write_batch(batch)
             self._file.flush()

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from kdctl.base.errors import StoreError
 from kdctl.rollout.mapped import MappedRollouts, Shards
-from kdctl.run.paths import read_record, sha256, write_bytes, write_record
+from kdctl.run.files import remove, sha256, sweep_up, write_bytes
+from kdctl.run.record_files import read_plain, read_record, write_record
 from kdctl.run.records import Rollout, ShardEntry, StoreManifest
 
 # Parquet's own name for list items, so that the schema that is read equals the one that was written.
@@ -56,7 +57,7 @@ class RolloutStore:
 
     def fingerprint(self) -> str:
         """Return the sha256 of the manifest, which holds those of the shards."""
-        return sha256(self.manifest_path)
+        return hashlib.sha256(read_plain(self.manifest_path).encode()).hexdigest()
 
     def shard_path(self, index: int) -> Path:
         """Return the path of a shard."""
@@ -99,14 +100,15 @@ class RolloutStore:
     def finish(self, manifest: StoreManifest) -> None:
         """Write the manifest and remove shards that it does not name, and what a killed run left half-written."""
         named = {shard.file for shard in manifest.shards}
-        for path in [*self.path.glob("shard-*.parquet"), *self.path.glob(".*.tmp")]:
+        for path in self.path.glob("shard-*.parquet"):
             if path.name not in named:
-                path.unlink()
+                remove(path)
+        sweep_up(self.path)
         write_record(self.manifest_path, manifest)
 
     def reopen(self) -> None:
         """Make a finished store unfinished, before it is written anew."""
-        self.manifest_path.unlink(missing_ok=True)
+        remove(self.manifest_path)
 
     def read(self) -> MappedRollouts:
         """Return all rollouts in order, decoded when they are asked for.

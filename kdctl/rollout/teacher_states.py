@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from kdctl.base.progress import Reporter
 from kdctl.model.batch import collate, predicting_states, split
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.paths import atomic_path, require_free_space
+from kdctl.run.files import atomic_path
+from kdctl.run.paths import require_free_space
 from kdctl.run.records import Rollout, ShardEntry
 from kdctl.system.distributed import ALONE, Processes
 
@@ -72,8 +73,9 @@ class TeacherStates:
         kind = self.kind if self.kind == "exact" else f"int8 with a scale for {GROUP}"
         made_of = {"shard": shard.sha256, "teacher": self.teacher, "kind": kind}
         if not _is_of(path, made_of):
+            encoded = self._encoded(rollouts, model)
             with atomic_path(path) as temporary:
-                save_file(self._encoded(rollouts, model), temporary, made_of)
+                save_file(encoded, temporary, made_of)
         self._open.pop(path, None)
         start = 0
         for rollout in rollouts:

@@ -1,20 +1,11 @@
-"""The run folder: names of every file in it, atomic writes, and the preset that it belongs to."""
+"""The run folder: names of every file in it, and the room that there is for them."""
 
-import errno
-import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from kdctl.base.errors import StoreError
-
-RecordT = TypeVar("RecordT", bound=BaseModel)
+from kdctl.run import files
 
 
 class RunDir:
@@ -52,15 +43,14 @@ class RunDir:
         return self.eval_root / model
 
     def prepare(self) -> None:
-        """Create the run folder. Raises StoreError if it cannot be written."""
+        """Create the run folder and clear away what dead processes left. Raises StoreError if it cannot be written."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            files.nameless(self.path).close()
         except OSError as error:
             raise StoreError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; choose another with --run"
             ) from None
+        files.sweep_up(self.path)
 
 
 class VariantDir:
@@ -87,91 +77,6 @@ def enclosing_run(folder: Path) -> RunDir | None:
 def cache_dir() -> Path:
     """Return the folder of what any run can make again: ``$KDCTL_CACHE``, else ``~/.cache/kdctl``."""
     return Path(os.environ.get("KDCTL_CACHE", "~/.cache/kdctl")).expanduser()
-
-
-def sha256(path: Path) -> str:
-    """Hash a file's content, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new, never half of it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-
-
-def write_record(path: Path, record: BaseModel) -> None:
-    """Write a record as indented JSON, atomically."""
-    write_text(path, record.model_dump_json(indent=2) + "\n")
-
-
-def read_record(path: Path, kind: type[RecordT]) -> RecordT:
-    """Read a record. Raises StoreError if the file is missing or does not fit the record."""
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing; the stage that writes it has not finished") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged or of another kdctl version: {error}") from None
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that becomes ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of ``path`` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Move a finished folder to its place, removing what was there."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder entry to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def disk_of(folder: Path) -> tuple[Path, int]:

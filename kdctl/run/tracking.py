@@ -1,7 +1,6 @@
 """Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import digest
 from kdctl.config.preset import TrackingSection
-from kdctl.run.paths import write_text
+from kdctl.run.files import append, write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -30,22 +29,18 @@ class Tracker:
     def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
         self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._run, self._watch = run, watch
+        self._path, self._run, self._watch = path, run, watch
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._path, (json.dumps({"step": step, **values}) + "\n").encode())
         if self._run is not None:
             self._run.log(values, step=step)
         if self._watch is not None:
             self._watch(step, values)
 
     def close(self) -> None:
-        """Close the file and finish the wandb run."""
-        self._file.close()
+        """Finish the wandb run."""
         if self._run is not None:
             self._run.finish()
 

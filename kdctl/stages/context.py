@@ -18,7 +18,8 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.engine import engine_named
-from kdctl.run.paths import RunDir, read_record, write_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import Versions
 from kdctl.system.distributed import ALONE, Processes
 

@@ -1,7 +1,6 @@
 """Training of one variant, from the PTQ student to ``final/``."""
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -27,8 +26,10 @@ from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.documents import PerDocument
+from kdctl.run.files import remove
 from kdctl.run.measures import FORWARD_KL
-from kdctl.run.paths import VariantDir, read_record, write_record
+from kdctl.run.paths import VariantDir
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 from kdctl.stages.context import Context, versions
@@ -101,7 +102,7 @@ def distill(
     check_gap(context, teacher, before, min_gap)
     plan = _plan(context, teacher, variant)
     if force:
-        context.on_main(lambda _: shutil.rmtree(variant.path, ignore_errors=True))
+        context.on_main(lambda _: remove(variant.path))
     trained = _train(context, measuring, plan, before, watch)
     return context.on_main(lambda main: _finish_variant(main, teacher, plan, trained))
 

@@ -18,7 +18,7 @@ from kdctl.model.external import Foreign, check_comparable, find_foreign, load_f
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
 from kdctl.run.documents import PerDocument, as_table
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Rollout
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name

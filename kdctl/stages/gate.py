@@ -9,7 +9,8 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.report.samples import read_items
 from kdctl.run.documents import PerDocument
-from kdctl.run.paths import RunDir, read_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistributionMetrics, EvalResult
 from kdctl.stages.context import Context
 from kdctl.stats import Paired

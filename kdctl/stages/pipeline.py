@@ -4,13 +4,12 @@ A stage whose outputs are complete and whose identity (a hash of the preset sect
 is skipped with one line. A stage makes what it lacks from an earlier one, saying so.
 """
 
-import shutil
-
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Source
 from kdctl.model.teacher import Teacher
 from kdctl.report.front import Excerpt, write_report
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.files import remove
 from kdctl.run.records import StoreManifest
 from kdctl.stages.context import Context
 from kdctl.stages.distill import distill, ensure_stores
@@ -42,7 +41,7 @@ def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool =
     """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
     store = RolloutStore(context.paths.rollouts(source))
     if force:
-        context.on_main(lambda _: shutil.rmtree(store.path, ignore_errors=True))
+        context.on_main(lambda _: remove(store.path))
     if source == "student":
         ensure_student(context, teacher)
     if not fill_source(context, teacher, source, store):

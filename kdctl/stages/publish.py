@@ -14,6 +14,7 @@ from kdctl.formats.verify import accept
 from kdctl.model.reference import HUB_ID
 from kdctl.model.teacher import Teacher
 from kdctl.run.documents import PerDocument, as_table
+from kdctl.run.files import scratch_folder
 from kdctl.run.records import QuantizeReport
 from kdctl.stages.context import Context
 
@@ -32,11 +33,11 @@ def publish_student(context: Context, teacher: Teacher, folder: Path, student: S
 
     Raises StoreError if they do not.
     """
-    origin, pending = origin_of(teacher), folder.with_name(f".{folder.name}.new")
-    card = partial(model_card, origin=origin, training=said.training)
-    save_student(pending, student, teacher.tokenizer(), said.report, as_table(said.per_document), card)
-    with context.reporter.task(f"verifying {folder.name}"):
-        accept(pending, folder, student, Original(teacher.folder(), teacher.dtype, teacher.fingerprint()))
+    card = partial(model_card, origin=origin_of(teacher), training=said.training)
+    with scratch_folder(folder) as pending:
+        save_student(pending, student, teacher.tokenizer(), said.report, as_table(said.per_document), card)
+        with context.reporter.task(f"verifying {folder.name}"):
+            accept(pending, folder, student, Original(teacher.folder(), teacher.dtype, teacher.fingerprint()))
 
 
 def origin_of(teacher: Teacher) -> Origin:

@@ -19,7 +19,7 @@ from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport
 from kdctl.stages.context import Context, layers_of, versions
 from kdctl.stages.publish import Described, publish_student

@@ -22,7 +22,7 @@ from kdctl.rollout.fill import Plan, fill, usable
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument, from_table
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import QuantizeReport, Rollout, TextMetrics
 from kdctl.stages.context import Context
 

@@ -10,7 +10,8 @@ from typing import Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from kdctl.config.preset import Preset
-from kdctl.run.paths import RunDir, read_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record
 from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
 from kdctl.sweep.records import SweepReport, TrialRecord

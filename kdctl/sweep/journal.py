@@ -11,10 +11,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kdctl.base.rng import digest
+from kdctl.sweep.journal_file import JournalFile
 from kdctl.sweep.space import Choice, Interval, Parameter, Sweep
 
 Values = dict[str, Any]
@@ -96,11 +96,8 @@ class Journal:
 
     def __init__(self, path: Path, name: str, sweep: Sweep):
         _hush()
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.sweep = sweep
-        self._lock = JournalFileSymlinkLock(str(path))
-        _mend(path, self._lock)
-        self._storage = JournalStorage(JournalFileBackend(str(path), self._lock))
+        self._storage = JournalStorage(JournalFile(path))
         self._name = name
         self._optuna = optuna.create_study(
             study_name=name, storage=self._storage, direction=sweep.metric.goal, load_if_exists=True
@@ -184,17 +181,3 @@ def _has_slot(trial: FrozenTrial) -> bool:
 def _tpe(slot: int) -> BaseSampler:
     """Make Optuna's Bayesian sampler; trials that still run count as bad ones, so that shards spread out."""
     return TPESampler(seed=_seed(slot), constant_liar=True)
-
-
-def _mend(path: Path, lock: JournalFileSymlinkLock) -> None:
-    """Cut off a last line that a full disk or a kill left unfinished, which Optuna would stumble over."""
-    if not path.exists():
-        return
-    lock.acquire()
-    try:
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            with open(path, "r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-    finally:
-        lock.release()

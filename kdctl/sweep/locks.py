@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from kdctl.base.errors import StoreError
-from kdctl.run.paths import write_record
+from kdctl.run.files import make_folder, remove
+from kdctl.run.record_files import read_record, write_record
 from kdctl.sweep.records import Holder
 
 MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a moment, to see that it is free
@@ -24,8 +24,8 @@ MOMENT_S = 1.0  # another shard that starts at the same time holds a lock for a 
 def _holder(path: Path) -> str:
     """Say who holds a lock, from the note beside it."""
     try:
-        found = Holder.model_validate_json(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+        found = read_record(path.with_suffix(".json"), Holder)
+    except (OSError, StoreError):
         return "another process"
     return f"process {found.pid} on {found.host} since {found.since}"
 
@@ -33,7 +33,7 @@ def _holder(path: Path) -> str:
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
     """Hold a lock, waiting for whoever has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with FileLock(path):
         yield
 
@@ -44,7 +44,7 @@ def only_sweep(folder: Path, name: str, shard: str = "") -> Iterator[None]:
 
     folder: where the locks are. Raises StoreError, naming the holder, if the shard or another sweep runs there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     own = folder / (f"{name}@{shard}.lock" if shard else f"{name}.lock")
     with _taken(own, f"{'shard ' + shard + ' of ' if shard else ''}sweep {name}"):
         note = own.with_suffix(".json")
@@ -57,7 +57,7 @@ def only_sweep(folder: Path, name: str, shard: str = "") -> Iterator[None]:
                         pass
             yield
         finally:
-            note.unlink(missing_ok=True)
+            remove(note)
 
 
 @contextmanager

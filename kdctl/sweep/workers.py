@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdctl.base.errors import StoreError
+from kdctl.run.files import make_folder, open_new
 
 
 def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
@@ -14,8 +15,8 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
     What a worker prints goes to a file in ``logs``. No worker outlives this call. Raises StoreError with the last line
     of a worker that failed, after the others have finished.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    files = [open(logs / f"worker-{index}.log", "w", encoding="utf-8") for index in range(len(commands))]  # noqa: SIM115
+    make_folder(logs)
+    files = [open_new(logs / f"worker-{index}.log") for index in range(len(commands))]
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for index, command in enumerate(commands):

@@ -17,7 +17,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from kdctl.cli import app as cli
-from kdctl.run.paths import RunDir, read_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport
 from kdctl.sweep import local
 

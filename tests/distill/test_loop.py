@@ -32,9 +32,10 @@ from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import collate, predicting_hidden, predicting_states
 from kdctl.model.head import head_of
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport, Rollout
 from kdctl.run.tracking import Tracker, read_metrics
+from tests.leftovers import dead_process, left_by
 
 GRID = QuantizeSection(group_size=32, method="minmax")
 
@@ -403,7 +404,7 @@ def test_checkpoints_are_bounded_at_any_time(
         seen.append(len(list(folder.iterdir())))
 
     monkeypatch.setattr(module, "save_file", watched)
-    (folder / ".step_000009.tmp").mkdir(parents=True)
+    left_by(dead_process(), folder / "step_000009").mkdir(parents=True)
     settings = EARLY | {"patience": 9, "steps": 14, "checkpoint_every": 1, "keep_last": keep_last}
     trainer = trainer_on(teacher, rollouts(6), **(settings | {"stop_early": stop_early}))
     said: list[str] = []

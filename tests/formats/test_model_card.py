@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from kdctl.config.preset import DistillSection, Preset
 from kdctl.formats.model_card import Origin, Training, model_card
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import Estimate, QuantizeReport
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run

@@ -24,7 +24,7 @@ from kdctl.model.load import linear_shapes, skeleton
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid
 from kdctl.quant.apply import dense
-from kdctl.run.paths import sha256
+from kdctl.run.files import sha256
 from kdctl.run.records import QuantizeReport
 
 SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]

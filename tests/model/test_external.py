@@ -20,7 +20,7 @@ from kdctl.model import external
 from kdctl.model.load import load_model
 from kdctl.report.study_reader import read_study
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import EvalResult
 from kdctl.stages import pipeline
 from kdctl.stages.context import Run, open_run

@@ -11,7 +11,7 @@ from kdctl.base.errors import StoreError
 from kdctl.formats.student import check_sums, write_sums
 from kdctl.model import hashes
 from kdctl.model.folder import fingerprint
-from kdctl.run.paths import sha256
+from kdctl.run.files import sha256
 
 HOUR = 3600
 

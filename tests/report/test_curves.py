@@ -1,9 +1,8 @@
 """Sweeps, training curves and costs: every point is where the records say."""
 
-import json
 from pathlib import Path
 
-from made_up import make_run, wrote_rollouts
+from made_up import edit, make_run, wrote_rollouts
 
 from kdctl.report.charts import Mark, Point, mark
 from kdctl.report.columns import Results
@@ -12,7 +11,8 @@ from kdctl.report.curves import costs, generated_tokens, learning_rates, trainin
 from kdctl.report.marks import accuracy_mark, kl_mark
 from kdctl.report.study import Model
 from kdctl.report.study_reader import read_study
-from kdctl.run.paths import RunDir, read_record, write_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import ShardEntry, StoreManifest
 
 
@@ -31,7 +31,7 @@ def counted(folder: Path, tokens: int, sampled: bool = True) -> None:
 def reads(run: RunDir, name: str, *sources: str) -> None:
     """Put the stores that a variant read into its record."""
     path = run.variant(name).report
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"stores": dict.fromkeys(sources, "f" * 64)}))
+    edit(path, stores=dict.fromkeys(sources, "f" * 64))
 
 
 def test_sweeps_stand_beside_each_other_by_lambda(full: Results) -> None:
@@ -85,7 +85,7 @@ def test_the_last_point_stands_at_the_step_whose_student_was_kept(tmp_path: Path
     run = make_run(tmp_path / "run", {"v": {"steps": 9}})
     path = run.variant("v").report
     for kept, expected in ((None, 9), (6, 6)):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"kept_step": kept}))
+        edit(path, kept_step=kept)
         chart = training(Results(read_study([run]), Contrasts(0.005)))
         assert chart is not None
         assert [point.x for point in chart.rows[0][0].series[-1].points] == [0, expected]

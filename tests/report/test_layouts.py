@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import distribution, evaluated, make_run, wrote_rollouts
+from made_up import distribution, edit, evaluated, make_run, wrote_rollouts
 
 from kdctl.base.errors import PresetError
 from kdctl.report.contrasts import Contrasts
@@ -17,7 +17,7 @@ from kdctl.report.layouts import LAYOUTS, NO_ITEMS, lay_out
 from kdctl.report.study import Model, Score, Settings, Study
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import Table, markdown, records
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import EvalResult, MethodResult
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_study.json").read_text())
@@ -81,7 +81,7 @@ def test_mixed_is_everything_between(tmp_path: Path) -> None:
 def test_methods_are_those_of_joined_folders_or_of_a_comparison(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", {}), make_run(tmp_path / "b", {})
     report = second.student / "quantize.json"
-    report.write_text(report.read_text().replace('"hqq",', '"gptq",', 1))
+    edit(report, method="gptq")
     items = {task: read_study([second]).models[1].items(task).values for task in ("alpha", "beta")}  # type: ignore
     evaluated(second, "ptq", items, kl=0.3, weights="another")
     assert [row["method"] for row in records(table_of("method", read_study([first, second])))] == ["hqq", "gptq"]

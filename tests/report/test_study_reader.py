@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from made_up import TEACHER, answers, distilled, evaluated, make_run, quantized, wrote_rollouts
+from made_up import TEACHER, answers, distilled, edit, evaluated, make_run, quantized, wrote_rollouts
 
 from kdctl.base.errors import DataError, StoreError
 from kdctl.report.study import Model
@@ -114,7 +114,7 @@ def test_folders_of_other_teachers_are_refused(tmp_path: Path) -> None:
 def test_settings_of_another_version_and_damaged_items_are_refused_by_path(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"v": {}})
     path = run.variant("v").report
-    path.write_text(path.read_text().replace('"lmbda"', '"lambda"'))
+    edit(path, settings={"lambda": 1.0})
     with pytest.raises(StoreError, match=r"distill\.json is of another kdctl version"):
         read_study([run])
     run = make_run(tmp_path / "other", {})

@@ -21,6 +21,7 @@ from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Prompt, Rollout
+from tests.leftovers import dead_process, left_by
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=6, min_new_tokens=1, seed=0)
 PROMPTS = [Prompt(f"p{i}", i, [(37 * i + 11 * j) % 256 for j in range(2 + 3 * i)]) for i in range(7)]
@@ -109,7 +110,7 @@ def test_resumed_fill_equals_an_undisturbed_one_and_repeats_no_block(tmp_path, e
         fill(store, PLAN, dying(engine, lives), SAMPLING, Silent())
     assert not usable(store, PLAN.identity)
     store.path.mkdir(exist_ok=True)
-    (store.path / f".shard-{lives:05d}.parquet.4242.tmp").write_bytes(b"half")
+    left_by(dead_process(), store.shard_path(lives)).write_bytes(b"half")
     second = dying(engine, 4)
     fill(store, PLAN, second, SAMPLING, Silent())
     assert second.asked == 4 - lives

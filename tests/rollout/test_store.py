@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdctl.base.errors import StoreError
+from kdctl.base.sums import without_sum
 from kdctl.rollout import store as store_module
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.paths import sha256
+from kdctl.run.files import sha256
 from kdctl.run.records import Rollout, SamplingRecord, StoreManifest
+from tests.leftovers import dead_process, left_by
 
 IDENTITY = "0123456789abcdef"
 SAMPLING = SamplingRecord(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=2, max_new_tokens=8, seed=3)
@@ -150,7 +152,7 @@ def test_damaged_manifest_is_a_store_error(tmp_path, text):
 
 def test_manifest_with_an_unknown_field_is_refused(tmp_path):
     store = write(tmp_path / "s")
-    values = json.loads(store.manifest_path.read_text())
+    values = json.loads(without_sum(store.manifest_path.read_text()))
     store.manifest_path.write_text(json.dumps(values | {"extra": 1}))
     with pytest.raises(StoreError, match="extra"):
         store.manifest()
@@ -195,7 +197,7 @@ def test_shard_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdctl.run.paths.os.replace", crash)
+        patch.setattr("kdctl.run.files.os.replace", crash)
         with pytest.raises(OSError, match="disk full"):
             store.write_shard(0, BLOCKS[1], IDENTITY)
     assert contents(store.path) == before
@@ -205,8 +207,8 @@ def test_finishing_removes_unnamed_shards_and_half_written_files(tmp_path):
     write(tmp_path / "clean", BLOCKS[:2])
     store = write(tmp_path / "s")
     kept = [store.kept_shard(index, IDENTITY) for index in range(2)]
-    (store.path / ".shard-00002.parquet.4242.tmp").write_bytes(b"half")
-    (store.path / ".manifest.json.4242.tmp").write_bytes(b"half")
+    for name in ("shard-00002.parquet", "manifest.json"):
+        left_by(dead_process(), store.path / name).write_bytes(b"half")
     store.finish(manifest_of(kept))
     assert contents(store.path) == contents(tmp_path / "clean")
 

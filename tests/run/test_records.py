@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import SamplingRecord, ShardEntry, StoreManifest
 
 SAMPLING = SamplingRecord(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=8, seed=3)

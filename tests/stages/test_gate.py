@@ -14,7 +14,7 @@ from kdctl.base.errors import TrainingError
 from kdctl.base.progress import Silent
 from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import EvalResult, TaskScore
 from kdctl.stages import pipeline
 from kdctl.stages.context import Run, open_run

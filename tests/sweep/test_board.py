@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from kdctl.config.resolve import load_preset
-from kdctl.run.paths import write_record, write_text
+from kdctl.run.files import write_text
+from kdctl.run.record_files import write_record
 from kdctl.sweep.board import Board, Follower, preview
 from kdctl.sweep.plan import plan_sweep
 from kdctl.sweep.space import read_sweep

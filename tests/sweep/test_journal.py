@@ -1,5 +1,6 @@
 """A trial's values are decided once; the file that says so survives kills, and any number of readers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
+from kdctl.base.errors import StoreError
 from kdctl.sweep.journal import Journal, grid, random_values
 from kdctl.sweep.space import Sweep, read_sweep
 
@@ -140,3 +142,27 @@ def test_at_every_bracket_the_better_half_goes_on(tmp_path: Path, goal: str, sig
     assert not again.reached()
     again.finish(again.begin(0, None), sign * 1.0)
     assert not again.falls_behind(again.begin(0, None), 4, sign * 9.0)  # trained again, because its folder was removed
+
+
+def test_a_flipped_bit_or_a_lost_line_of_the_journal_is_noticed(tmp_path: Path, bayes: Sweep) -> None:
+    path = tmp_path / "journal.log"
+    journal = Journal(path, "s", bayes)
+    for slot in range(2):
+        journal.finish(journal.begin(slot, None), 0.5)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    flipped = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(0, len(whole) - 1, 97)]
+    for data in [*flipped, b"".join(lines[1:]), b"".join([*lines[:1], *lines[2:]]), b"".join(reversed(lines))]:
+        path.write_bytes(data)
+        with pytest.raises(StoreError, match=r"journal\.log is damaged"):
+            Journal(path, "s", bayes).trials()
+
+
+def test_a_journal_without_checksums_is_gone_on_with(tmp_path: Path, bayes: Sweep) -> None:
+    path = tmp_path / "journal.log"
+    journal = Journal(path, "s", bayes)
+    journal.finish(journal.begin(0, None), 0.5)
+    path.write_bytes(re.sub(rb',"sum":"[0-9a-f]{8}"}', b"}", path.read_bytes()))
+    journal = Journal(path, "s", bayes)
+    journal.finish(journal.begin(1, None), 0.25)
+    assert [trial.value for trial in Journal(path, "s", bayes).trials().values()] == [0.5, 0.25]

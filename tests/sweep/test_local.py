@@ -12,7 +12,7 @@ from kdctl.base.progress import Silent
 from kdctl.model.batch import predicting_states
 from kdctl.rollout import teacher_states
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run

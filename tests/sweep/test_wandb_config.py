@@ -10,7 +10,8 @@ import yaml
 from wandb.wandb_agent import Agent
 
 from kdctl.base.errors import PresetError
-from kdctl.run.paths import RunDir, read_record
+from kdctl.run.paths import RunDir
+from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport
 from kdctl.sweep.plan import base_plan
 from kdctl.sweep.space import Sweep, read_sweep

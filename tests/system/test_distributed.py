@@ -29,7 +29,7 @@ from kdctl.rollout.fill import Plan, fill
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
-from kdctl.run.paths import read_record
+from kdctl.run.record_files import read_record
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.system.distributed import ALONE, PIECE, Processes, connect, pieces
 

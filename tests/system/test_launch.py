@@ -16,7 +16,8 @@ from kdctl.cli.app import app
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
-from kdctl.run.paths import VariantDir, read_record
+from kdctl.run.paths import VariantDir
+from kdctl.run.record_files import read_record
 from kdctl.run.records import EvalResult
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
