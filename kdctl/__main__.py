@@ -1,5 +1,5 @@
 """Run the command line as ``python -m kdctl`` (what ``accelerate launch -m kdctl`` does)."""
 
-from kdctl.cli.app import main
+from kdctl.cli.boundary import main
 
 main()

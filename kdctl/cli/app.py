@@ -1,6 +1,5 @@
 """The command line: resolve the preset, import the pipeline, run a stage, show the result."""
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,6 +9,7 @@ import typer
 from kdctl.base.errors import PresetError
 from kdctl.base.version import __version__
 from kdctl.cli import render
+from kdctl.cli.boundary import main as main
 from kdctl.cli.fields import Flags, options
 from kdctl.cli.options import (
     DryRunOption,
@@ -17,7 +17,6 @@ from kdctl.cli.options import (
     Stage,
     StageOptions,
     guarded,
-    process_rank,
     show,
     show_json,
 )
@@ -40,13 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-def main() -> None:
-    """Run the command line; kdctl's own errors end in one message and exit code 2. Only the main process speaks."""
-    if process_rank():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    app()
 
 
 def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection]:

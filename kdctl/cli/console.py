@@ -1,5 +1,8 @@
 """How results, progress and errors look (the only file that imports rich). Results go to stdout, all else to stderr."""
 
+import io
+import json
+import re
 import shutil
 import sys
 import textwrap
@@ -23,6 +26,8 @@ from kdctl.base.progress import Advance
 
 QUIET_FOR_S = 2.0
 INDENT = "  "
+ENDLESS = 100_000
+"""Characters a line, where nothing is cut."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Say one line."""
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        self.console.print(escape(visible(text)), highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, unit: str = "") -> Iterator[Advance]:
@@ -89,9 +94,15 @@ class ConsoleReporter:
         )
 
 
+def visible(text: str) -> str:
+    """Return words as one line that a terminal shows as it stands: names may hold line breaks and escape sequences."""
+    line = re.sub(r"\s*\n\s*", " ", text.strip())
+    return "".join(c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in line)
+
+
 def fail(message: str) -> None:
     """Show an error on stderr."""
-    console = Console(stderr=True)
+    console, message = Console(stderr=True), visible(message)
     if console.is_terminal:
         console.print(Panel(escape(message), title="error", border_style="red", title_align="left"))
     else:
@@ -110,7 +121,7 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 def show_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table of results on stdout."""
-    _stdout().print(make_table(title, header, rows))
+    _show_table(make_table(title, header, rows))
 
 
 def on_terminal() -> bool:
@@ -165,7 +176,16 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
         table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
-    _stdout().print(table)
+    _show_table(table)
+
+
+def show_json(text: str) -> None:
+    """Print JSON on stdout, with escapes for characters that its encoding has not."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)
+    show_text(text)
 
 
 def _wide(width: int) -> Console:
@@ -173,7 +193,12 @@ def _wide(width: int) -> Console:
     return Console(width=width, height=shutil.get_terminal_size().lines)
 
 
-def _stdout() -> Console:
-    """Make a console for stdout that never cuts a table to a terminal that is not there."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+def _show_table(table: Table) -> None:
+    """Print a table on stdout: fitted to a terminal, but whole and without padding anywhere else."""
+    if (console := Console()).is_terminal:
+        console.print(table)
+        return
+    drawn = io.StringIO()
+    Console(file=drawn, width=ENDLESS).print(table)
+    for line in drawn.getvalue().splitlines():
+        print(line.rstrip())

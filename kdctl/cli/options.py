@@ -1,22 +1,20 @@
 """What every command has in common: options, finding the preset and the run folder, errors as messages."""
 
-import errno
 import json
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from pydantic import BaseModel
 
-from kdctl.base.errors import KdctlError
+from kdctl.base.errors import PresetError
 from kdctl.base.progress import Silent
-from kdctl.cli import console
+from kdctl.cli import boundary, console
 from kdctl.cli.fields import Flags
 from kdctl.config import resolve
 from kdctl.config.preset import Preset
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from kdctl.stages.context import Run
 
 DEFAULT_PRESET = "quickstart"
-UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 PresetOption = Annotated[
     str | None,
@@ -40,7 +37,22 @@ SetOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Do the stage again even if it is complete.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved preset as JSON and stop.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Let libraries print their warnings and bars.")]
+
+
+def _verbose(value: bool) -> bool:
+    boundary.Known.verbose = value
+    return value
+
+
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_verbose,
+        help="Let libraries print their warnings and bars; show where an error comes from.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -64,49 +76,42 @@ class StageOptions(RunOptions):
 
 def process_rank() -> int:
     """Return which of the processes of a launcher this is; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return _launched("RANK", 0)
 
 
 def process_count() -> int:
     """Return how many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _launched("WORLD_SIZE", 1)
+
+
+def _launched(variable: str, alone: int) -> int:
+    """Read a number that a launcher sets. Raises PresetError where it is none."""
+    found = os.environ.get(variable, str(alone))
+    if not found.isdecimal():
+        raise PresetError(
+            f"the environment variable {variable} is {found!r}, and launchers set it to a number; unset it"
+        )
+    return int(found)
 
 
 @contextmanager
 def guarded(divided: bool = False) -> Iterator[None]:
-    """Turn errors that are the input's fault into one message, and Ctrl-C into another.
+    """End a command that raises as ``boundary.py`` says: one message and an exit code.
 
     divided: several processes do this command together; any other is left to the main one.
     """
-    if process_rank() and not divided:
-        raise typer.Exit
     try:
+        if process_rank() and not divided:
+            raise typer.Exit
         yield
         if process_count() > 1:
             from kdctl.system.distributed import leave
 
             leave()
-    except KdctlError as error:
-        _stop(str(error), 2)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        _stop(f"cannot write {error.filename or 'to disk'}: {error.strerror}; what was finished is on disk", 2)
-    except KeyboardInterrupt as stop:
-        why = str(stop) or "stopped"
-        _stop(f"{why}; what was finished is on disk, and the same command goes on from there", 130)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    """End with a message, which only the first of several processes to fail prints."""
-    if process_count() > 1:
-        from kdctl.system.distributed import first_to_report
-
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would cut the message off
-        if not first_to_report():
-            raise typer.Exit(code) from None
-    console.fail(message)
-    raise typer.Exit(code) from None
+    except (typer.Exit, typer.BadParameter, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - what it means is decided in one place
+        raise typer.Exit(boundary.end(error)) from None
 
 
 def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: Flags) -> Preset:
@@ -148,8 +153,9 @@ class Stage:
         self.preset = resolve_preset(preset, options.run, options.settings, flags or {})
         self.folder = run_folder(preset, options.run)
         self.verbose = options.verbose
+        boundary.Known.folder, boundary.Known.preset = self.folder, self.preset.model_dump_json(indent=2)
         if dry_run:
-            console.show_text(self.preset.model_dump_json(indent=2))
+            console.show_json(self.preset.model_dump_json(indent=2))
             raise typer.Exit
 
     @classmethod
@@ -175,11 +181,11 @@ class Stage:
 def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:
     """Print a result as JSON or for people."""
     if as_json:
-        console.show_text(result.model_dump_json(indent=2))
+        console.show_json(result.model_dump_json(indent=2))
     else:
         render(result)
 
 
 def show_json(results: Mapping[str, BaseModel]) -> None:
     """Print several results as one JSON object."""
-    console.show_text(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
+    console.show_json(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))

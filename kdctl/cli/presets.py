@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdctl.cli import console
-from kdctl.cli.options import SetOption, guarded
+from kdctl.cli.options import SetOption, VerboseOption, guarded
 from kdctl.config import resolve
 from kdctl.config.preset import Preset
 
@@ -15,6 +15,7 @@ def presets(
     name: Annotated[str | None, typer.Argument(help="Preset to show.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a preset.")] = False,
     settings: SetOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """List the shipped presets, show one resolved, or print the schema.
 
@@ -22,10 +23,10 @@ def presets(
     """
     with guarded():
         if schema:
-            console.show_text(json.dumps(Preset.model_json_schema(), indent=2, ensure_ascii=False))
+            console.show_json(json.dumps(Preset.model_json_schema(), indent=2, ensure_ascii=False))
         elif name is not None:
             preset = resolve.load_preset(name, resolve.parse_assignments(settings or []))
-            console.show_text(preset.model_dump_json(indent=2))
+            console.show_json(preset.model_dump_json(indent=2))
         else:
             rows = [(each, resolve.load_preset(each).description) for each in resolve.preset_names()]
             console.show_pairs("presets", rows)

@@ -8,7 +8,7 @@ import typer
 
 from kdctl.base.errors import PresetError
 from kdctl.cli import console, fit
-from kdctl.cli.options import RunOption, guarded, run_folder
+from kdctl.cli.options import RunOption, VerboseOption, guarded, run_folder
 
 if TYPE_CHECKING:
     from kdctl.report.front import Excerpt
@@ -46,6 +46,7 @@ def report(
             "--out", "-o", help="Folder to write. (default: report/ in the run folder, or beside the first of several)"
         ),
     ] = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Say what differs, with statistics; print a table of it and write all of them to report/.
 

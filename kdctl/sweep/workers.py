@@ -5,8 +5,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdctl.base import stopping
 from kdctl.base.errors import StoreError
 from kdctl.run.files import make_folder, open_new
+
+LONGEST_END_S = 6.0
 
 
 def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
@@ -21,22 +24,34 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
     try:
         for index, command in enumerate(commands):
             places = _places(index, len(commands))
-            workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
+            with stopping.held():  # a worker that was started and is not in the list would outlive this call
+                workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
         for worker in workers:
             worker.wait()
     finally:
-        for worker in workers:
-            worker.terminate()
-            worker.wait()
+        _end(workers)
         for file in files:
             file.close()
     _check(workers, logs)
 
 
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask every worker to end, and see to it."""
+    stopping.notice()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        try:
+            worker.wait(timeout=LONGEST_END_S)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
 def _places(index: int, count: int) -> dict[str, str]:
     """Return a worker's environment: its share of the CPU cores, and one of the GPUs that are named, in turn."""
     threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, stopping.PARENT: str(os.getpid())}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return environment | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {})
 

@@ -167,7 +167,8 @@ def connect(device: str) -> Processes:
     # Objects and waits go through gloo also on GPUs: it sees a closed connection, and waiting keeps no GPU busy.
     backend = {} if cpu else {"backend": "cpu:gloo,cuda:nccl"}
     state = PartialState(cpu=cpu, timeout=LONGEST_WAIT, **backend)
-    signal.signal(signal.SIGTERM, _stopped)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the command line listens itself
+        signal.signal(signal.SIGTERM, _stopped)
     freed = _says("FSDP_RESHARD_AFTER_FORWARD", "true")
     return Processes(state.process_index, state.num_processes, sharded, freed)
 

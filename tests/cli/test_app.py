@@ -17,10 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import httpx
+import pyarrow as pa
 import pytest
+import torch
 import typer
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
+from wandb.errors import UsageError
 
 from kdctl.base.errors import StoreError
 from kdctl.base.version import __version__
@@ -408,21 +413,48 @@ def test_ctrl_c_ends_with_130_and_one_line(invoke: Invoke, tmp_path: Path, monke
     assert done.stderr.count("\n") == 1
 
 
-def test_an_error_of_ours_keeps_its_traceback(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = RuntimeError("a bug")
-    monkeypatch.setattr(pipeline, "run_all", raising(bug))
-    assert invoke("run", "smoke", "--run", tmp_path).exception is bug
+def test_an_error_of_ours_says_so_and_leaves_a_file(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "abc-secret-xyz")
+    monkeypatch.setattr(pipeline, "run_all", raising(AttributeError("no abc-secret-xyz")))
+    done = invoke("run", "smoke", "--run", tmp_path, "--set", "distill.steps=3")
+    (file,) = tmp_path.glob("kdctl-bug-*.txt")
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (70, "", 1)
+    assert "this is a bug in kdctl: AttributeError: no " in done.stderr
+    assert str(file) in done.stderr
+    text = file.read_text()
+    for part in ("Traceback", "raise error", "torch ", '"steps": 3'):
+        assert part in text
+    assert "abc-secret-xyz" not in text
     monkeypatch.setattr(pipeline, "run_all", raising(StoreError("not a bug")))
     check_refused(invoke("run", "smoke", "--run", tmp_path), "not a bug")
 
 
-def test_a_full_disk_is_a_message_and_a_missing_file_is_a_bug(
-    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (OSError(28, "No space left on device", "shard-0"), ("shard-0", "No space left on device")),
+        (FileNotFoundError(2, "No such file", "x"), ("x: No such file",)),
+        (OSError("the words of a library\nand more"), ("the words of a library",)),
+        (MemoryError(), ("memory", "distill.micro_batch_size")),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ("memory", "rollout.batch_size")),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ("memory",)),
+        (SafetensorError("Error while deserializing header"), ("damaged", "deserializing")),
+        (pa.ArrowInvalid("Not a Parquet file"), ("damaged", "Parquet")),
+        (httpx.ConnectError("no route to host"), ("network", "no route to host", "runtime.offline")),
+        (UsageError("api_key not configured"), ("api_key not configured", "tracking.wandb=offline")),
+        (ImportError("cannot import name x", name="hqq.core"), ("package hqq is missing or broken",)),
+        (StoreError("two\nlines \x1b[31m"), ("two lines \\x1b[31m",)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_disk_network_and_memory_do_is_one_message(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, parts: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(pipeline, "run_all", raising(OSError(28, "No space left on device", "shard-0")))
-    check_refused(invoke("run", "smoke", "--run", tmp_path), "shard-0", "No space left on device")
-    monkeypatch.setattr(pipeline, "run_all", raising(FileNotFoundError(2, "No such file", "x")))
-    assert isinstance(invoke("run", "smoke", "--run", tmp_path).exception, FileNotFoundError)
+    monkeypatch.setattr(pipeline, "run_all", raising(error))
+    check_refused(invoke("run", "smoke", "--run", tmp_path), *parts)
+    assert not list(tmp_path.glob("kdctl-bug-*"))
 
 
 @pytest.mark.slow
