@@ -31,3 +31,14 @@ class ProcessError(KdctlError, RuntimeError):
 
 class TrainingError(KdctlError, ArithmeticError):
     """Training cannot go on, because the loss is no longer a finite number, or has less to win than was asked for."""
+
+
+LISTS = ("Model type should be one of", ", or contain one of the following strings")
+
+
+def brief(error: BaseException, length: int = 300) -> str:
+    """Return what another library's error says, on one line, without its lists of everything that exists."""
+    text = " ".join(str(error).split())
+    for start in LISTS:
+        text = text.partition(start)[0].strip()
+    return (text if len(text) <= length else f"{text[:length]} …") or type(error).__name__

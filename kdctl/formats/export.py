@@ -13,7 +13,8 @@ from kdctl.base.errors import ModelError, StoreError
 from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
 from kdctl.formats.records import ExportFormat, ExportReport
 from kdctl.formats.student import Student, load_student, save_description, stored_grid
-from kdctl.model.folder import fingerprint, read_config, weights_bytes
+from kdctl.model.configuration import read_config
+from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
 from kdctl.run.files import atomic_folder, atomic_path, writing

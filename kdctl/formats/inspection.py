@@ -30,8 +30,9 @@ from kdctl.formats.student import (
     stored_grid,
 )
 from kdctl.model import tokenizer as tokens
+from kdctl.model.configuration import read_config
 from kdctl.model.context import reach_of
-from kdctl.model.folder import fingerprint, read_config, read_tensors
+from kdctl.model.folder import fingerprint, read_tensors
 from kdctl.model.load import load_model, ready
 from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import check_vocabulary

@@ -15,7 +15,8 @@ from torch import Tensor
 from kdctl.base.errors import StoreError
 from kdctl.formats.layout import Form, expected_tensors
 from kdctl.formats.student import Student, packed_tensors, unpacked, unquantized_tensors
-from kdctl.model.folder import StoredTensors, read_config
+from kdctl.model.configuration import read_config
+from kdctl.model.folder import StoredTensors
 from kdctl.quant.affine import QuantizedWeight
 from kdctl.quant.apply import dense
 

@@ -24,10 +24,11 @@ from compressed_tensors.quantization import (
 )
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
+from kdctl.model.configuration import read_config
 from kdctl.model.folder import read_tensors
 from kdctl.model.hashes import known_sha256, written_sha256
 from kdctl.model.load import from_tensors
@@ -229,7 +230,7 @@ def load_student(folder: Path, device: torch.device) -> Student:
 
 def read_student(folder: Path, device: torch.device) -> Student:
     """Read a student folder without transformers' quantization code and without looking at SHA256SUMS."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     grid = stored_grid(config, folder)
     tensors = dict(read_tensors(folder))
     names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]

@@ -22,6 +22,8 @@ from kdctl.base.errors import ModelError
 from kdctl.model.context import reach_of
 
 NAME = "kdctl"
+UNKNOWN = ("softcap", "s_aux", "position_bias", "indices")
+"""What a network may ask of its attention that no layout carries: caps, sinks, biases and chosen tokens."""
 
 
 class RowCache:
@@ -47,6 +49,10 @@ class RowCache:
         for kept, new in zip(self._layers[layer], (key, value), strict=True):
             kept[self._row, :, self._place] = new[0].transpose(0, 1)
         return key, value
+
+    def get_seq_length(self, *_: object) -> int:
+        """Return 0: places are given with the tokens, and a network that counts them itself starts afresh."""
+        return 0
 
     def _room(self, new: Tensor) -> Tensor:
         return new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[-1])
@@ -87,18 +93,24 @@ class Layout:
         return self._seen[window]
 
 
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise ModelError if a model's attention is not transformers' ``sdpa``."""
+    implementation = model.config._attn_implementation
+    if implementation not in (NAME, "sdpa"):
+        raise ModelError(
+            f"model type {model.config.model_type!r} computes attention as {implementation!r}, in code of its own or "
+            "because transformers' 'sdpa' lacks what it needs; kdctl lays sequences end to end, for which it knows "
+            "'sdpa' only, so use another network"
+        )
+
+
 def use_layouts(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model accept layouts; what it computes without one stays the same to the bit.
 
     Raises ModelError if its attention is not transformers' ``sdpa``.
     """
-    implementation = model.config._attn_implementation
-    if implementation not in (NAME, "sdpa"):
-        raise ModelError(
-            f"the model's attention is {implementation!r} and kdctl lays sequences end to end, for which it knows "
-            "'sdpa' only; load it with attn_implementation='sdpa'"
-        )
-    if implementation == "sdpa":
+    check_attention(model)
+    if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     return model
 
@@ -133,6 +145,9 @@ def attend(
     """Attend within each sequence of a layout. query: (1, heads, N, D); returns (1, N, heads, D)."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    for name in UNKNOWN:
+        if options.get(name) is not None:
+            raise ModelError(f"the model's attention has a {name}, which kdctl does not compute; use another network")
     scale, window = options["scaling"], options.get("sliding_window")
     start, parts = len(layout.counts), []
     if layout.cache is not None and start:

@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
 from kdctl.model import tokenizer as tokens
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.load import load_model
 from kdctl.model.reference import model_folder
 
@@ -55,10 +55,5 @@ def load_foreign(foreign: Foreign, dtype: torch.dtype, device: torch.device) -> 
     """
     quantization = read_config(foreign.folder).to_dict().get("quantization_config") or {}
     compressed = quantization.get("quant_method") == "compressed-tensors"
-    try:
-        return load_model(
-            foreign.folder, dtype, device, CompressedTensorsConfig(dequantize=True) if compressed else None
-        )
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"--also {foreign.reference}: its weights need a package that is not here: {reason}") from None
+    how = CompressedTensorsConfig(dequantize=True) if compressed else None
+    return load_model(foreign.folder, dtype, device, how)

@@ -1,27 +1,15 @@
-"""What a model folder holds, read without building the model."""
+"""The weights that a model folder holds, read without building the model."""
 
 import hashlib
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.model.hashes import known_sha256
 from kdctl.model.stops import GENERATION
-
-
-def read_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration from a folder or a GGUF file, without its weights."""
-    try:
-        if path.is_file():
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError, struct.error) as error:
-        raise ModelError(f"{path}: the model's configuration cannot be read: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -44,8 +44,9 @@ def check_head(model: PreTrainedModel) -> None:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.equal(head_of(model).logits(hidden), model(input_ids=ids).logits.float()):
         raise ModelError(
-            f"model type {model.config.model_type!r} changes its logits after the output head (capping or scaling), "
-            "and kdctl computes divergences from final hidden states and would train on another distribution"
+            f"model type {model.config.model_type!r} does more than one linear layer between its final hidden states "
+            "and its logits (capping or scaling after the output head, or layers before it), and kdctl computes "
+            "divergences from final hidden states and would train on another distribution"
         )
 
 

@@ -1,60 +1,42 @@
-"""Model folders to models, and the kinds of network that kdctl does not handle."""
+"""Model folders to models."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kdctl.base.errors import ModelError
-from kdctl.model.head import check_head
+from kdctl.base.errors import ModelError, brief
+from kdctl.model.architecture import check_architecture
+from kdctl.model.configuration import read_config, reason
+from kdctl.model.sound import check_network, check_weights
 from kdctl.system.cpu_products import widen_products
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-EXPERT_PARTS = {"experts", "router", "expert"}
+EXTRA = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors that older programs stored and that a network makes itself."""
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model without weights, to look at its layers. Raises ModelError for kinds that kdctl does not handle."""
-    if "quantization_config" in config.to_dict():
-        raise ModelError(
-            f"the teacher is already quantized ({config.to_dict()['quantization_config'].get('quant_method')}); kdctl "
-            "needs its full-precision weights"
-        )
+    quantized = config.to_dict().get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ModelError(f"the teacher is already quantized ({method}); kdctl needs its full-precision weights")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"model type {config.model_type!r} is not a causal language model here: {error}") from None
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - impossible sizes fail in the constructor of any layer, in any way
+        raise ModelError(
+            f"no causal language model can be built from the configuration of model type {config.model_type!r}: "
+            f"{reason(error)}"
+        ) from None
     check_architecture(model)
     return model
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """Raise ModelError for mixtures of experts and for linear layers that are stored the other way round."""
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            raise ModelError(
-                f"model type {model.config.model_type!r} keeps its linear layers as Conv1D with transposed weights "
-                f"({name}), which the pack-quantized format does not describe; kdctl quantizes nn.Linear only"
-            )
-        if EXPERT_PARTS & set(name.split(".")) or _holds_experts(module):
-            raise ModelError(
-                f"model type {model.config.model_type!r} is a mixture of experts ({name}): a router chooses the "
-                "weights that a token meets, and kdctl neither quantizes expert tensors nor keeps its choices; use a "
-                "dense model"
-            )
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Tell whether a module has a weight for several experts in one tensor."""
-    own = module.parameters(recurse=False)
-    return not isinstance(module, CONVOLUTIONS) and any(parameter.dim() > 2 for parameter in own)
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -69,23 +51,57 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, how: QuantizationConfigMixin | None = None
 ) -> PreTrainedModel:
-    """Load a model for evaluation, quantized weights as ``how`` says.
+    """Load a model for evaluation, quantized weights as ``how`` says, and check once that kdctl can read it rightly.
 
-    Raises ModelError if its logits are more than lm_head(hidden).
+    Raises ModelError if tensors are missing, left over or not finite, and if the network gives other numbers for
+    sequences laid end to end or continued from a cache than for each alone.
     """
-    options = {"dtype": dtype, "output_loading_info": True} | ({"quantization_config": how} if how else {})
+    config = read_config(folder)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    options |= {"quantization_config": how} if how else {}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)  # pyright: ignore
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from None
-    if found["missing_keys"]:
-        names = ", ".join(sorted(found["missing_keys"])[:3])
+        model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)  # pyright: ignore
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except ImportError as error:
+        raise ModelError(f"{folder}: its weights need a package that is not here: {brief(error)}") from None
+    except Exception as error:  # noqa: BLE001 - files and configuration can disagree in any way
+        raise ModelError(f"{folder}: the model cannot be loaded: {reason(error)}") from None
+    check_complete(folder, found)
+    check_tied(folder, model)
+    check_weights(model)
+    model = ready(model, device)
+    check_network(model)
+    return model
+
+
+def check_complete(folder: Path, found: Mapping[str, Any]) -> None:
+    """Raise ModelError unless the files hold each of the network's tensors and nothing else."""
+    missing, extra = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    extra = [name for name in extra if not EXTRA.search(name)]
+    if missing:
         raise ModelError(
-            f"{folder}: {len(found['missing_keys'])} tensors are missing ({names}) and would be random numbers; "
+            f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3])}) and would be random numbers; "
             "the files are incomplete, fetch the model again"
         )
-    check_head(model)
-    return ready(model, device)
+    if extra:
+        raise ModelError(
+            f"{folder}: {len(extra)} tensors of the files have no place in the network that config.json describes "
+            f"({', '.join(extra[:3])}), so what is loaded would not be the model that was saved; correct config.json, "
+            "or open the model with transformers and save it again without them"
+        )
+
+
+def check_tied(folder: Path, model: PreTrainedModel) -> None:
+    """Raise ModelError if the output head is said to be the embeddings and is not."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and isinstance(head, nn.Module) and head.weight is not embeddings.weight:
+        raise ModelError(
+            f"{folder}: config.json says tie_word_embeddings=true, but the files hold an output head of their own that "
+            "differs from the embeddings, and programs disagree on which of the two counts; set tie_word_embeddings to "
+            "false in config.json if the head is right, or remove its tensor from the files"
+        )
 
 
 def from_tensors(config: PretrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:

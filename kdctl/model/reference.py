@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
 from kdctl.base.errors import ModelError
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.hashes import known_sha256
 from kdctl.model.tokenizer import open_gguf_tokenizer
 from kdctl.run.files import atomic_folder, writing

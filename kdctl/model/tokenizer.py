@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
+from kdctl.model.configuration import reason
 
 VOCABULARY = "vocabulary"
 SPLITTING = "splitting of text"
@@ -23,9 +24,9 @@ PROBES = (
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises ModelError if it is missing or damaged."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from None
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}") from None
 
 
 def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTokenizerBase:

@@ -20,7 +20,7 @@ from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.distill.shadow import Shadow, make_shadow
 from kdctl.formats.student import packed_tensors, unquantized_tensors
 from kdctl.model.batch import collate, predicting_hidden
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.quant.affine import Weights
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.rollout.teacher_states import int8

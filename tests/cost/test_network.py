@@ -12,7 +12,7 @@ from kdctl.cost.network import Meter, Network, look_at
 from kdctl.distill.divergence import Objective, value_and_gradient
 from kdctl.model.activation_checkpointing import Checkpointing, recomputed, set_checkpointing
 from kdctl.model.attention import Layout, RowCache, forward, use_layouts
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.load import linear_shapes
 
 GRID = QuantizeSection(group_size=32)

@@ -18,14 +18,14 @@ from kdctl.cost.network import Network, look_at
 from kdctl.cost.plan import Machine, find_machine, make_plan
 from kdctl.cost.records import CostPlan
 from kdctl.distill.divergence import Objective
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.reference import find_config, model_folder
 from kdctl.run.paths import RunDir
 
 GIB = 2**30
 MEASURED = """
 import resource, sys
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.load import quiet
 from kdctl.model.reference import find_config, model_folder
 from kdctl.stages import pipeline

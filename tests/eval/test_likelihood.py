@@ -159,7 +159,7 @@ def test_a_tokenizer_without_a_first_token_is_refused(tokenizer):
 
 def test_logits_that_are_more_than_the_head_are_refused(tokenizer):
     model = network(Gemma2Config, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=2.0)
-    with pytest.raises(ModelError, match="changes its logits"):
+    with pytest.raises(ModelError, match="after the output head"):
         LikelihoodModel(model, tokenizer, 8)
 
 

@@ -19,7 +19,8 @@ from kdctl.base.errors import ModelError, StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats import student as checkpoint
 from kdctl.formats.student import Student, load_student, packed_tensors, unpacked
-from kdctl.model.folder import read_config, read_tensors
+from kdctl.model.configuration import read_config
+from kdctl.model.folder import read_tensors
 from kdctl.model.load import linear_shapes, skeleton
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid

@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.config.resolve import load_preset
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.load import from_tensors, linear_shapes, load_model, pick_device, skeleton
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.stages.context import open_run
@@ -42,14 +42,14 @@ def test_quantized_teacher_is_refused_before_any_weight_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "extra"), [(Gemma2Config, {"final_logit_softcapping": 5.0}), (GraniteConfig, {"logits_scaling": 8.0})]
+    ("kind", "extra"), [(Gemma3TextConfig, {"final_logit_softcapping": 5.0}), (GraniteConfig, {"logits_scaling": 8.0})]
 )
 def test_logits_changed_after_the_head_are_refused(tmp_path, kind, extra):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind(**SMALL, head_dim=16, **extra)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="after the output head"):
         load_model(tmp_path, torch.float32, CPU)
-    neutral = dict.fromkeys(extra, None if kind is Gemma2Config else 1.0)
+    neutral = dict.fromkeys(extra, None if kind is Gemma3TextConfig else 1.0)
     config = json.loads((tmp_path / "config.json").read_text()) | neutral
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path, torch.float32, CPU).config.model_type == config["model_type"]
@@ -79,7 +79,7 @@ def test_damaged_or_foreign_weights_are_refused(tiny_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("{bad", "configuration cannot be read"), ('{"model_type": "t5"}', "not a causal language")]
+    ("text", "match"), [("{bad", "configuration cannot be read"), ('{"model_type": "t5"}', "encoder with a decoder")]
 )
 def test_unusable_configuration_is_refused(tmp_path, text, match):
     (tmp_path / "config.json").write_text(text)
@@ -135,3 +135,43 @@ def test_model_from_its_own_tensors_is_the_same_model(teacher):
 def test_loaded_model_is_frozen_and_in_evaluation_mode(teacher):
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+# --- tensors that the network does not use, or that two readers would use differently ---------------------------------
+
+
+def altered(source, folder, **config: object):
+    """Copy a model folder with other values in config.json and return its tensors."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return load_file(folder / "model.safetensors")
+
+
+def test_tensors_that_the_network_does_not_use_are_refused_unless_it_makes_them_itself(tiny_dir, tmp_path):
+    tensors = altered(tiny_dir, tmp_path)
+    harmless = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(tensors | harmless, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(tmp_path, torch.bfloat16, CPU)
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    save_file(tensors | bias, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors of the files have no place .*layers\.0\.self_attn\.q_proj\.bias"):
+        load_model(tmp_path, torch.bfloat16, CPU)
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_is_refused_unless_they_are_equal(tiny_dir, tmp_path):
+    tensors = altered(tiny_dir, tmp_path)
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(tmp_path, torch.bfloat16, CPU)
+    save_file(tensors | {"lm_head.weight": embeddings * 2}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="tie_word_embeddings=true, but the files hold an output head of their own"):
+        load_model(tmp_path, torch.bfloat16, CPU)
+    altered(tmp_path, tmp_path / "mended", tie_word_embeddings=False)
+    load_model(tmp_path / "mended", torch.bfloat16, CPU)
+
+
+def test_embeddings_of_another_size_than_the_configuration_says_are_one_short_message(tiny_dir, tmp_path):
+    altered(tiny_dir, tmp_path, vocab_size=259)
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load_model(tmp_path, torch.bfloat16, CPU)
+    assert len(str(caught.value)) < 700

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
 from kdctl.model import reference
-from kdctl.model.folder import read_config
+from kdctl.model.configuration import read_config
 from kdctl.model.load import load_model
 from kdctl.model.reference import convert_gguf, gguf_cache, locate, model_folder
 from kdctl.model.tokenizer import load_tokenizer, open_gguf_tokenizer

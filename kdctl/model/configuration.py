@@ -1,0 +1,75 @@
+"""Model configurations: what is read of them before any weight, and those that kdctl does not handle."""
+
+import re
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from kdctl.base.errors import ModelError, brief
+
+ENDLESS = re.compile(r'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{5,})')
+"""Numbers of layers that no network has and that would take hours to lay out."""
+TEXT_PART = (
+    "AutoModelForCausalLM.from_pretrained(FOLDER, config=AutoConfig.from_pretrained(FOLDER).get_text_config(), "
+    'key_mapping={r"^(model\\.)?language_model\\.(model\\.)?": "model."}).save_pretrained(TEXT_FOLDER)'
+)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read a model's configuration from a folder or a GGUF file, without its weights and without the author's code.
+
+    Raises ModelError if it is damaged, impossible, or of a model that is more than one network for text.
+    """
+    place = {"gguf_file": path.name} if path.is_file() else {}
+    try:
+        check_layers(path / "config.json")
+        config = AutoConfig.from_pretrained(path.parent if place else path, trust_remote_code=False, **place)
+        text = config.get_text_config(decoder=True)
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - any value can stand in the file, and every class fails in its own way
+        raise ModelError(f"{path}: the model's configuration cannot be read: {reason(error)}") from None
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{path}: model type {config.model_type!r} is an encoder with a decoder, and kdctl distills causal "
+            "language models only, which read and write one sequence"
+        )
+    if text is not config:
+        raise ModelError(
+            f"{path}: model type {config.model_type!r} is a composite model, whose text part {text.model_type!r} lies "
+            "beside parts for pictures or sound, and kdctl distills text models only; save the text part with "
+            f"its tokenizer and use that folder: {TEXT_PART}"
+        )
+    return usable(config, path)
+
+
+def check_layers(file: Path) -> None:
+    """Raise ModelError if a file asks for more layers than any network has."""
+    found = ENDLESS.search(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if found:
+        raise ModelError(f"{file}: {found[0]} is no number of layers of a network; the file is damaged")
+
+
+def usable(config: PretrainedConfig, path: Path) -> PretrainedConfig:
+    """Return a configuration without a padding token that no row stands for: kdctl pads nothing.
+
+    Raises ModelError if it does not say how large the network is.
+    """
+    for name, least in (("vocab_size", None), ("hidden_size", 1)):
+        size = getattr(config, name, least)
+        if not isinstance(size, int) or size < 1:
+            raise ModelError(f"{path}: {name}={size!r} in the model's configuration is no size of a network")
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
+        config.pad_token_id = None
+    return config
+
+
+def reason(error: Exception) -> str:
+    """Return why transformers cannot open something; that it asks for the author's code is kdctl's to explain."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it works only with code that its author put beside the weights, and kdctl runs no code from model "
+            "folders; use a model of a type that transformers has"
+        )
+    return f"{type(error).__name__}: {brief(error)}"
