@@ -6,9 +6,17 @@ rejected; nothing is changed silently. ``resolve.py`` turns TOML and overrides i
 
 import importlib
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from kdctl.config.section import Count, Dtype, Natural, Positive, Section, Share
 
@@ -96,6 +104,13 @@ class QuantizeSection(*_settings_of_methods(), _QuantizeSection):  # pyright: ig
     """Teacher to INT4 student."""
 
 
+def _iso_date(value: object) -> str:
+    try:
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError("a day is written like 2026-01-31") from None
+
+
 class PromptsSection(Section):
     """Where prompts come from, and data-set completions too."""
 
@@ -107,6 +122,8 @@ class PromptsSection(Section):
     """Source of the held-out prompts, never trained on; same kinds as ``train``."""
     heldout_split: str = "heldout"
     """Split of a Hub data set with held-out prompts (``heldout`` for the bundled ones)."""
+    date: Annotated[str, BeforeValidator(_iso_date)] | None = None
+    """Day that chat templates are given, as ``2026-01-31``; unset, the one on which the run folder was made."""
     max_prompt_tokens: Count = 512
     """Longer prompts are left out, and counted."""
 

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -76,14 +75,12 @@ def sha256_of(text: str) -> str:
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return all that decides what a tokenizer makes of a conversation; some templates name the day."""
-    template = str(tokenizer.chat_template)
+    """Return all that decides what a tokenizer makes of a conversation, but the day that some templates name."""
     return {
         "tokenizer": sha256_of(tokenizer.backend_tokenizer.to_str()),
-        "template": template,
+        "template": str(tokenizer.chat_template),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "transformers": transformers.__version__,
-        "day": date.today().isoformat() if "strftime" in template else None,
     }
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import islice
 
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import DataError
@@ -13,6 +13,7 @@ from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
 from kdctl.data.prompt_set import PromptSet, kept, sha256_of
 from kdctl.data.sources import Row, open_source, read_rows
+from kdctl.data.templates import rendered, writes_date
 from kdctl.run.records import Message, Prompt, Rollout
 
 BATCH = 1024
@@ -73,6 +74,7 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.settings = settings
         self.offline = offline
+        self.day = settings.date or date.today().isoformat()
 
     def train(self, count: int, seed: int, answers: bool = False, heldout: frozenset[str] = frozenset()) -> PromptSet:
         """Take ``count`` training prompts in an order given by ``seed``, none of the ids in ``heldout``.
@@ -91,6 +93,7 @@ class PromptReader:
             "source": [source, split, open_source(source, split, self.offline).fingerprint()],
             "asked": [asked.count, asked.seed, asked.answers, sorted(asked.excluded)],
             "max_prompt_tokens": self.settings.max_prompt_tokens,
+            "day": self.day if writes_date(self.tokenizer) else None,
         }
         return kept(key, self.tokenizer, lambda: self._take(read_rows(source, split, self.offline), asked))
 
@@ -146,18 +149,15 @@ class PromptReader:
         return Text(name, head, whole[len(head) :])
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        template = self.tokenizer.apply_chat_template
-        try:
-            return str(template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"the teacher's chat template refuses a conversation of {roles}: {error}; use other prompts"
-            ) from None
+        return rendered(self.tokenizer, messages, add_generation_prompt, self.day)
 
     def _tokenized(self, texts: Sequence[Text]) -> list[Prompt]:
         """Tokenize prompts, and answers up to their end, as the tokenizer would one by one."""
         heads = self._encode([text.head for text in texts])
+        if not all(heads):
+            raise DataError(
+                "the teacher's chat template writes nothing for a conversation; mend it, or use other prompts"
+            )
         answers = iter(self._encode([text.answer for text in texts if text.answer is not None]))
         return [
             Prompt(text.name, 0, ids, None if text.answer is None else self._until_stop(next(answers)))

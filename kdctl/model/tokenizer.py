@@ -36,6 +36,11 @@ def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTok
         raise ModelError(
             f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: the tokenizer of {model_type} has several chat templates and none is named 'default'; there "
+            f"are {', '.join(map(repr, tokenizer.chat_template))}. Rename the one to use"
+        )
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -68,9 +69,11 @@ def open_run(
     if isinstance(preset, str):
         folder = folder or Path("runs") / Path(preset).stem
         preset = load_preset(preset, overrides)
-    context = Context(preset, RunDir(folder or Path("runs") / "quickstart"), reporter or Silent(), ranks)
-    context.paths.prepare()
-    base = ranks.on_main(lambda: read_record(context.paths.preset, Preset) if context.paths.preset.exists() else None)
+    paths = RunDir(folder or Path("runs") / "quickstart")
+    paths.prepare()
+    base = ranks.on_main(lambda: read_record(paths.preset, Preset) if paths.preset.exists() else None)
+    preset = with_date(preset, ranks.on_main(lambda: day_of(paths, base)))
+    context = Context(preset, paths, reporter or Silent(), ranks)
     if base is not None:
         check_same_model(base, preset, context.paths)
     teacher = Teacher(preset.teacher, preset.runtime, context.reporter)
@@ -84,6 +87,20 @@ def open_run(
     if ranks.count > 1:
         ranks.main_first(teacher.folder)  # downloads and converts once
     return Run(context, teacher)
+
+
+def day_of(paths: RunDir, base: Preset | None) -> str:
+    """Return the day on which a run folder was made, an ISO date; folders of earlier versions do not say it."""
+    if base is None:
+        return date.today().isoformat()
+    return base.prompts.date or date.fromtimestamp(paths.preset.stat().st_mtime).isoformat()
+
+
+def with_date(preset: Preset, day: str) -> Preset:
+    """Give a preset a day for chat templates, unless it has one."""
+    if preset.prompts.date is not None:
+        return preset
+    return preset.model_copy(update={"prompts": preset.prompts.model_copy(update={"date": day})})
 
 
 def layers_of(teacher: Teacher, preset: Preset) -> list[str]:

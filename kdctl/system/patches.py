@@ -1,7 +1,8 @@
 """What kdctl changes inside other libraries: each with its reason, and with what would make it unnecessary.
 
-Two more stand where they are used. ``cpu_products`` replaces kernels of torch, until torch has fast ones for half
+Three more stand where they are used. ``cpu_products`` replaces kernels of torch, until torch has fast ones for half
 precision on CPUs without AVX-512 (2.13 has none). ``eval.harness`` hides lm-eval's bars, which take no switch (0.4.13).
+``data.templates`` fixes the clock of chat templates, until ``apply_chat_template`` takes one (5.23 does not).
 """
 
 from collections.abc import Callable, Iterator
