@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdctl.base.errors import StoreError
 from kdctl.distill.shadow import Shadow
 from kdctl.run.files import atomic_folder, remove, sha256, sweep_up, writing
 from kdctl.run.paths import require_free_space
-from kdctl.run.record_files import read_record, write_record
+from kdctl.run.record_files import damaged, read_record, write_record
 from kdctl.run.records import CheckpointMeta
 from kdctl.system.distributed import ALONE, Processes
 
@@ -105,8 +104,8 @@ def load_checkpoint(
 
     Raises StoreError if the file is not the one that was written.
     """
-    if sha256(path / TENSORS) != meta.sha256:
-        raise StoreError(f"{path / TENSORS} is damaged; remove {path} to go on from an earlier checkpoint or the start")
+    if not (path / TENSORS).is_file() or sha256(path / TENSORS) != meta.sha256:
+        raise damaged(path / TENSORS, "it is not the file that was written")
     tensors = load_file(path / TENSORS)
     kinds = {name.partition(".")[0] for name in tensors} - {"trained"}
     with torch.no_grad():

@@ -166,6 +166,7 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     done = resume(trainer, outputs)
     tracker = outputs.tracker(done)
     try:
+        processes.on_main(lambda: _check_metrics(root, done, tracker))
         monitor = Monitor.after(settings, processes.on_main(lambda: tracker.kept), done)
         while done < settings.steps and not monitor.exhausted:
             metrics = _guarded_step(trainer, done, root)
@@ -177,7 +178,7 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
                 outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
             if _saves(settings, done, monitor):
-                meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="")
+                meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="", metrics=tracker.sha256())
                 state, kept = (trainer.shadow, trainer.optimizer), (settings.keep_last, monitor.best)
                 save_checkpoint(root, *state, meta, *kept, processes)
     finally:
@@ -186,6 +187,16 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     if outcome.kept_step != done:
         load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer, processes)
     return outcome
+
+
+def _check_metrics(root: Path, done: int, tracker: Tracker) -> None:
+    """Raise StoreError if the metrics that training goes on from are not those that the checkpoint was written with."""
+    written = open_checkpoint(root, done)[1].metrics if done else None
+    if written not in (None, tracker.sha256()):
+        raise StoreError(
+            f"metrics.jsonl beside {root} is damaged: its lines up to step {done} are not those that the checkpoint "
+            "was written with, and what is watched during training follows from them; --force starts the variant again"
+        )
 
 
 def _measures(settings: DistillSection, done: int) -> bool:

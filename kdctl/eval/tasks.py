@@ -27,7 +27,7 @@ from kdctl.config.resolve import suggest
 from kdctl.eval.harness import Meter, hub_access, quiet
 from kdctl.eval.items import Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
-from kdctl.run.files import atomic_path
+from kdctl.run.files import atomic_path, sha256
 from kdctl.run.measures import derived_measures, reported_measures
 from kdctl.run.records import TaskScore
 
@@ -274,8 +274,14 @@ def _pooled(runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> None:
-    """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes."""
+def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> dict[str, str]:
+    """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes.
+
+    Returns the sha256 of each file by its name.
+    """
+    written = {}
     for name, table in tables.items():
         with atomic_path(folder / "samples" / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
+            written[f"{name}.parquet"] = sha256(temporary)
+    return written

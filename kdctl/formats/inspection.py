@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from compressed_tensors.quantization import QuantizationScheme
@@ -40,6 +41,7 @@ from kdctl.quant.affine import Grid, pack
 from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import from_table
+from kdctl.run.files import naming
 from kdctl.run.measures import FORWARD_KL
 from kdctl.run.paths import enclosing_run
 from kdctl.run.record_files import read_record
@@ -156,7 +158,7 @@ class Inspection:
             raise StoreError(
                 f"{REPORT} says {report.student_bytes} bytes, the tensors take {folder_bytes(self.folder)}"
             )
-        found = from_table(pq.read_table(self.folder / HELDOUT)).mean(FORWARD_KL)
+        found = from_table(_heldout(self.folder)).mean(FORWARD_KL)
         _same("KL", found, report.distribution.forward_kl.value, CLOSE)
         return f"{REPORT} agrees with config.json, the files' size and {HELDOUT}"
 
@@ -275,6 +277,11 @@ class Inspection:
         yardstick = metrics.make_yardstick(self.teacher_model, store.read())
         kl = metrics.compare(self.student.model, yardstick, measures=[FORWARD_KL]).mean(FORWARD_KL)
         return _same("KL", kl, self.report.distribution.forward_kl.value, KL_CLOSE)
+
+
+def _heldout(folder: Path) -> pa.Table:
+    with naming(folder / HELDOUT):
+        return pq.read_table(folder / HELDOUT)
 
 
 def _same(what: str, found: float, recorded: float, tolerance: float) -> str:

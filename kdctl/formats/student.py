@@ -40,8 +40,8 @@ from kdctl.quant.affine import (
     pack,
     unpack,
 )
-from kdctl.run.files import atomic_folder, write_text, writing
-from kdctl.run.record_files import write_record
+from kdctl.run.files import atomic_folder, naming, read_bytes, write_text, writing
+from kdctl.run.record_files import remedy, write_record
 from kdctl.run.records import QuantizeReport
 
 SUMS = "SHA256SUMS"
@@ -188,19 +188,37 @@ def write_sums(folder: Path) -> None:
 
 def check_sums(folder: Path) -> None:
     """Raise StoreError if a student folder has no SHA256SUMS or a file differs from them."""
-    sums = folder / SUMS
-    if not sums.is_file():
-        raise StoreError(
-            f"{folder} has no {SUMS}: it is unfinished or not a student folder; run kdctl quantize --force"
-        )
-    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
-    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    listed = listed_sums(folder)
     needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
     for name in sorted(needed | listed.keys()):
-        if not (folder / name).is_file() or known_sha256(folder / name, proven=True) != listed.get(name):
-            raise StoreError(
-                f"{folder / name} is missing or damaged: it does not match {SUMS}; run the stage with --force"
-            )
+        _check_sum(folder, name, listed)
+
+
+def listed_sums(folder: Path) -> dict[str, str]:
+    """Return what SHA256SUMS says of each file. Raises StoreError if it is missing, or names a file elsewhere."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise StoreError(f"{folder} has no {SUMS}: it is unfinished or not a student folder; {remedy(sums)}")
+    lines = read_bytes(sums).decode(errors="replace").splitlines()
+    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
+    for name in listed:
+        inside = name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not Path(name).name:
+            raise StoreError(f"{sums} is damaged: it names {name!r}, which is no file of the folder; {remedy(sums)}")
+    return listed
+
+
+def _check_sum(folder: Path, name: str, listed: Mapping[str, str]) -> None:
+    path = folder / name
+    if not path.is_file() or known_sha256(path, proven=True) != listed.get(name):
+        raise StoreError(f"{path} is missing or damaged: it does not match {SUMS}; {remedy(path)}")
+
+
+def read_heldout(folder: Path) -> pa.Table:
+    """Read the per-document sums beside a student. Raises StoreError if they are not those that were written."""
+    _check_sum(folder, HELDOUT, listed_sums(folder))
+    with naming(folder / HELDOUT):
+        return pq.read_table(folder / HELDOUT)
 
 
 def stored_grid(config: PretrainedConfig, folder: Path) -> Grid:

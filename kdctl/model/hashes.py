@@ -1,13 +1,24 @@
 """Hashes of large files, remembered: no model is read twice for its fingerprint while its files do not change."""
 
 import hashlib
-import json
 import time
 from pathlib import Path
 
-from kdctl.run.files import sha256, write_text
+from kdctl.base.errors import StoreError
+from kdctl.run.files import sha256
 from kdctl.run.paths import cache_dir
+from kdctl.run.record_files import read_record, write_record
+from kdctl.run.records import Record
 
+
+class Note(Record):
+    """What was found when a file had this stamp."""
+
+    stamp: tuple[int, ...]
+    sha256: str
+
+
+FILES_NOTE = "kdctl.json"
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again without a later time stamp, so nothing is kept of it."""
 _KNOWN: dict[tuple[int, ...], str] = {}
@@ -39,6 +50,27 @@ def written_sha256(path: Path) -> str:
     return found
 
 
+class FilesNote(Record):
+    """The sha256 of every file of a folder of the cache, by name."""
+
+    files: dict[str, str]
+
+
+def note_files(folder: Path) -> None:
+    """Write beside the files of a folder of the cache what they are."""
+    files = {path.name: written_sha256(path) for path in sorted(folder.iterdir())}
+    write_record(folder / FILES_NOTE, FilesNote(files=files))
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a folder of the cache is there and holds what was written."""
+    try:
+        files = read_record(folder / FILES_NOTE, FilesNote).files
+        return all(known_sha256(folder / Path(name).name) == found for name, found in files.items())
+    except (OSError, StoreError):
+        return False
+
+
 def _stamp(path: Path) -> tuple[int, ...]:
     """Return which file it is and what changes with its content; the time of any change no program can set back."""
     status = path.stat()
@@ -48,15 +80,15 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _read(kept: Path, stamp: tuple[int, ...]) -> str | None:
     """Return the hash that is kept for a file of this stamp; None for another one, or a damaged note."""
     try:
-        note = json.loads(kept.read_text(encoding="utf-8"))
-        return str(note["sha256"]) if note["stamp"] == list(stamp) else None
-    except (OSError, ValueError, LookupError, TypeError):
+        note = read_record(kept, Note)
+    except (OSError, StoreError):
         return None
+    return note.sha256 if note.stamp == stamp else None
 
 
 def _write(kept: Path, stamp: tuple[int, ...], found: str) -> None:
     """Keep a hash. Where the cache cannot be written the file is read again next time, which costs time only."""
     try:
-        write_text(kept, json.dumps({"stamp": stamp, "sha256": found}))
+        write_record(kept, Note(stamp=stamp, sha256=found))
     except OSError:
         return

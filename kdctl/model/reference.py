@@ -19,9 +19,9 @@ from transformers.utils.quantization_config import GgufConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.model.configuration import read_config
-from kdctl.model.hashes import known_sha256
+from kdctl.model.hashes import is_whole, known_sha256, note_files
 from kdctl.model.tokenizer import open_gguf_tokenizer
-from kdctl.run.files import atomic_folder, writing
+from kdctl.run.files import atomic_folder, sweep_up, writing
 from kdctl.run.paths import cache_dir
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -92,7 +92,7 @@ def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None
 def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     """Dequantize a GGUF file into a cached folder, keyed by the file's content and the dtype."""
     folder = gguf_cache(path, dtype)
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     place = {"gguf_file": path.name, "dtype": dtype}
     config = GgufConfig(gguf_file=path.name, dequantize=True)
@@ -101,16 +101,18 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
         tokenizer = open_gguf_tokenizer(path)
     except (ValueError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
+    sweep_up(folder.parent)
     with atomic_folder(folder) as temporary:
         with writing(temporary / "model.safetensors"):
             model.save_pretrained(temporary)
         with writing(temporary / "tokenizer.json"):
             tokenizer.save_pretrained(temporary)
+        note_files(temporary)
     return folder
 
 
 def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
-    """Name the cache folder of a GGUF file. It appears by renaming a finished folder, so if it exists it is whole."""
+    """Name the cache folder of a GGUF file. It is whole if it says so itself."""
     made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
     return cache_dir() / "gguf" / f"{path.stem}-{known_sha256(path)[:16]}-{made_by}"
 
@@ -120,6 +122,6 @@ def find_config(
 ) -> PretrainedConfig:
     """Read the configuration of what a reference names, without its weights; of a Hub id it downloads nothing else."""
     path = locate(reference, revision, offline, ["config.json"])
-    if path.is_file() and (cached := gguf_cache(path, dtype)).is_dir():
+    if path.is_file() and is_whole(cached := gguf_cache(path, dtype)):
         path = cached
     return read_config(path)

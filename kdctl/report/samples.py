@@ -1,20 +1,25 @@
 """What single benchmark items and held-out documents said, read back for paired statistics (no torch)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdctl.base.errors import StoreError
 from kdctl.run.documents import PerDocument, from_table, item_values
+from kdctl.run.files import sha256
 from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY
+from kdctl.run.record_files import damaged
 
 NEEDED = (FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY)
 """What a report reads by name; other measures have a column where they were taken."""
 TEACHER_TOLERANCE = 0.02
+NO_SUMS: Mapping[str, str] = MappingProxyType({})
+"""What results say of their items that were written before there were hashes of them."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,14 @@ class Items:
         return self.labels if len(np.unique(self.labels)) > 1 else None
 
 
-def read_items(path: Path, metric: str) -> Items | None:
-    """Read ``samples/<task>.parquet`` by a measure; None where there is none. Raises StoreError if it is damaged."""
+def read_items(path: Path, metric: str, sums: Mapping[str, str] = NO_SUMS) -> Items | None:
+    """Read ``samples/<task>.parquet`` by a measure; None where there is none.
+
+    sums: the files' hashes, where the results name them. Raises StoreError if it is damaged, or named and missing.
+    """
     measure = ITEM_MEASURES[metric]
     needed = [metric] if measure.reported else ["loglikelihoods", "lengths", "gold"]
-    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", *needed])
+    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", *needed], sums)
     if table is None:
         return None
     ids = np.array(table["item_id"].to_pylist(), np.str_)
@@ -52,24 +60,23 @@ def read_items(path: Path, metric: str) -> Items | None:
     return Items(ids[order], places[order], labels[order], item_values(table, measure)[order])
 
 
-def read_documents(path: Path) -> PerDocument | None:
-    """Read ``heldout.parquet``; None where there is none. Raises StoreError if it is damaged."""
-    table = _read(path, ["tokens", *(measure.column for measure in NEEDED)])
+def read_documents(path: Path, sums: Mapping[str, str] = NO_SUMS) -> PerDocument | None:
+    """Read ``heldout.parquet`` like ``read_items``."""
+    table = _read(path, ["tokens", *(measure.column for measure in NEEDED)], sums)
     return None if table is None else from_table(table)
 
 
-def _read(path: Path, needed: list[str]) -> pa.Table | None:
-    if not path.exists():
+def _read(path: Path, needed: list[str], sums: Mapping[str, str]) -> pa.Table | None:
+    if not path.exists() and path.name not in sums:
         return None
     try:
+        if path.name in sums and sha256(path) != sums[path.name]:
+            raise damaged(path, "it is not the file that the results were computed from")
         table = pq.read_table(path)
         table.select(needed)
         return table
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise StoreError(
-            f"{path} is damaged or of another kdctl version ({error}); no model can be compared item by item without "
-            "it. kdctl eval --force writes it anew"
-        ) from None
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise damaged(path, " ".join(str(error).split())) from None
 
 
 def item_differences(a: Items, b: Items) -> list[str]:

@@ -105,7 +105,7 @@ class Model:
         key = (task, measure)
         if key not in self._items and self.run is not None and self.result is not None and task in self.scores:
             path = self.run.eval(self.key) / "samples" / f"{task}.parquet"
-            self._items[key] = read_items(path, measure or self.result.tasks[task].metric)
+            self._items[key] = read_items(path, measure or self.result.tasks[task].metric, self.result.samples)
         return self._items.get(key)
 
     @cached_property
@@ -117,7 +117,8 @@ class Model:
         """Sums of each held-out document. Raises StoreError if they are damaged."""
         if self.run is None:
             return None
-        found = read_documents(self.run.eval(self.key) / "samples" / f"{HELDOUT}.parquet") if self.result else None
+        path = self.run.eval(self.key) / "samples" / f"{HELDOUT}.parquet"
+        found = read_documents(path, self.result.samples) if self.result else None
         if found is not None or self.kind not in ("ptq", "variant"):
             return found
         return read_documents(student_folder(self.run, self.key) / f"{HELDOUT}.parquet")
@@ -133,7 +134,9 @@ class Model:
     @cached_property
     def curve(self) -> list[dict[str, float]]:
         """Lines of metrics.jsonl, one a step; empty for a model that was not trained here."""
-        return read_metrics(self.run.variant(self.key).metrics) if self.run and self.kind == "variant" else []
+        if self.run is None or self.distilled is None:
+            return []
+        return read_metrics(self.run.variant(self.key).metrics, self.distilled.metrics)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def _rollout_length(run: RunDir, variant: str, section: DistillSection) -> int |
 
 def _train_loss(variant: VariantDir, report: DistillReport) -> float:
     """Average the loss over the last tenth of the steps; one step's depends on its few sequences."""
-    losses = [line[name] for line in read_metrics(variant.metrics) for name in LOSSES if name in line]
+    losses = [line[name] for line in read_metrics(variant.metrics, report.metrics) for name in LOSSES if name in line]
     return statistics.fmean(losses[-max(1, len(losses) // LAST_SHARE) :]) if losses else report.final_loss
 
 

@@ -10,6 +10,7 @@ from kdctl.model.batch import split
 from kdctl.rollout.engine import RolloutEngine, record_of
 from kdctl.rollout.sampler import Item, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.record_files import damaged
 from kdctl.run.records import EngineRecord, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
@@ -53,6 +54,8 @@ def usable(store: RolloutStore, identity: str) -> bool:
     if not store.manifest_path.exists():
         return False
     manifest = store.manifest()
+    if not manifest.shards:
+        raise damaged(store.manifest_path, "it names no shards")
     if manifest.identity == identity:
         return True
     held = f"{manifest.rows} data-set completions"

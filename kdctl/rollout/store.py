@@ -7,6 +7,7 @@ clock, so a resumed store equals an undisturbed one byte for byte.
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from kdctl.base.errors import StoreError
 from kdctl.rollout.mapped import MappedRollouts, Shards
 from kdctl.run.files import remove, sha256, sweep_up, write_bytes
-from kdctl.run.record_files import read_plain, read_record, write_record
+from kdctl.run.record_files import damaged, read_plain, read_record, write_record
 from kdctl.run.records import Rollout, ShardEntry, StoreManifest
 
 # Parquet's own name for list items, so that the schema that is read equals the one that was written.
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
     ]
 )
 IDENTITY = b"kdctl.identity"
+SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 
 class RolloutStore:
@@ -49,7 +51,11 @@ class RolloutStore:
 
     def manifest(self) -> StoreManifest:
         """Read the manifest. Raises StoreError if the store is unfinished or damaged."""
-        return read_record(self.manifest_path, StoreManifest)
+        found = read_record(self.manifest_path, StoreManifest)
+        for shard in found.shards:
+            if not SHARD.fullmatch(shard.file):
+                raise damaged(self.manifest_path, f"it names {shard.file!r}, which is no shard of the folder")
+        return found
 
     def complete(self, identity: str) -> bool:
         """Tell whether the store is finished and was made with these settings and inputs."""

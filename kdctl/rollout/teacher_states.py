@@ -6,8 +6,9 @@ is written again where either has changed. ``int8`` takes about half: rounded to
 numbers, since a few of a token's are ten times as large as the others.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -75,7 +76,7 @@ class TeacherStates:
         if not _is_of(path, made_of):
             encoded = self._encoded(rollouts, model)
             with atomic_path(path) as temporary:
-                save_file(encoded, temporary, made_of)
+                save_file(encoded, temporary, made_of | {"sha256": content_hash(encoded)})
         self._open.pop(path, None)
         start = 0
         for rollout in rollouts:
@@ -104,6 +105,15 @@ class TeacherStates:
         return {"states": states} if self.kind == "exact" else int8(states)
 
 
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, types, shapes and numbers of tensors, hexadecimal."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
 def group_size(hidden: int) -> int:
     """Return how many numbers share a scale: 32, or the largest power of two that divides ``hidden``."""
     return math.gcd(GROUP, hidden)
@@ -124,9 +134,13 @@ def from_int8(kept: dict[str, Tensor]) -> Tensor:
 
 
 def _is_of(path: Path, made_of: dict[str, str]) -> bool:
-    """Tell whether a file holds the states of this shard and teacher, whole."""
+    """Tell whether a file holds the states of this shard and teacher, whole; those of older kdctl have no hash."""
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() == made_of
+            said = file.metadata() or {}
+            known = said.pop("sha256", None)
+            if said != made_of:
+                return False
+            return known is None or known == content_hash({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is not iterable
     except (OSError, SafetensorError):
         return False

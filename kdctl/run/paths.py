@@ -50,7 +50,8 @@ class RunDir:
             raise StoreError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; choose another with --run"
             ) from None
-        files.sweep_up(self.path)
+        for folder in (self.path, cache_dir()):
+            files.sweep_up(folder)
 
 
 class VariantDir:

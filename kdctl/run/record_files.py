@@ -14,14 +14,14 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 
 REMEDIES = (
     (r"/distill/[^/]+/checkpoints/(step_\d+)/", r"remove {folder} to go on from an earlier checkpoint or the start"),
-    (r"/distill/([^/]+)/", r"kdctl distill --name \1 --force trains it again"),
-    (r"/eval/[^/]+/rollouts/", r"remove {folder}, and kdctl eval --force writes it again"),
-    (r"/eval/([^/]+)/", r"kdctl eval \1 --force measures it again"),
-    (r"/compare/([^/]+)\.json$", r"kdctl quantize --compare \1 --force measures it again"),
+    (r"/distill/([^/]+)/", r"kdctl distill --run {run} --name \1 --force trains the variant again"),
+    (r"/eval/[^/]+/rollouts/", r"remove {folder}, and kdctl eval --run {run} --force writes it again"),
+    (r"/eval/([^/]+)/", r"kdctl eval \1 --run {run} --force measures it again"),
+    (r"/compare/([^/]+)\.json$", r"kdctl quantize --run {run} --compare \1 --force measures it again"),
     (r"/rollouts/heldout/", r"remove {folder}, and the same command writes the same completions again"),
-    (r"/rollouts/(\w+)/", r"kdctl rollout --source \1 --force writes it again"),
+    (r"/rollouts/(\w+)/", r"kdctl rollout --run {run} --source \1 --force writes it again"),
     (r"/sweeps/[^/]+/journal\.log$", "remove it: finished variants are kept, and the same sweep takes them up again"),
-    (r"/student/", r"kdctl quantize --force makes the student again"),
+    (r"/student/", r"kdctl quantize --run {run} --force makes the student again"),
     (
         r"/preset\.json$",
         "put back what was there or, where it was edited on purpose, remove it and name the preset with --preset and "
@@ -33,10 +33,10 @@ REMEDIES = (
 
 def remedy(path: Path) -> str:
     """Say how a damaged file of a run folder is made again."""
-    absolute = path.absolute()
     for pattern, words in REMEDIES:
-        if found := re.search(pattern, absolute.as_posix()):
-            return found.expand(words).replace("{folder}", str(path.parent))
+        if found := re.search(pattern, f"/{path.as_posix()}"):
+            run = path.as_posix()[: max(0, found.start() - 1)] or ("." if found.start() == 0 else "/")
+            return found.expand(words).replace("{folder}", str(path.parent)).replace("{run}", run)
     return f"remove {path}, and the command that wrote it makes it again"
 
 

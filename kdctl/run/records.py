@@ -85,8 +85,8 @@ class ShardEntry(Record):
     """One Parquet shard of a rollout store."""
 
     file: str
-    rows: int
-    completion_tokens: int
+    rows: int = Field(ge=1)
+    completion_tokens: int = Field(ge=0)
     sha256: str
     policy_step: int = 0
 
@@ -233,12 +233,13 @@ class MethodResult(Record):
 
 
 class CheckpointMeta(Record):
-    """JSON beside a checkpoint's tensors."""
+    """JSON beside a checkpoint's tensors. metrics: sha256 of the lines of ``metrics.jsonl`` up to the step."""
 
     identity: str
     step: int
     """Optimizer steps done."""
     sha256: str
+    metrics: str | None = None
 
 
 class DistillReport(StudentFolder):
@@ -265,6 +266,8 @@ class DistillReport(StudentFolder):
     train_seconds_s: float
     step_seconds_median_s: float
     completion_tokens_trained: int
+    metrics: str | None = None
+    """The sha256 of ``metrics.jsonl``."""
     versions: Versions
 
 
@@ -291,6 +294,8 @@ class EvalResult(Record):
     """Fingerprint of the evaluated weights."""
     limit: int | None
     tasks: dict[str, TaskScore]
+    samples: dict[str, str] = {}
+    """Files of ``samples/`` with their sha256."""
     distribution: DistributionMetrics
     student_written: DistributionMetrics | None = None
     """The same on the model's own completions of the same prompts; None where ``eval.student_written`` is off."""

@@ -1,5 +1,6 @@
 """Where metrics go: always metrics.jsonl, and wandb when asked (the only file that imports it)."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import digest
 from kdctl.config.preset import TrackingSection
-from kdctl.run.files import append, write_text
+from kdctl.run.files import append, read_bytes, write_text
+from kdctl.run.record_files import damaged
 
 if TYPE_CHECKING:
     import wandb
@@ -28,16 +30,24 @@ class Tracker:
 
     def __init__(self, path: Path, resume_step: int, run: "wandb.Run | None" = None, watch: Watch | None = None):
         self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        text = "".join(json.dumps(line) + "\n" for line in self.kept)
+        write_text(path, text)
+        self._hash = hashlib.sha256(text.encode())
         self._path, self._run, self._watch = path, run, watch
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record namespaced numbers of one step; they are on disk before a checkpoint of that step can be."""
-        append(self._path, (json.dumps({"step": step, **values}) + "\n").encode())
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        append(self._path, line)
+        self._hash.update(line)
         if self._run is not None:
             self._run.log(values, step=step)
         if self._watch is not None:
             self._watch(step, values)
+
+    def sha256(self) -> str | None:
+        """Return the hash of the file as it is now."""
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         """Finish the wandb run."""
@@ -54,16 +64,33 @@ class Untracked(Tracker):
     def log(self, step: int, values: dict[str, float]) -> None:
         """Drop the numbers of a step."""
 
+    def sha256(self) -> str | None:
+        """Know no file."""
+        return None
+
     def close(self) -> None:
         """Have nothing to close."""
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read metrics.jsonl; a last line cut off by a kill is left out."""
-    if not path.exists():
+def read_metrics(path: Path, expected: str | None = None) -> list[dict[str, float]]:
+    """Read metrics.jsonl; a last line cut off by a kill is left out.
+
+    expected: the file's sha256, where it is known. Raises StoreError if the file is another or cannot be read.
+    """
+    if not path.exists() and expected is None:
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    data = read_bytes(path) if path.exists() else b""
+    if expected not in (None, hashlib.sha256(data).hexdigest()):
+        raise damaged(path, "it is not the file that the training wrote")
+    return [_line(path, number, line) for number, line in enumerate(data.split(b"\n")[:-1], 1) if line]
+
+
+def _line(path: Path, number: int, text: bytes) -> dict[str, float]:
+    try:
+        found = json.loads(text)
+        return {**found, "step": int(found["step"])}
+    except (ValueError, LookupError, TypeError) as error:
+        raise damaged(path, f"line {number}: {error}") from None
 
 
 def log_tables(settings: TrackingSection, folder: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -26,7 +26,7 @@ from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.documents import PerDocument
-from kdctl.run.files import remove
+from kdctl.run.files import remove, sha256
 from kdctl.run.measures import FORWARD_KL
 from kdctl.run.paths import VariantDir
 from kdctl.run.record_files import read_record, write_record
@@ -293,6 +293,7 @@ def _finish_variant(context: Context, teacher: Teacher, plan: Plan, trained: Tra
         stopped=trained.outcome.stopped,
         train_seconds_s=sum(step_seconds),
         step_seconds_median_s=median(step_seconds),
+        metrics=sha256(plan.variant.metrics),
         completion_tokens_trained=int(sum(line["train/completion_tokens"] for line in lines)),
         versions=versions(),
         **grid_record(context.preset.quantize),

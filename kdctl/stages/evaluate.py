@@ -18,6 +18,7 @@ from kdctl.model.external import Foreign, check_comparable, find_foreign, load_f
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
 from kdctl.run.documents import PerDocument, as_table
+from kdctl.run.files import remove
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Rollout
 from kdctl.stages.context import Context, versions
@@ -139,7 +140,8 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
             model, teacher.tokenizer(), tasks, context.preset.eval, lambda _, done, total: advance(done, total)
         )
     found = _distances(context, measuring, one, model)
-    write_items(folder, items | {name: as_table(sums, prompts) for name, (sums, prompts) in found.items()})
+    remove(_results(context, one))  # they are not of the items that are written now
+    written = write_items(folder, items | {name: as_table(sums, prompts) for name, (sums, prompts) in found.items()})
     summary = {name: distribution.summarize(sums) for name, (sums, _) in found.items()}
     result = EvalResult(
         model=one.name,
@@ -147,6 +149,7 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
         weights=one.weights,
         limit=context.preset.eval.limit,
         tasks=scores,
+        samples=written,
         distribution=summary["heldout"],
         student_written=summary.get("student_written"),
         text=distribution.text_metrics(found["text"][0]),

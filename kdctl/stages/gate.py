@@ -69,7 +69,7 @@ def accuracy_gap(context: Context, teacher: Teacher) -> Comparison | None:
     if original is None or ptq is None:
         return None
     common = [name for name in ptq.tasks if name in original.tasks]
-    pairs = {name: _paired(context.paths, name, ptq.tasks[name].metric) for name in common}
+    pairs = {name: _paired(context.paths, name, ptq, original) for name in common}
     known = {name: pair for name, pair in pairs.items() if pair is not None}
     return stats.compare_average(known) if known else None
 
@@ -80,9 +80,13 @@ def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
     return found if found is not None and found.weights == weights else None
 
 
-def _paired(run: RunDir, task: str, metric: str) -> Paired | None:
+def _paired(run: RunDir, task: str, ptq_said: EvalResult, teacher_said: EvalResult) -> Paired | None:
     """Read the items of a task that both models answered; None where those of one are not kept."""
-    ptq, teacher = (read_items(run.eval(model) / "samples" / f"{task}.parquet", metric) for model in ("ptq", "teacher"))
+    metric, said = ptq_said.tasks[task].metric, {"ptq": ptq_said, "teacher": teacher_said}
+    ptq, teacher = (
+        read_items(run.eval(name) / "samples" / f"{task}.parquet", metric, result.samples)
+        for name, result in said.items()
+    )
     if ptq is None or teacher is None:
         return None
     _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)

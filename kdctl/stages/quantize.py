@@ -175,7 +175,9 @@ def grid_record(settings: QuantizeSection) -> dict[str, Any]:
 
 
 def ensure_student(context: Context, teacher: Teacher, measuring: Measuring | None = None) -> None:
-    """Make ``student/`` where it is missing."""
+    """Make ``student/`` where it is missing. Raises StoreError if it is there and damaged."""
     if not context.ranks.on_main((context.paths.student / "quantize.json").exists):
         context.reporter.note("no student yet: quantizing first")
         quantize(context, teacher, measuring)
+    else:
+        context.on_main(lambda main: check_sums(main.paths.student))

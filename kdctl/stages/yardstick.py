@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
-from kdctl.base.errors import DataError, StoreError
+from kdctl.base.errors import DataError
 from kdctl.base.progress import Reporter
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptReader, PromptSet
 from kdctl.eval import distribution
 from kdctl.eval.distribution import Yardstick
-from kdctl.formats.student import HELDOUT
+from kdctl.formats.student import read_heldout
 from kdctl.model.context import check_completions
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, usable
@@ -156,13 +154,7 @@ class Measuring:
         """Read what a student folder says of itself, if every measure was taken on this yardstick."""
         if read_record(folder / "quantize.json", QuantizeReport).yardstick != self.identity:
             return None
-        try:
-            found = from_table(pq.read_table(folder / HELDOUT))
-        except (OSError, pa.ArrowException):
-            raise StoreError(
-                f"{folder / HELDOUT} is missing or damaged, and what the folder says of itself cannot be trusted "
-                "without it; make the folder again with --force"
-            ) from None
+        found = from_table(read_heldout(folder))
         return found if found.complete else None
 
     def measure(self, model: PreTrainedModel, label: str, yardstick: Yardstick | None = None) -> PerDocument:

@@ -20,6 +20,7 @@ from kdctl.model.configuration import read_config
 from kdctl.model.load import load_model
 from kdctl.model.reference import convert_gguf, gguf_cache, locate, model_folder
 from kdctl.model.tokenizer import load_tokenizer, open_gguf_tokenizer
+from tests.leftovers import dead_process, left_by
 
 CPU = torch.device("cpu")
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -256,7 +257,7 @@ def test_conversion_that_fails_midway_leaves_nothing(gguf_file, cache, monkeypat
 
 def test_leftover_of_a_killed_conversion_is_not_used(gguf_file, cache, teacher_fp32):
     place = gguf_cache(gguf_file, torch.float32)
-    leftover = place.with_name(f".{place.name}.tmp")
+    leftover = left_by(dead_process(), place)
     leftover.mkdir(parents=True)
     (leftover / "config.json").write_text("half")
     (leftover / "model-00001-of-00002.safetensors").write_bytes(b"half")

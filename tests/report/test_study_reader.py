@@ -119,5 +119,5 @@ def test_settings_of_another_version_and_damaged_items_are_refused_by_path(tmp_p
         read_study([run])
     run = make_run(tmp_path / "other", {})
     (run.eval("ptq") / "samples" / "alpha.parquet").write_bytes(b"no")
-    with pytest.raises(StoreError, match=r"alpha\.parquet is damaged.*eval --force"):
+    with pytest.raises(StoreError, match=r"alpha\.parquet is damaged.*kdctl eval ptq .*--force"):
         read_study([run])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from kdctl.base.progress import Silent
@@ -108,3 +109,14 @@ def test_replaying_a_live_run_on_its_kept_states_gives_its_weights_to_the_bit(sm
     for name in one:
         assert torch.equal(one[name].codes, two[name].codes)
         assert torch.equal(one[name].qparams.scale, two[name].qparams.scale)
+
+
+def test_a_flipped_bit_of_stored_states_makes_them_again(teacher_fp32: PreTrainedModel, tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    TeacherStates("teacher").fill(store, teacher_fp32, Silent())
+    path = next(store.path.glob("*.states.safetensors"))
+    whole, states = path.read_bytes(), load_file(path)["states"].clone()
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    assert not torch.equal(load_file(path)["states"], states)
+    TeacherStates("teacher").fill(store, teacher_fp32, Silent())
+    assert torch.equal(load_file(path)["states"], states)

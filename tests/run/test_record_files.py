@@ -40,7 +40,7 @@ def test_every_flipped_bit_of_a_record_is_noticed(tmp_path: Path, place: int) ->
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= 1 << place % 7
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"quantize\.json is damaged.*kdctl quantize --force"):
+    with pytest.raises(StoreError, match=r"quantize\.json is damaged.*kdctl quantize --run .*/run --force"):
         read_record(path, Estimate)
 
 
@@ -60,12 +60,12 @@ def test_an_edited_record_is_noticed_however_it_is_laid_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("r/rollouts/student/manifest.json", "kdctl rollout --source student --force"),
+        ("r/rollouts/student/manifest.json", "kdctl rollout --run r --source student --force"),
         ("r/rollouts/heldout/manifest.json", "remove r/rollouts/heldout"),
-        ("r/distill/v/distill.json", "kdctl distill --name v --force"),
+        ("r/distill/v/distill.json", "kdctl distill --run r --name v --force"),
         ("r/distill/v/checkpoints/step_000002/meta.json", "remove r/distill/v/checkpoints/step_000002 "),
-        ("r/eval/ptq/results.json", "kdctl eval ptq --force"),
-        ("r/compare/hqq.json", "kdctl quantize --compare hqq --force"),
+        ("r/eval/ptq/results.json", "kdctl eval ptq --run r --force"),
+        ("r/compare/hqq.json", "kdctl quantize --run r --compare hqq --force"),
     ],
 )
 def test_the_remedy_names_the_stage(path: str, words: str) -> None:
