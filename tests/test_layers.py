@@ -65,7 +65,8 @@ def test_the_disk_is_changed_in_one_place_only() -> None:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        if name not in ("run/files.py", "cli/app.py"):  # a process that is to be silent opens the null device
+        # The boundary opens the null device, and the file for a bug must not depend on what may be at fault.
+        if name not in ("run/files.py", "cli/boundary.py", "cli/bug.py"):
             calls = disk_changes(ast.parse(path.read_text(encoding="utf-8")))
             found += [f"{name}:{line} {call}" for line, call in calls if (name, call) not in IN_MEMORY]
     assert found == []

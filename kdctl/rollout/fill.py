@@ -1,7 +1,8 @@
 """Filling a rollout store block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
@@ -49,8 +50,11 @@ class Plan:
         )
 
 
-def usable(store: RolloutStore, identity: str) -> bool:
-    """Tell whether a store is finished. Raises StoreError if it was made from other settings or inputs."""
+def usable(store: RolloutStore, identity: str, asked: Mapping[str, Any] | None = None) -> bool:
+    """Tell whether a store is finished. Raises StoreError if it was made from other settings or inputs.
+
+    asked: settings of sampling by their dotted keys, to name those that differ.
+    """
     if not store.manifest_path.exists():
         return False
     manifest = store.manifest()
@@ -60,8 +64,12 @@ def usable(store: RolloutStore, identity: str) -> bool:
         return True
     held = f"{manifest.rows} data-set completions"
     if manifest.sampling is not None:
-        settings = ", ".join(f"{key}={value}" for key, value in manifest.sampling.model_dump().items())
+        made = manifest.sampling.model_dump()
+        settings = ", ".join(f"{key}={value}" for key, value in made.items())
         held = f"{manifest.rows} completions sampled with {settings}"
+        pairs = {key: (made.get(key.rpartition(".")[2], value), value) for key, value in (asked or {}).items()}
+        changed = [f"{key} is now {new}" for key, (old, new) in pairs.items() if old != new]
+        held += f", and {', '.join(changed)}" if changed else ""
     rewrite = f"rewrite it with kdctl rollout --source {manifest.source} --force"
     if manifest.source == "heldout":
         rewrite = "delete it together with everything that was measured on it"

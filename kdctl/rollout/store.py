@@ -57,6 +57,11 @@ class RolloutStore:
                 raise damaged(self.manifest_path, f"it names {shard.file!r}, which is no shard of the folder")
         return found
 
+    @property
+    def finished(self) -> bool:
+        """Tell whether the store is there, made in whatever way."""
+        return self.manifest_path.exists()
+
     def complete(self, identity: str) -> bool:
         """Tell whether the store is finished and was made with these settings and inputs."""
         return self.manifest_path.exists() and self.manifest().identity == identity

@@ -42,6 +42,10 @@ class RunDir:
         """Return the folder of one model's evaluation."""
         return self.eval_root / model
 
+    def lock(self, result: str) -> Path:
+        """Return the file that is locked while a result is made."""
+        return self.path / ".locks" / f"{result.replace('/', '.')}.lock"
+
     def prepare(self) -> None:
         """Create the run folder and clear away what dead processes left. Raises StoreError if it cannot be written."""
         try:

@@ -1,7 +1,8 @@
 """What a stage is given: one preset, one run folder, someone to tell, and the other processes."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -19,9 +20,10 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.engine import engine_named
+from kdctl.run.locks import holding
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import Versions
+from kdctl.run.records import QuantizeReport, Versions
 from kdctl.system.distributed import ALONE, Processes
 
 T = TypeVar("T")
@@ -43,6 +45,18 @@ class Context:
     def on_main(self, work: Callable[["Context"], T]) -> T:
         """Do in the main process what is not divided, the others waiting for it; return its result in all."""
         return self.ranks.on_main(lambda: work(self.alone()))
+
+    @contextmanager
+    def claimed(self, result: str) -> Iterator[None]:
+        """Hold a result of the run folder while a block makes it, waiting for another process that is at it.
+
+        The main one of several processes that divide the work does so for all. A block may claim what its result is
+        made of: variants are made of stores and the student, those of stores, so nobody waits in a circle.
+        """
+        with ExitStack() as held:
+            lock = holding(self.paths.lock(result), result, self.reporter.note)
+            self.ranks.on_main(lambda: held.enter_context(lock))
+            yield
 
 
 class Run(NamedTuple):
@@ -76,6 +90,7 @@ def open_run(
     context = Context(preset, paths, reporter or Silent(), ranks)
     if base is not None:
         check_same_model(base, preset, context.paths)
+    check_student(context)
     teacher = Teacher(preset.teacher, preset.runtime, context.reporter)
     layers_of(teacher, preset)
     engine_named(preset.rollout.engine)
@@ -83,7 +98,7 @@ def open_run(
         QUANTIZERS[preset.quantize.method].check(preset.quantize)
     if base is None:
         check_prompts(preset)
-        ranks.on_main(lambda: write_record(context.paths.preset, preset))
+        settle(context)
     if ranks.count > 1:
         ranks.main_first(teacher.folder)  # downloads and converts once
     return Run(context, teacher)
@@ -101,6 +116,38 @@ def with_date(preset: Preset, day: str) -> Preset:
     if preset.prompts.date is not None:
         return preset
     return preset.model_copy(update={"prompts": preset.prompts.model_copy(update={"date": day})})
+
+
+def settle(context: Context) -> None:
+    """Write the preset into a new run folder, unless another process that began at the same time did."""
+
+    def written() -> None:
+        path = context.paths.preset
+        if path.exists():
+            check_same_model(read_record(path, Preset), context.preset, context.paths)
+        else:
+            write_record(path, context.preset)
+
+    with context.claimed("preset.json"):
+        context.ranks.on_main(written)
+
+
+def check_student(context: Context) -> None:
+    """Raise StoreError, naming the setting, if ``student/`` was made with another one than the preset has."""
+    folder, preset = context.paths.student, context.preset
+    try:
+        made = read_record(folder / "quantize.json", QuantizeReport)
+        dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", preset.teacher.dtype)
+    except (OSError, ValueError, StoreError):
+        return  # not there yet, or damaged, which the stage says that reads it
+    asked = preset.quantize.model_dump(include={"bits", "group_size", "symmetric", "method", "skip"})
+    pairs = {f"quantize.{name}": (getattr(made, name), value) for name, value in asked.items()}
+    for name, (old, new) in {"teacher.dtype": (dtype, preset.teacher.dtype), **pairs}.items():
+        if old != new:
+            raise StoreError(
+                f"{folder} was made with {name}={old!r}, and the preset has {new!r}: {context.paths.preset.name} was "
+                "edited. Everything in the folder depends on it; put it back, or choose another folder with --run"
+            )
 
 
 def layers_of(teacher: Teacher, preset: Preset) -> list[str]:

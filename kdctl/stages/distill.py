@@ -9,7 +9,7 @@ from typing import Any
 from kdctl import stats
 from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
-from kdctl.config.resolve import identity, variant_name
+from kdctl.config.resolve import canonical, identity, variant_name
 from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant
 from kdctl.distill.fsdp import local_rows, shard, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
@@ -38,6 +38,7 @@ from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
 from kdctl.stages.rollout import (
     Stores,
+    check_stores,
     engine_of,
     ensure_rollouts,
     ensure_teacher_states,
@@ -94,6 +95,7 @@ def distill(
     variant = context.paths.variant(check_name(name) if name else default_name(context))
     if context.preset.distill.replay is not None:
         recorded(context, context.preset.distill.replay)
+    check_stores(context, teacher)
     ensure_student(context, teacher, measuring)
     measuring = measuring or ensure_measuring(context, teacher)
     if not force and context.ranks.on_main(variant.report.exists):
@@ -101,10 +103,13 @@ def distill(
     before = measured_ptq(context, measuring)
     check_gap(context, teacher, before, min_gap)
     plan = _plan(context, teacher, variant)
-    if force:
-        context.on_main(lambda _: remove(variant.path))
-    trained = _train(context, measuring, plan, before, watch)
-    return context.on_main(lambda main: _finish_variant(main, teacher, plan, trained))
+    with context.claimed(f"distill/{variant.name}"):
+        if force:
+            context.on_main(lambda _: remove(variant.path))
+        elif context.ranks.on_main(variant.report.exists):
+            return _finished(context, plan)
+        trained = _train(context, measuring, plan, before, watch)
+        return context.on_main(lambda main: _finish_variant(main, teacher, plan, trained))
 
 
 def default_name(context: Context) -> str:
@@ -123,9 +128,12 @@ def _finished(context: Context, plan: Plan) -> DistillReport:
     """Return a finished variant's report. Raises StoreError if it was trained with other settings or inputs."""
     found = read_record(plan.variant.report, DistillReport)
     if found.identity != plan.identity:
+        asked = context.preset.distill.model_dump()
+        pairs = {key: (canonical(old), canonical(asked.get(key, old))) for key, old in found.settings.items()}
+        changed = [f"distill.{key}={old}, now {new}" for key, (old, new) in pairs.items() if old != new]
         raise StoreError(
-            f"{plan.variant.path} was trained with other settings or from other inputs; --name keeps both, --force "
-            "redoes it"
+            f"{plan.variant.path} was trained with other settings or from other inputs"
+            f"{' (' + '; '.join(changed) + ')' if changed else ''}; --name keeps both, --force redoes it"
         )
     context.reporter.note(f"distill: {plan.variant.path} is complete, skipped")
     return found

@@ -67,13 +67,13 @@ def evaluate(
         if one not in pending:
             context.reporter.note(f"eval: {one.name} is complete, skipped")
     if pending:
-        _evaluate_all(context, teacher, measuring, pending)
+        _evaluate_all(context, teacher, measuring, pending, force)
     context.ranks.wait()
     return {one.name: read_record(_results(context, one), EvalResult) for one in chosen}
 
 
 def _evaluate_all(
-    context: Context, teacher: Teacher, measuring: Measuring | None, pending: Sequence[Candidate]
+    context: Context, teacher: Teacher, measuring: Measuring | None, pending: Sequence[Candidate], force: bool
 ) -> None:
     """Load the tasks, make what measuring needs, then evaluate this process's share of the models."""
     from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import; only this stage needs it
@@ -82,7 +82,9 @@ def _evaluate_all(
     ensure_student(context, teacher, measuring)
     found = measuring or ensure_measuring(context, teacher)
     for one in context.ranks.share(pending):
-        _evaluate_one(context.alone(), found, one, tasks)
+        with (main := context.alone()).claimed(f"eval/{one.name}"):
+            if force or _pending(main, teacher, [one]):  # else another process did it meanwhile
+                _evaluate_one(main, found, one, tasks)
 
 
 def open_foreign(context: Context, teacher: Teacher, name: str, reference: str) -> Foreign:

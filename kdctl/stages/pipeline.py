@@ -9,7 +9,6 @@ from kdctl.config.preset import Source
 from kdctl.model.teacher import Teacher
 from kdctl.report.front import Excerpt, write_report
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.files import remove
 from kdctl.run.records import StoreManifest
 from kdctl.stages.context import Context
 from kdctl.stages.distill import distill, ensure_stores
@@ -40,11 +39,9 @@ __all__ = [
 def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool = False) -> StoreManifest:
     """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
     store = RolloutStore(context.paths.rollouts(source))
-    if force:
-        context.on_main(lambda _: remove(store.path))
     if source == "student":
         ensure_student(context, teacher)
-    if not fill_source(context, teacher, source, store):
+    if not fill_source(context, teacher, source, store, force):
         context.reporter.note(f"rollout: {store.path} is complete, skipped")
     ensure_teacher_states(context, teacher, [store])
     return store.manifest()
@@ -73,7 +70,8 @@ def report(context: Context) -> Excerpt:
 
     def written(main: Context) -> Excerpt:
         try:
-            return write_report([main.paths], tracking=main.preset.tracking)
+            with main.claimed("report"):
+                return write_report([main.paths], tracking=main.preset.tracking)
         except DataError as error:
             return Excerpt((f"no report: {error}",))
 

@@ -47,16 +47,28 @@ def quantize(
     if not force and context.ranks.on_main(path.exists):
         return context.on_main(lambda main: _finished(main, recipe, path))
     found = measuring or ensure_measuring(context, teacher)
-    return context.on_main(lambda main: _make(main, teacher, found, recipe, path))
+    with context.claimed("student"):
+        if not force and context.ranks.on_main(path.exists):
+            return context.on_main(lambda main: _finished(main, recipe, path))
+        return context.on_main(lambda main: _make(main, teacher, found, recipe, path))
 
 
 def _finished(context: Context, recipe: Recipe, path: Path) -> QuantizeReport:
     """Return what is said of the student that is there. Raises StoreError if another teacher or settings made it."""
-    found = read_record(path, QuantizeReport)
-    if found.identity != recipe.identity:
-        raise StoreError(f"{path.parent} was made from another teacher or with other settings; use another --run")
+    found = read_made(path, recipe)
     check_sums(path.parent)
     context.reporter.note(f"quantize: {path.parent} is complete, skipped")
+    return found
+
+
+def read_made(path: Path, recipe: Recipe) -> QuantizeReport:
+    """Read what is said of a student. Raises StoreError if another teacher or settings made it."""
+    found = read_record(path, QuantizeReport)
+    if found.identity != recipe.identity:
+        raise StoreError(
+            f"{path.parent} was made from another teacher, or with another value of a setting in the preset's quantize "
+            "section or of teacher.dtype; put preset.json back as it was, or use another --run"
+        )
     return found
 
 
@@ -85,6 +97,11 @@ def compare(
 
 def _compared(context: Context, measuring: Measuring, recipe: Recipe, force: bool) -> MethodResult:
     """Quantize with one method and measure, or read what was measured before."""
+    with context.claimed(f"compare/{recipe.settings.method}"):
+        return _measured_method(context, measuring, recipe, force)
+
+
+def _measured_method(context: Context, measuring: Measuring, recipe: Recipe, force: bool) -> MethodResult:
     settings, path = recipe.settings, context.paths.compared(recipe.settings.method)
     if path.exists() and not force:
         found = read_record(path, MethodResult)
@@ -175,9 +192,13 @@ def grid_record(settings: QuantizeSection) -> dict[str, Any]:
 
 
 def ensure_student(context: Context, teacher: Teacher, measuring: Measuring | None = None) -> None:
-    """Make ``student/`` where it is missing. Raises StoreError if it is there and damaged."""
-    if not context.ranks.on_main((context.paths.student / "quantize.json").exists):
+    """Make ``student/`` where it is missing. Raises StoreError if the one there is damaged, or made otherwise."""
+    path, settings = context.paths.student / "quantize.json", context.preset.quantize
+    if not context.ranks.on_main(path.exists):
         context.reporter.note("no student yet: quantizing first")
         quantize(context, teacher, measuring)
-    else:
-        context.on_main(lambda main: check_sums(main.paths.student))
+        return
+    context.on_main(lambda main: check_sums(main.paths.student))
+    if not settings.calibrated or RolloutStore(context.paths.rollouts(settings.calibration_source)).finished:
+        recipe = recipe_of(context, teacher, settings)
+        context.on_main(lambda _: read_made(path, recipe))

@@ -17,6 +17,7 @@ from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.run.files import remove
 from kdctl.run.records import Rollout
 from kdctl.stages.context import Context
 from kdctl.stages.yardstick import heldout_prompts, prompt_reader
@@ -75,8 +76,40 @@ def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> Rollo
     return store
 
 
-def fill_source(context: Context, teacher: Teacher, source: Source, store: RolloutStore) -> bool:
-    """Fill a store unless it is complete; tell whether anything was done. A student must be there to write its own."""
+def fill_source(context: Context, teacher: Teacher, source: Source, store: RolloutStore, force: bool = False) -> bool:
+    """Fill a store unless it is complete; tell whether anything was done. A student must be there to write its own.
+
+    force: write it anew.
+    """
+    plan = plan_of(context, teacher, source)
+    if not force and is_usable(context, store, plan):
+        return False
+    with context.claimed(f"rollouts/{source}"):
+        if force:
+            context.on_main(lambda _: remove(store.path))
+        elif is_usable(context, store, plan):
+            return False
+        _fill(context, teacher, source, store, plan)
+    return True
+
+
+def is_usable(context: Context, store: RolloutStore, plan: Plan) -> bool:
+    """Tell whether a store is complete. Raises StoreError, naming what differs, if it was made otherwise."""
+    asked = {f"rollout.{name}": value for name, value in context.preset.rollout.model_dump().items()}
+    return context.ranks.on_main(lambda: usable(store, plan.identity, asked))
+
+
+def check_stores(context: Context, teacher: Teacher) -> None:
+    """Raise StoreError, before anything is made, if a store that training reads is there and was made otherwise."""
+    for source in needed_sources(context.preset):
+        store = RolloutStore(context.paths.rollouts(source))
+        made = source != "student" or (context.paths.student / "quantize.json").exists()
+        if context.ranks.on_main(lambda store=store, made=made: store.finished and made):
+            is_usable(context, store, plan_of(context, teacher, source))
+
+
+def plan_of(context: Context, teacher: Teacher, source: Source) -> Plan:
+    """Say what a store is to hold."""
     settings, prompts = context.preset.rollout, train_prompts(context, teacher, answers=source == "dataset")
     writer = {
         "student": lambda: fingerprint(context.paths.student),
@@ -85,17 +118,18 @@ def fill_source(context: Context, teacher: Teacher, source: Source, store: Rollo
     }[source]()
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source, **teacher.new_stops()}
     name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
-    plan = Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
-    if context.ranks.on_main(lambda: usable(store, name)):
-        return False
+    return Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
+
+
+def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStore, plan: Plan) -> None:
+    """Write a store."""
     teacher.say_stops()
     if source == "dataset":
-        context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, prompts)))
+        context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, plan.prompts)))
     else:
         model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
         engine = engine_of(context, teacher, model, source)
-        fill(store, plan, engine, Sampling.of(settings), context.reporter, context.ranks)
-    return True
+        fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
 
 
 def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:
@@ -105,7 +139,8 @@ def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[R
         return None
     states = TeacherStates(teacher.fingerprint(), kept)
     for store in stores:
-        states.fill(store, teacher.load(), context.reporter, context.ranks)
+        with context.claimed(f"{store.path.relative_to(context.paths.path).as_posix()}/states"):
+            states.fill(store, teacher.load(), context.reporter, context.ranks)
     return states
 
 

@@ -67,8 +67,15 @@ def ensure_heldout(context: Context, teacher: Teacher) -> RolloutStore:
     settings = context.preset.heldout
     store = RolloutStore(context.paths.heldout)
     plan = heldout_plan(context, teacher, "teacher", teacher.fingerprint())
-    if not context.ranks.on_main(lambda: usable(store, plan.identity)):
-        write_heldout(context, teacher, store, plan, teacher.load())
+    asked = {"heldout.max_new_tokens": settings.max_new_tokens, "heldout.seed": settings.seed}
+
+    def there() -> bool:
+        return context.ranks.on_main(lambda: usable(store, plan.identity, asked))
+
+    if not there():
+        with context.claimed("rollouts/heldout"):
+            if not there():
+                write_heldout(context, teacher, store, plan, teacher.load())
     tokens = store.manifest().completion_tokens
     if tokens < settings.min_completion_tokens:
         raise DataError(

@@ -18,7 +18,7 @@ from kdctl.stages.context import Context, open_run
 from kdctl.stages.yardstick import Measuring
 from kdctl.sweep.board import Board
 from kdctl.sweep.journal import Values
-from kdctl.sweep.locks import only_sweep, waiting
+from kdctl.sweep.locks import only_sweep
 from kdctl.sweep.plan import Shard, describe
 
 
@@ -34,15 +34,13 @@ class LocalSweep:
 
     def __init__(self, board: Board, reporter: Reporter):
         self.board, self.plan, self.reporter = board, board.plan, reporter
-        self.stages = board.locks / "stages"
-        with waiting(self.stages / "shared.lock"):
-            self.context, self.teacher = open_run(self.plan.preset, board.run.path, reporter=reporter)
-            self.measuring: Measuring | None = None
-            if self.plan.evaluate and not board.run.eval_root.exists():
-                from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
+        self.context, self.teacher = open_run(self.plan.preset, board.run.path, reporter=reporter)
+        self.measuring: Measuring | None = None
+        if self.plan.evaluate and not board.run.eval_root.exists():
+            from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
 
-                build_tasks(self.plan.preset.eval, self.teacher.offline)
-            self.journal = board.journal()
+            build_tasks(self.plan.preset.eval, self.teacher.offline)
+        self.journal = board.journal()
         self.base = board.base()
 
     def run_slot(self, slot: int) -> None:
@@ -73,14 +71,9 @@ class LocalSweep:
         """Train and evaluate one variant and return the sweep's metric."""
         context = replace(self.context, preset=self.plan.trial_preset(values))
         name, teacher = self.plan.variant(values, self.base), self.teacher
-        with waiting(self.stages / "shared.lock"):
-            measuring = self._measuring(context)
-            stores = pipeline.ensure_stores(context, teacher)
-            if not context.paths.variant(name).report.exists():
-                pipeline.ensure_teacher_states(context, teacher, stores.values())
-        with waiting(self.stages / f"{name}.lock"):
-            report = pipeline.distill(context, teacher, measuring, name=name, watch=watch)
-            scored = pipeline.evaluate(context, teacher, measuring, names=[name]) if self.plan.evaluate else {}
+        measuring = self._measuring(context)
+        report = pipeline.distill(context, teacher, measuring, name=name, watch=watch)
+        scored = pipeline.evaluate(context, teacher, measuring, names=[name]) if self.plan.evaluate else {}
         return metric_value(self.plan.sweep.metric.name, report, scored.get(name))
 
     def _measuring(self, context: Context) -> Measuring:
@@ -91,14 +84,13 @@ class LocalSweep:
 
     def evaluate_references(self) -> None:
         """Score teacher and PTQ student, which every row of the report is compared with."""
-        with waiting(self.stages / "shared.lock"):
-            pipeline.evaluate(self.context, self.teacher, self.measuring, names=["teacher", "ptq"])
+        pipeline.evaluate(self.context, self.teacher, self.measuring, names=["teacher", "ptq"])
 
 
 def run_shard(board: Board, shard: Shard, reporter: Reporter) -> None:
     """Run a shard's trials in order; Shard() is the whole sweep. Raises StoreError if another one runs there."""
     board.run.prepare()
-    with only_sweep(board.locks, board.plan.sweep.name, shard.name):
+    with only_sweep(board.locks, board.plan.sweep.name, shard.name, reporter.note):
         sweep = LocalSweep(board, reporter)
         for slot in shard.slots(board.plan.total):
             if sweep.journal.reached():

@@ -5,14 +5,6 @@ from typing import Literal
 from kdctl.run.records import Record
 
 
-class Holder(Record):
-    """Who holds a lock."""
-
-    pid: int
-    host: str
-    since: str
-
-
 class TrialRecord(Record):
     """One trial of a sweep."""
 

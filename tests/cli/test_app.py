@@ -499,7 +499,7 @@ def table_of(printed: str) -> str:
 
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     """Return the bytes and modification time of every file."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != ".locks")
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

@@ -21,7 +21,7 @@ def files(folder: Path) -> dict[str, int]:
 def test_opening_a_run_writes_its_preset_and_nothing_else(smoke: Preset, tmp_path: Path) -> None:
     context, teacher = open_run(smoke, tmp_path / "run")
     _ = context.preset, context.paths, context.reporter, context.ranks
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["preset.json"]
+    assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["preset.json"]
     assert not teacher.loaded
 
 
