@@ -37,6 +37,7 @@ def _helper(name: str) -> ModuleType:
 
 tiny = _helper("tiny")
 _helper("made_up")
+_helper("gguf_files")
 students, budget = _helper("students"), _helper("budget")
 pytest_addoption = budget.pytest_addoption
 TOGETHER = Path(__file__).parent / "together.py"

@@ -1,6 +1,6 @@
 """A student folder in the formats of other programs: GGUF for llama.cpp, plain safetensors, hqq's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kdctl.formats.records import ExportFormat, ExportReport
 from kdctl.formats.student import Student, load_student, save_description, stored_grid
 from kdctl.model.configuration import read_config
 from kdctl.model.folder import fingerprint, weights_bytes
+from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
 from kdctl.run.files import atomic_folder, atomic_path, writing
@@ -43,7 +44,8 @@ def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool 
     require_free_space(place.parent, _needed_bytes(folder, grid, to), f"export to {to}", "--out")
     student = load_student(folder, torch.device("cpu"))
     if to == "gguf":
-        found = export_gguf(student, tokenizer, place, exact)
+        stops = stop_ids(folder, tokenizer, config.vocab_size)
+        found = export_gguf(student, tokenizer, place, exact, stops)
     else:
         found = {"dense": export_dense, "hqq": export_hqq}[to](student, tokenizer, place)
     size = place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*"))
@@ -75,16 +77,18 @@ def export_dense(student: Student, tokenizer: PreTrainedTokenizerBase, folder: P
     return {}
 
 
-def export_gguf(student: Student, tokenizer: PreTrainedTokenizerBase, place: Path, exact: bool) -> dict[str, Any]:
+def export_gguf(
+    student: Student, tokenizer: PreTrainedTokenizerBase, place: Path, exact: bool, stops: Sequence[int] = ()
+) -> dict[str, Any]:
     """Write one GGUF file: at ``place`` if it is named *.gguf, else ``model.gguf`` in a folder of that name."""
     blocks = quantized_blocks(student, exact)
     name = place.stem if place.suffix == ".gguf" else place.name
     if place.suffix == ".gguf":
         with atomic_path(place) as temporary:
-            write_gguf(temporary, student, tokenizer, blocks, name)
+            write_gguf(temporary, student, tokenizer, blocks, name, stops)
     else:
         with atomic_folder(place) as temporary, writing(temporary / GGUF_FILE):
-            write_gguf(temporary / GGUF_FILE, student, tokenizer, blocks, name)
+            write_gguf(temporary / GGUF_FILE, student, tokenizer, blocks, name, stops)
     return {
         "block_type": next(iter(blocks.values())).kind.name,
         "exact_blocks": sum(each.exact for each in blocks.values()) / sum(each.blocks for each in blocks.values()),

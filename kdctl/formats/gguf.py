@@ -4,6 +4,7 @@ Only what is known to mean the same in llama.cpp is written; everything else is 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,26 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
 from kdctl.formats.gguf_blocks import BLOCK, Blocks, block_kind, to_blocks
 from kdctl.formats.student import Student
+from kdctl.model.gguf_names import (
+    ARCHITECTURES,
+    CONFIG,
+    ROPE_FREQS,
+    STOP_IDS,
+    context_length,
+    head_dim,
+    rope_factors,
+    rope_type,
+    row_order,
+    stored_names,
+)
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight
 
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 FILE_TYPES = {
     gguf.GGMLQuantizationType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     gguf.GGMLQuantizationType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -68,27 +75,6 @@ def check_layout(config: PretrainedConfig, grid: Grid) -> None:
         raise ModelError("asymmetric 8-bit codes have no GGUF type; quantize with symmetric=true")
 
 
-def rope_type(config: PretrainedConfig) -> str:
-    """Return the kind of rotary position embedding."""
-    return (config.rope_parameters or {}).get("rope_type", "default")
-
-
-def row_order(name: str, config: PretrainedConfig) -> Tensor | None:
-    """Return the rows of a query or key projection (weight or bias) as llama.cpp wants them, or None for "as they are".
-
-    Llama's rotary embedding pairs dimension i with i + half; llama.cpp's ``llama`` architecture pairs neighbours.
-    """
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-1])
-    if heads is None or ARCHITECTURES[config.model_type] != gguf.MODEL_ARCH.LLAMA:
-        return None
-    return torch.arange(heads * head_dim(config)).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Return the width of one attention head."""
-    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-
-
 def ordered(weight: QuantizedWeight, order: Tensor | None) -> QuantizedWeight:
     """Reorder the rows of a weight on the grid: codes, scales and zero points alike."""
     if order is None:
@@ -114,22 +100,6 @@ def quantized_blocks(student: Student, exact: bool) -> dict[str, Blocks]:
     return found
 
 
-def gguf_names(model: PreTrainedModel) -> dict[str, str]:
-    """Map the names of a model's tensors to llama.cpp's, tied ones once. Raises ModelError for one that has none."""
-    config = model.config
-    table = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    names, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise ModelError(f"llama.cpp has no tensor for {name} of a {config.model_type} model")
-        names[name] = found
-    return names
-
-
 def plain_tensor(name: str, tensor: Tensor, config: PretrainedConfig) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     """Return the bytes and the type of a tensor that is not quantized: vectors in single precision, matrices as is."""
     order = row_order(name.rpartition(".")[0], config)
@@ -144,24 +114,17 @@ def plain_tensor(name: str, tensor: Tensor, config: PretrainedConfig) -> tuple[n
     return tensor.contiguous().view(torch.uint8).numpy(), kinds[tensor.dtype]
 
 
-def rope_factors(model: PreTrainedModel) -> Tensor | None:
-    """Return what llama.cpp divides each rotary frequency by, (head_dim / 2) float32; None where nothing is scaled."""
-    config = model.config
-    if rope_type(config) == "default":
-        return None
-    width = head_dim(config)
-    base = config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
-    return 1 / (base * model.base_model.get_buffer("rotary_emb.inv_freq").float())
-
-
 def add_model_fields(writer: gguf.GGUFWriter, config: PretrainedConfig, kind: gguf.GGMLQuantizationType) -> None:
     """Describe the network."""
-    window = config.to_dict().get("sliding_window") or config.max_position_embeddings
+    kept = config.to_diff_dict() | {"model_type": config.model_type}
+    for name in ("quantization_config", "transformers_version", "dtype"):
+        kept.pop(name, None)
+    writer.add_string(CONFIG, json.dumps(kept))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(min(window, config.max_position_embeddings))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -237,23 +200,42 @@ def add_tokenizer_fields(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizer
     first = tokenizer("a")["input_ids"][0]  # pyright: ignore[reportIndexIssue]
     writer.add_add_bos_token(first == tokenizer.bos_token_id)
     writer.add_add_space_prefix(False)
-    if isinstance(tokenizer.chat_template, str):
+    writer.add_string(gguf.Keys.Tokenizer.HF_JSON, tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+    if isinstance(tokenizer.chat_template, dict):
+        named = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]
+        writer.add_chat_template(named)
+    elif tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def add_stops(writer: gguf.GGUFWriter, stops: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which tokens end a completion: llama.cpp has room for two beside the end of sequence."""
+    if stops:
+        writer.add_array(STOP_IDS, list(stops))
+    others = [index for index in stops if index != tokenizer.eos_token_id]
+    for add, index in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(index)
+
+
 def write_gguf(
-    path: Path, student: Student, tokenizer: PreTrainedTokenizerBase, blocks: dict[str, Blocks], name: str
+    path: Path,
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: dict[str, Blocks],
+    name: str,
+    stops: Sequence[int] = (),
 ) -> None:
-    """Write a GGUF file."""
+    """Write a GGUF file. stops: tokens that end a completion."""
     config, model = student.model.config, student.model
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     writer.add_name(name)
     add_model_fields(writer, config, next(iter(blocks.values())).kind)
     add_tokenizer_fields(writer, tokenizer, config.vocab_size)
-    if (factors := rope_factors(model)) is not None:
-        writer.add_tensor("rope_freqs.weight", factors.numpy())
+    add_stops(writer, stops, tokenizer)
+    if (factors := rope_factors(config)) is not None:
+        writer.add_tensor(ROPE_FREQS, factors.numpy())
     state = model.state_dict()
-    for own, stored in gguf_names(model).items():
+    for own, stored in stored_names(state, config).items():
         found = blocks.get(own)
         data, kind = (found.data, found.kind) if found else plain_tensor(own, state[own], config)
         writer.add_tensor(stored, data, raw_dtype=kind)

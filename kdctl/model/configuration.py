@@ -16,14 +16,13 @@ TEXT_PART = (
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Read a model's configuration from a folder or a GGUF file, without its weights and without the author's code.
+    """Read a model's configuration from a folder, without its weights and without the author's code.
 
     Raises ModelError if it is damaged, impossible, or of a model that is more than one network for text.
     """
-    place = {"gguf_file": path.name} if path.is_file() else {}
     try:
         check_layers(path / "config.json")
-        config = AutoConfig.from_pretrained(path.parent if place else path, trust_remote_code=False, **place)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except ModelError:
         raise

@@ -7,25 +7,25 @@ converted once into a cache keyed by the file's content.
 
 import importlib.util
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.utils.quantization_config import GgufConfig
+from transformers import PretrainedConfig
 
 from kdctl.base.errors import ModelError
-from kdctl.model.configuration import read_config
+from kdctl.model.configuration import read_config, usable
+from kdctl.model.gguf import gguf_config, gguf_model
+from kdctl.model.gguf_file import open_gguf
+from kdctl.model.gguf_tokenizer import gguf_tokenizer
 from kdctl.model.hashes import is_whole, known_sha256, note_files
-from kdctl.model.tokenizer import open_gguf_tokenizer
 from kdctl.run.files import atomic_folder, sweep_up, writing
 from kdctl.run.paths import cache_dir
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-CONVERSION = 2  # raise it when a GGUF file is converted differently, so that older caches are not taken
+CONVERSION = 3  # raise it when a GGUF file is converted differently, so that older caches are not taken
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
@@ -90,18 +90,18 @@ def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None
 
 
 def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
-    """Dequantize a GGUF file into a cached folder, keyed by the file's content and the dtype."""
+    """Dequantize a GGUF file into a cached folder, keyed by the file's content and the dtype.
+
+    Raises ModelError for a file that is damaged, or of which something would be lost; nothing is cached then.
+    """
     folder = gguf_cache(path, dtype)
     if is_whole(folder):
         return folder
-    place = {"gguf_file": path.name, "dtype": dtype}
-    config = GgufConfig(gguf_file=path.name, dequantize=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=config, **place)
-        tokenizer = open_gguf_tokenizer(path)
-    except (ValueError, KeyError, OSError, struct.error) as error:
-        raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from None
     sweep_up(folder.parent)
+    file = open_gguf(path)
+    gguf_config(file)
+    tokenizer = gguf_tokenizer(file)
+    model = gguf_model(file, dtype)
     with atomic_folder(folder) as temporary:
         with writing(temporary / "model.safetensors"):
             model.save_pretrained(temporary)
@@ -124,4 +124,4 @@ def find_config(
     path = locate(reference, revision, offline, ["config.json"])
     if path.is_file() and is_whole(cached := gguf_cache(path, dtype)):
         path = cached
-    return read_config(path)
+    return usable(gguf_config(open_gguf(path)), path) if path.is_file() else read_config(path)

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from gguf import GGUFReader
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -51,20 +49,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         raise ModelError(
             f"the tokenizer's largest id {largest} is outside the model's vocabulary of {config.vocab_size}"
         )
-
-
-def open_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Build the tokenizer that a GGUF file describes.
-
-    transformers reads the file's vocabulary but not ``tokenizer.ggml.pre``, which says how text is split before merges;
-    SmolLM's tokenizers take every digit by itself.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    if split is not None and split.contents() == "smollm":
-        digits, pieces = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, pieces])
-    return tokenizer
 
 
 def differences(found: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase) -> list[str]:

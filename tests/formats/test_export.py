@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_files
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -36,12 +37,19 @@ from kdctl.config.preset import QuantizeSection
 from kdctl.formats import export
 from kdctl.formats import gguf as gguf_layout
 from kdctl.formats.export import hqq_state
-from kdctl.formats.gguf import check_layout, pre_tokenizer_name, rope_factors, row_order, tokenizer_fields
+from kdctl.formats.gguf import check_layout, pre_tokenizer_name, tokenizer_fields
 from kdctl.formats.gguf_blocks import block_kind, to_blocks
 from kdctl.formats.records import ExportReport
 from kdctl.formats.student import Student, load_student, save_student
+from kdctl.model.configuration import read_config
 from kdctl.model.folder import fingerprint
-from kdctl.model.tokenizer import load_tokenizer
+from kdctl.model.gguf_file import open_gguf as open_gguf_file
+from kdctl.model.gguf_names import rope_factors, row_order
+from kdctl.model.gguf_tokenizer import gguf_tokenizer
+from kdctl.model.load import load_model
+from kdctl.model.reference import convert_gguf
+from kdctl.model.stops import stop_ids
+from kdctl.model.tokenizer import differences, load_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import QuantizeReport
@@ -296,8 +304,71 @@ def test_rope_scaling_of_llama_3_is_written_as_factors(tmp_path: Path):
     assert len({*found.round(3)}) > 2
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+AGAIN: dict[str, Callable[[], PretrainedConfig]] = FAMILIES | {
+    "narrow qwen3": lambda: Qwen3Config(**SIZES, head_dim=32, rms_norm_eps=3e-7),
+    "window": lambda: MistralConfig(**SIZES, head_dim=32, sliding_window=100, rope_parameters=rope(123456.7)),
+    "linear": lambda: LlamaConfig(**SIZES, rope_parameters=rope(1e4, factor=3.0) | {"rope_type": "linear"}),
+    "llama3": lambda: LlamaConfig(**SIZES, rope_parameters=rope(1e4) | LLAMA3 | {"rope_type": "llama3"}),
+}
+
+
+def spec_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
+
+
+@pytest.mark.parametrize("family", AGAIN)
+def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str):
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "student"
+    model = build(AGAIN[family]())
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [7, 9, 260, 100]
+    student = write_student(folder, model, settings_of())
+    export.export(folder, "gguf", tmp_path / "m.gguf", exact=True)
+    again = convert_gguf(tmp_path / "m.gguf", torch.bfloat16)
+    state, own = load_model(again, torch.bfloat16, CPU).state_dict(), student.model.state_dict()
+    assert {name for name, tensor in own.items() if torch.equal(state[name], tensor)} == own.keys() == state.keys()
+    theirs, mine = read_config(again).to_dict(), student.model.config.to_dict()
+    unsaid = {"quantization_config", "_name_or_path", "dtype", "architectures"}
+    assert {key: theirs.get(key) for key in mine if key not in unsaid} == {
+        key: value for key, value in mine.items() if key not in unsaid
+    }
+    tokenizer, original = load_tokenizer(again), load_tokenizer(folder)
+    assert differences(tokenizer, original) == []
+    assert spec_of(tokenizer) == spec_of(original)
+    assert stop_ids(again, tokenizer, 264) == stop_ids(folder, original, 264) == (7, 9, 100, 260)
+
+
+def test_a_file_that_was_changed_after_it_was_written_is_refused(tmp_path: Path, student_of: Callable[..., Path]):
+    export.export(student_of(), "gguf", tmp_path / "m.gguf")
+    changes: dict[str, tuple[gguf_files.Change, str]] = {
+        "rope": (
+            lambda fields, _: fields.update({"llama.rope.freq_base": (5.0, gguf_files.Type.FLOAT32, None)}),
+            "freq_base",
+        ),
+        "ends": (
+            lambda fields, _: fields.update({"tokenizer.ggml.eos_token_id": (999, gguf_files.Type.UINT32, None)}),
+            "999",
+        ),
+        "head": (lambda _, tensors: tensors.update({"output.weight": tensors["token_embd.weight"]}), "holds.*output"),
+        "tokens": (lambda fields, _: fields["tokenizer.ggml.tokens"][0].reverse(), "tokenizer cannot be built"),
+    }
+    for name, (change, message) in changes.items():
+        file = gguf_files.rewritten(tmp_path / "m.gguf", tmp_path / f"{name}.gguf", change)
+        with pytest.raises(ModelError, match=message):
+            convert_gguf(file, torch.float32)
+
+
+def test_several_chat_templates_are_written_and_read(tmp_path: Path, student_of: Callable[..., Path]):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = {"default": tiny.TEMPLATE, "tool_use": "with tools"}  # pyright: ignore
+    export.export_gguf(load_student(student_of(), CPU), tokenizer, tmp_path / "m.gguf", False)
+    assert gguf_tokenizer(open_gguf_file(tmp_path / "m.gguf")).chat_template == tokenizer.chat_template
+
+
 def test_rope_without_scaling_writes_no_factors(student_of: Callable[..., Path]):
-    assert rope_factors(load_student(student_of(), CPU).model) is None
+    assert rope_factors(load_student(student_of(), CPU).model.config) is None
 
 
 def test_only_llama_reorders_queries_and_keys():

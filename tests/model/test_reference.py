@@ -17,9 +17,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import ModelError
 from kdctl.model import reference
 from kdctl.model.configuration import read_config
+from kdctl.model.gguf_file import open_gguf
+from kdctl.model.gguf_tokenizer import gguf_tokenizer
 from kdctl.model.load import load_model
-from kdctl.model.reference import convert_gguf, gguf_cache, locate, model_folder
-from kdctl.model.tokenizer import load_tokenizer, open_gguf_tokenizer
+from kdctl.model.reference import convert_gguf, find_config, gguf_cache, locate, model_folder
+from kdctl.model.tokenizer import load_tokenizer
 from tests.leftovers import dead_process, left_by
 
 CPU = torch.device("cpu")
@@ -217,15 +219,15 @@ def test_gguf_conversion_keeps_configuration_and_tokenizer(gguf_file, cache, tok
 def test_gguf_tokenizer_splits_digits_where_the_file_says_so(splitting, pieces, tiny_dir_fp32, tokenizer, tmp_path):
     model = load_model(tiny_dir_fp32, torch.float32, CPU)
     file = write_gguf(tmp_path / "tiny.gguf", model, tokenizer, splitting)
-    assert open_gguf_tokenizer(file).tokenize("12he") == [*pieces, "he"]
+    assert gguf_tokenizer(open_gguf(file)).tokenize("12he") == [*pieces, "he"]
 
 
 def test_gguf_is_converted_once(gguf_file, cache, monkeypatch):
     first = convert_gguf(gguf_file, torch.float32)
-    monkeypatch.setattr(reference, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(reference, "open_gguf", None)
     monkeypatch.setattr(reference, "atomic_folder", None)
     assert convert_gguf(gguf_file, torch.float32) == first
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         convert_gguf(gguf_file, torch.bfloat16)
 
 
@@ -275,6 +277,6 @@ def test_cut_gguf_file_is_refused(gguf_file, cache, kept):
     gguf_file.write_bytes(data[:kept])
     with pytest.raises(ModelError, match="cannot be read as a GGUF model"):
         convert_gguf(gguf_file, torch.float32)
-    with pytest.raises(ModelError, match="configuration cannot be read"):
-        read_config(gguf_file)
+    with pytest.raises(ModelError, match="cannot be read as a GGUF model"):
+        find_config(str(gguf_file), torch.float32)
     assert not list(cache.rglob("config.json"))
