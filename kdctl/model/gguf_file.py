@@ -6,9 +6,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import mmap
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +82,6 @@ def open_gguf(path: Path) -> GgufFile:
             f"{path} cannot be read as a GGUF model: {error}; the file is incomplete or damaged, fetch it again"
         ) from None
     return GgufFile(path, fields, tensors)
-
-
-@contextmanager
-def alone(file: GgufFile) -> Iterator[Path]:
-    """Yield a folder with nothing but the file, so that no other file beside it is read in its place."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, file.path.name).symlink_to(file.path.absolute())
-        yield Path(folder)
 
 
 class _Cursor:

@@ -10,7 +10,8 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.utils.quantization_config import GgufConfig
 
 from kdctl.base.errors import ModelError
-from kdctl.model.gguf_file import GgufFile, alone
+from kdctl.model.gguf_file import GgufFile
+from kdctl.run.files import alone
 
 SAID: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
@@ -37,7 +38,7 @@ WITHOUT_EFFECT = {"rope.scaling.finetuned"}
 def foreign_config(file: GgufFile) -> PretrainedConfig:
     """Return the configuration that transformers reads, if it says what the file says. Raises ModelError if not."""
     try:
-        with alone(file) as folder:
+        with alone(file.path) as folder:
             words = AutoConfig.from_pretrained(folder, gguf_file=file.path.name, trust_remote_code=False).to_dict()
         config = AutoConfig.for_model(**_amended(words, file))
     except Exception as error:  # noqa: BLE001 - whatever values of a foreign file make of the checks
@@ -52,7 +53,7 @@ def build_foreign(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
     how = GgufConfig(gguf_file=file.path.name, dequantize=True)
     options = {"config": config, "quantization_config": how, "dtype": dtype, "trust_remote_code": False}
     try:
-        with alone(file) as folder:
+        with alone(file.path) as folder:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file.path.name, output_loading_info=True, **options
             )  # pyright: ignore

@@ -10,7 +10,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
-from kdctl.model.gguf_file import GgufFile, alone
+from kdctl.model.gguf_file import GgufFile
+from kdctl.run.files import alone
 
 PREFIX = "tokenizer.ggml."
 HF_JSON = "tokenizer.huggingface.json"
@@ -83,7 +84,7 @@ def _exact(file: GgufFile, control: list[tuple[str, int]]) -> PreTrainedTokenize
 
 
 def _by_transformers(file: GgufFile) -> PreTrainedTokenizerBase:
-    with alone(file) as folder:
+    with alone(file.path) as folder:
         options = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.path.name, **options)
     if file.fields.get(f"{PREFIX}pre") in DIGIT_SPLITS:

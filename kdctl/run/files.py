@@ -128,6 +128,14 @@ def nameless(folder: Path) -> BinaryIO:
         return tempfile.TemporaryFile(dir=folder)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """Yield a folder with nothing but a link to a file, for libraries that read what lies beside a file as well."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, path.name).symlink_to(path.absolute())
+        yield Path(folder)
+
+
 def open_new(path: Path) -> BinaryIO:
     """Open a file that another program writes, emptied."""
     with writing(path):

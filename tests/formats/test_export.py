@@ -28,6 +28,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import GgufConfig
 from typer.testing import CliRunner
 
