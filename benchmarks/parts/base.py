@@ -11,8 +11,11 @@ alone, and raises Broken where the promise is. Each runs in a process of its own
 kdctl and runs nothing itself.
 """
 
+import fcntl
 import importlib.util
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -59,6 +62,20 @@ def promise(part: Part) -> str:
 def shared(where: Path) -> Path:
     """Return the folder that ``prepare`` filled, of a case's folder."""
     return where.parent / "shared"
+
+
+def once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """Return a folder that the first case to ask has filled; the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            making = folder.with_name(f"{folder.name}.making")
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+            make(making)
+            making.rename(folder)
+    return folder
 
 
 def draw(*key: Any) -> random.Random:

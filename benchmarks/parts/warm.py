@@ -36,7 +36,7 @@ SETTINGS = {
     "PYTHONUTF8": "1",
 }
 LAZY = ("transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "datasets")
-LAZY += ("lm_eval.models.huggingface", "hqq.core.quantize", "gguf", "wandb", "matplotlib.pyplot", "optuna", "pandas")
+LAZY += ("lm_eval.models.huggingface", "hqq.core.quantize", "gguf", "matplotlib.pyplot", "optuna", "pandas")
 TIMEOUT_S = 300.0
 
 
@@ -54,6 +54,7 @@ def warm_up(home: Path) -> None:
     """Import kdctl and all that it imports later. home: what libraries may take for the user's own cache."""
     os.environ.update(SETTINGS)
     os.environ.setdefault("HF_HOME", str(home / "huggingface"))
+    Path(os.environ["HF_HOME"]).mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
     import kdctl.model  # before transformers, which else imports hqq's cache
 
