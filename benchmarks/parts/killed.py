@@ -43,6 +43,7 @@ def of(command: Sequence[str], *settings: str, before: Sequence[Sequence[str]] =
     return Stage((*command, *words), tuple(map(tuple, before)))
 
 
+PATIENCE = ("distill.stop_early=true", "distill.patience=1", "distill.heldout_every=1")
 LIVE = ("distill.lmbda=0.5", "distill.refresh_every=2")
 STAGES = {
     "quantize minmax": of(QUANTIZE),
@@ -63,7 +64,7 @@ STAGES = {
     "rollout again": of((*ROLLOUT, "--source", "teacher", "--force"), before=[ROLLOUT]),
     "states": of(DISTILL, "rollout.keep_states=exact", before=[QUANTIZE]),
     "low rank": of(DISTILL, "distill.train=lora", before=[QUANTIZE, ROLLOUT]),
-    "patience": of(DISTILL, "distill.stop_early=true", "distill.patience=1", "distill.heldout_every=1", before=[ROLLOUT]),
+    "patience": of(DISTILL, *PATIENCE, before=[ROLLOUT]),
     "distill again": of((*DISTILL, "--force"), *LIVE, before=[(*DISTILL, "--set", LIVE[0], "--set", LIVE[1])]),
     "eval written": of(EVAL, "eval.student_written=true", before=[DISTILL]),
     "export dense": Stage(("export", STUDENT, "--to", "dense", "--out", "run/out"), (QUANTIZE,), runs=False),

@@ -121,8 +121,9 @@ def model(where: Path) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change values of a JSON file."""
+    """Change values of a JSON file, whose hash of itself is left out, as by older versions."""
     tree = json.loads(path.read_text(encoding="utf-8")) | changes
+    tree.pop("sum", None)
     path.write_text(json.dumps(tree), encoding="utf-8")
 
 
@@ -334,9 +335,8 @@ def names_in_records(where: Path, pick: Random) -> None:
     shutil.copy(store / "shard-00000.parquet", where / OUTSIDE / "x")
     kind = pick.choice(["shard", "sums", "task", "variant", "replay", "stores", "model"])
     if kind == "shard":
-        manifest = json.loads((store / "manifest.json").read_text())
-        manifest["shards"][0]["file"] = bad
-        (store / "manifest.json").write_text(json.dumps(manifest))
+        shards = json.loads((store / "manifest.json").read_text())["shards"]
+        edit(store / "manifest.json", shards=[shards[0] | {"file": bad}, *shards[1:]])
         shutil.rmtree(folder / "eval")
         shutil.rmtree(variant)
         run(where, ["distill", "--run", "run"], [2])
@@ -359,7 +359,7 @@ def names_in_records(where: Path, pick: Random) -> None:
         report |= {"variant": bad} if kind == "variant" else {}
         report["settings"] |= {"replay": bad, "refresh_every": 0} if kind == "replay" else {}
         report["stores"] = {bad: "0" * 64} if kind == "stores" else report["stores"]
-        (variant / "distill.json").write_text(json.dumps(report))
+        edit(variant / "distill.json", **report)
         run(where, ["report", "run"])
         run(where, ["eval", "--run", "run"])
 
@@ -373,9 +373,10 @@ def names_on_the_command_line(where: Path, pick: Random) -> None:
     (where / "task.yaml").write_text("task: own\noutput_type: multiple_choice\ndoc_to_text: !function own.run\n")
     (where / "own.py").write_text(code(where))
     words = pick.choice([
-        ["distill", "--name", bad], ["eval", "--also", "model", "--as", bad], ["eval", bad], ["quantize", "--compare", bad],
-        ["distill", "--set", f"distill.replay={bad}", "--lambda", "1"], ["eval", "--task", bad], ["eval", "--task", "task.yaml"],
-        ["eval", "--task", str(where / "task.yaml")], ["eval", "--task", str(where)], ["rollout", "--source", bad],
+        ["distill", "--name", bad], ["eval", "--also", "model", "--as", bad], ["eval", bad],
+        ["rollout", "--source", bad], ["quantize", "--compare", bad],
+        ["distill", "--set", f"distill.replay={bad}", "--lambda", "1"],
+        ["eval", "--task", bad], ["eval", "--task", "task.yaml"], ["eval", "--task", str(where / "task.yaml")],
         ["distill", "--set", f"distill.replay={bad}", "--set", "distill.lmbda=1", "--set", "distill.refresh_every=0"],
     ])  # fmt: skip
     run(where, [*words, "--run", "run"], [2])
@@ -469,9 +470,9 @@ def secrets_of_a_failure(where: Path, pick: Random) -> None:
     model(where)
     tiny.write_preset(where / "preset.json", pick.choice(["model", "nowhere/at-all", "missing"]))
     words = pick.choice([
-        ["run", "preset.json", "--run", "preset.json"], ["sweep", "quickstart_grid", "--dry-run", "--backend", "kubernetes"],
-        ["sweep", "lr_onpolicy", "--backend", "kubernetes", "--pod", "image=x"], ["run", "nowhere.toml"], ["report", "nowhere"],
-        ["quantize", "--preset", "preset.json", "--set", "teacher.model=nobody/nothing", "--set", "runtime.offline=false"],
+        ["run", "preset.json", "--run", "preset.json"], ["run", "nowhere.toml"], ["report", "nowhere"],
+        ["sweep", "lr_onpolicy", "--backend", "kubernetes", "--pod", "image=x"], ["run", "preset.json", "--set", "x=1"],
+        ["quantize", "--preset", "preset.json", "--set", "teacher.model=nobody/nothing"],
     ])  # fmt: skip
     run(where, words, **dict.fromkeys(SECRETS, SECRET))
 

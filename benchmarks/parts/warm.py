@@ -141,7 +141,7 @@ def start_kdctl(
         sys.argv = ["kdctl", *argv]
         if hook is not None:
             hook()
-        from kdctl.cli.app import main
+        from kdctl.cli.boundary import main
 
         main()
 
