@@ -104,7 +104,7 @@ class Model:
         """
         key = (task, measure)
         if key not in self._items and self.run is not None and self.result is not None and task in self.scores:
-            path = self.run.eval(self.key) / "samples" / f"{task}.parquet"
+            path = self.run.samples(self.key, task)
             self._items[key] = read_items(path, measure or self.result.tasks[task].metric, self.result.samples)
         return self._items.get(key)
 
@@ -117,8 +117,7 @@ class Model:
         """Sums of each held-out document. Raises StoreError if they are damaged."""
         if self.run is None:
             return None
-        path = self.run.eval(self.key) / "samples" / f"{HELDOUT}.parquet"
-        found = read_documents(path, self.result.samples) if self.result else None
+        found = read_documents(self.run.samples(self.key, HELDOUT), self.result.samples) if self.result else None
         if found is not None or self.kind not in ("ptq", "variant"):
             return found
         return read_documents(student_folder(self.run, self.key) / f"{HELDOUT}.parquet")

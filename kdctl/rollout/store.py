@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from kdctl.base.errors import StoreError
 from kdctl.rollout.mapped import MappedRollouts, Shards
 from kdctl.run.files import remove, sha256, sweep_up, write_bytes
+from kdctl.run.names import inside
 from kdctl.run.record_files import damaged, read_plain, read_record, write_record
 from kdctl.run.records import Rollout, ShardEntry, StoreManifest
 
@@ -134,7 +135,7 @@ class RolloutStore:
 
     def _checked(self, shards: Sequence[ShardEntry]) -> MappedRollouts:
         """Compare every shard's hash with its entry, before anything is made of its rows."""
-        paths = [self.path / shard.file for shard in shards]
+        paths = [inside(self.path, shard.file) for shard in shards]
         for path, shard in zip(paths, shards, strict=True):
             if not path.exists():
                 raise StoreError(f"{path} is named in the manifest and missing; {self._way_out()}")

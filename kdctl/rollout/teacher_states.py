@@ -7,6 +7,7 @@ numbers, since a few of a token's are ten times as large as the others.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from kdctl.base.progress import Reporter
 from kdctl.model.batch import collate, predicting_states, split
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.files import atomic_path
+from kdctl.run.names import inside
 from kdctl.run.paths import require_free_space
 from kdctl.run.records import Rollout, ShardEntry
 from kdctl.system.distributed import ALONE, Processes
@@ -31,6 +33,8 @@ Kind = Literal["exact", "int8"]
 Key = tuple[str, str, int]
 BATCH = 16
 GROUP = 32
+MADE_OF = "made_of"
+"""The one key of a file's metadata: safetensors writes several in an order that differs from process to process."""
 SMALLEST = 2.0**-24
 """The smallest positive half-precision number."""
 
@@ -70,13 +74,13 @@ class TeacherStates:
 
     def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:
         """Take up one shard, running the teacher over it where its states are not there."""
-        path = (store.path / shard.file).with_suffix(".states.safetensors")
+        path = inside(store.path, shard.file).with_suffix(".states.safetensors")
         kind = self.kind if self.kind == "exact" else f"int8 with a scale for {GROUP}"
         made_of = {"shard": shard.sha256, "teacher": self.teacher, "kind": kind}
         if not _is_of(path, made_of):
             encoded = self._encoded(rollouts, model)
             with atomic_path(path) as temporary:
-                save_file(encoded, temporary, made_of | {"sha256": content_hash(encoded)})
+                save_file(encoded, temporary, {MADE_OF: json.dumps(made_of | {"sha256": content_hash(encoded)})})
         self._open.pop(path, None)
         start = 0
         for rollout in rollouts:
@@ -138,9 +142,10 @@ def _is_of(path: Path, made_of: dict[str, str]) -> bool:
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
+            said = json.loads(said[MADE_OF]) if MADE_OF in said else said
             known = said.pop("sha256", None)
             if said != made_of:
                 return False
             return known is None or known == content_hash({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is not iterable
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return False

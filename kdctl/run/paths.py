@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kdctl.base.errors import StoreError
 from kdctl.run import files
+from kdctl.run.names import inside
 
 
 class RunDir:
@@ -23,15 +24,15 @@ class RunDir:
 
     def rollouts(self, source: str) -> Path:
         """Return the folder of an offline rollout store."""
-        return self.path / "rollouts" / source
+        return inside(self.path / "rollouts", source)
 
     def compared(self, method: str) -> Path:
         """Return the file of what one post-training method reaches."""
-        return self.path / "compare" / f"{method}.json"
+        return inside(self.path / "compare", f"{method}.json")
 
     def variant(self, name: str) -> "VariantDir":
         """Return the folder of one distilled variant."""
-        return VariantDir(self.distill_root / name)
+        return VariantDir(inside(self.distill_root, name))
 
     def variants(self) -> list["VariantDir"]:
         """List the finished variants, by name."""
@@ -40,7 +41,11 @@ class RunDir:
 
     def eval(self, model: str) -> Path:
         """Return the folder of one model's evaluation."""
-        return self.eval_root / model
+        return inside(self.eval_root, model)
+
+    def samples(self, model: str, name: str) -> Path:
+        """Return the file of what a model was measured at, one task's items or the yardstick's documents."""
+        return inside(self.eval(model) / "samples", f"{name}.parquet")
 
     def lock(self, result: str) -> Path:
         """Return the file that is locked while a result is made."""

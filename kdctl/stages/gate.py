@@ -83,10 +83,7 @@ def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
 def _paired(run: RunDir, task: str, ptq_said: EvalResult, teacher_said: EvalResult) -> Paired | None:
     """Read the items of a task that both models answered; None where those of one are not kept."""
     metric, said = ptq_said.tasks[task].metric, {"ptq": ptq_said, "teacher": teacher_said}
-    ptq, teacher = (
-        read_items(run.eval(name) / "samples" / f"{task}.parquet", metric, result.samples)
-        for name, result in said.items()
-    )
+    ptq, teacher = (read_items(run.samples(name, task), metric, result.samples) for name, result in said.items())
     if ptq is None or teacher is None:
         return None
     _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)

@@ -1,5 +1,6 @@
 """Stored teacher states are those of a pass of the teacher, found by rollout, and training on them repeats."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_states_of_another_shard_or_teacher_are_made_again(teacher_fp32: PreTrai
     assert file.stat().st_mtime_ns == written
     TeacherStates("two").fill(store, teacher_fp32, Silent())
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["teacher"] == "two"
+        assert json.loads(opened.metadata()["made_of"])["teacher"] == "two"
     file.write_bytes(file.read_bytes()[:100])
     TeacherStates("two").fill(store, teacher_fp32, Silent())
     with safe_open(file, "pt") as opened:
