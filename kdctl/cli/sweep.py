@@ -195,7 +195,7 @@ def run_jobs(request: Request, board: "Board", jobs: int) -> None:
 
     board.run.prepare()
     words = request.command(str(board.run.path))
-    commands = [[sys.executable, "-m", "kdctl", *words, "--shard", f"{index}/{jobs}"] for index in range(jobs)]
+    commands = [[sys.executable, "-P", "-m", "kdctl", *words, "--shard", f"{index}/{jobs}"] for index in range(jobs)]
     with only_sweep(board.locks, board.plan.sweep.name), watched(board, console.ConsoleReporter()):
         run_workers(commands, board.folder)
 
@@ -263,7 +263,7 @@ def run_agents(request: Request, found: "Sweep", folder: Path, where: Where) -> 
     name = where.sweep_id or tracking.create_sweep(config, plan.preset.tracking)
     console.show_text(f"wandb agent {name}")
     if where.agents:
-        run_workers([[sys.executable, "-m", "wandb", "agent", name]] * where.agents, board.folder)
+        run_workers([[sys.executable, "-P", "-m", "wandb", "agent", name]] * where.agents, board.folder)
 
 
 def logging_on(preset: Preset) -> list[str]:

@@ -125,7 +125,7 @@ def _run(folder: Path, progress: Callable[[int, int], None]) -> None:
     # AR_* would change what is computed; without its progress bar there is nothing to read
     environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE" and key[:3] != "AR_"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "AR_WORK_SPACE": str(folder)}
-    command = [sys.executable, "-m", "kdctl.quant.autoround", str(folder)]
+    command = [sys.executable, "-P", "-m", "kdctl.quant.autoround", str(folder)]
     last: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

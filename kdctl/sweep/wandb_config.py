@@ -21,7 +21,7 @@ def wandb_config(plan: SweepPlan, words: Sequence[str], max_trials: int | None) 
     config["parameters"] = _parameters(sweep)
     config["metric"] = sweep.metric.model_dump(exclude_none=True)
     config["program"] = PROGRAM
-    config["command"] = ["${env}", "${interpreter}", "-m", "${program}", *words, "${args_no_hyphens}"]
+    config["command"] = ["${env}", "${interpreter}", "-P", "-m", "${program}", *words, "${args_no_hyphens}"]
     config.setdefault("name", sweep.name)
     if sweep.method != "grid":
         config["run_cap"] = max_trials or sweep.file.run_cap or MAX_TRIALS

@@ -240,7 +240,7 @@ def test_a_wandb_sweep_runs_kdctl_with_the_values(invoke: Invoke, tmp_path: Path
     assert project == "kdctl"
     assert config["parameters"]["distill.lr"] == {"values": [1e-6, 5e-6, 1e-5, 5e-5, 1e-4]}
     words = f"sweep lr_onpolicy --run {tmp_path / 'run'} --no-eval --set tracking.wandb=online".split()
-    assert config["command"] == ["${env}", "${interpreter}", "-m", "${program}", *words, "${args_no_hyphens}"]
+    assert config["command"] == ["${env}", "${interpreter}", "-P", "-m", "${program}", *words, "${args_no_hyphens}"]
 
 
 def test_agents_are_wandbs_own_program(invoke: Invoke, tmp_path: Path, server, monkeypatch) -> None:
@@ -249,7 +249,7 @@ def test_agents_are_wandbs_own_program(invoke: Invoke, tmp_path: Path, server, m
     arguments = ("--backend", "wandb", "--agents", 2, "--sweep-id", "me/kdctl/xyz", "--run", tmp_path / "run")
     assert invoke("lr_onpolicy", *arguments).exit_code == 0
     assert server == []
-    assert started == [[sys.executable, "-m", "wandb", "agent", "me/kdctl/xyz"]] * 2
+    assert started == [[sys.executable, "-P", "-m", "wandb", "agent", "me/kdctl/xyz"]] * 2
 
 
 def test_a_wandb_sweep_is_checked_before_it_is_created(invoke: Invoke, grid: Path, tmp_path: Path, server) -> None:

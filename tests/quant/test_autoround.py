@@ -268,3 +268,14 @@ def test_quantize_calibrates_on_the_store_and_writes_a_proven_folder(smoke: Pres
     assert (report.method, report.versions.quantizers["auto-round"]) == ("autoround", version("auto-round"))
     assert RolloutStore(job.context.paths.rollouts("teacher")).manifest_path.exists()
     assert verify(job.context.paths.student, find_teacher(job.context.paths.student), torch.device("cpu")).passed
+
+
+@pytest.mark.slow
+def test_modules_in_the_working_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random", "torch", "auto_round", "kdctl"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task").mkdir()
+    with pytest.raises(ModelError, match=r"No such file.*task\.json"):
+        module._run(tmp_path / "task", lambda done, total: None)
+    assert not (tmp_path / "ran").exists()
