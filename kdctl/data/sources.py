@@ -6,6 +6,8 @@ A row has a column ``messages`` (a list of role and content) or ``prompt`` (text
 import glob
 import hashlib
 import json
+import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
 from kdctl.run.files import sha256
-from kdctl.system.patches import hub_offline
+from kdctl.system.patches import archives_packed, hub_offline
 
 Row = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -96,6 +98,11 @@ class LocalFile:
             raise DataError(f"no prompt file at {self.path.absolute()}")
         if self.path.stat().st_size == 0:
             raise DataError(f"the prompt file {self.path.absolute()} is empty; there is nothing to generate from")
+        if zipfile.is_zipfile(self.path) or tarfile.is_tarfile(self.path):
+            raise DataError(
+                f"the prompt file {self.path.absolute()} is an archive, and kdctl unpacks none; unpack it and name the "
+                "file in it"
+            )
 
 
 class HubDataset:
@@ -149,11 +156,13 @@ def read_rows(name: str, split: str, offline: bool = False) -> Sequence[Row]:
 
 @contextmanager
 def _named_errors(name: str, split: str) -> Iterator[None]:
-    """Turn what datasets raises into one line that names the data set."""
-    from datasets.exceptions import DatasetGenerationError
-
+    """Turn what datasets raises into one line that names the data set, and keep it from unpacking archives."""
     try:
-        yield
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        with archives_packed():
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever reads a format raises its own kinds, StopIteration among them
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or f"it is damaged or empty ({type(cause).__name__})").splitlines()[0]
         raise DataError(f"data set {name!r} (split {split!r}) cannot be read: {reason}") from None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -114,6 +115,7 @@ def open_wandb(settings: TrackingSection, folder: Path, name: str, config: dict[
     """
     if settings.wandb == "off":
         return None
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else tables are put together in the home folder
     import wandb
 
     return wandb.init(

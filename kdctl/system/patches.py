@@ -53,6 +53,20 @@ def hub_offline(offline: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def archives_packed() -> Iterator[None]:
+    """Let datasets unpack single compressed files and no archives, whose members would have names of their own.
+
+    Needed until ``datasets.DownloadConfig`` tells the two apart: 5.2 unpacks everything that looks packed, or nothing.
+    """
+    from datasets.utils import extract
+
+    every = extract.Extractor.extractors.items()
+    single = {name: kind for name, kind in every if name not in ("tar", "zip", "rar", "7z")}
+    with replaced(extract, "Extractor", type("SingleFiles", (extract.Extractor,), {"extractors": single})):
+        yield
+
+
 def checkpoint_layers(model: nn.Module, function: Callable[..., Any] | None) -> None:
     """Let decoder layers in training mode run by a function like ``torch.utils.checkpoint.checkpoint``, or plainly.
 

@@ -1,11 +1,14 @@
 """A kind of source is one entry of a dict; its fingerprint follows its rows."""
 
 import json
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
-import datasets
+import datasets.config
 import pytest
 
+from kdctl.base.errors import DataError
 from kdctl.config.preset import PromptsSection
 from kdctl.data import sources
 from kdctl.data.prompts import PromptReader
@@ -72,3 +75,25 @@ def test_fingerprint_of_a_hub_set_is_that_of_its_revision(monkeypatch: pytest.Mo
     assert one.fingerprint() != two.fingerprint()
     assert list(one.rows()) == [{"prompt": "a/b"}]
     assert loaded == [("a/b", "train"), ("a/c", "train")], "each is loaded once"
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet", "folder"])
+def test_archives_are_not_unpacked_whatever_they_are_called(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", str(tmp_path / "extracted"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    path = tmp_path / (name if name != "folder" else "folder/p.zip")
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("member.jsonl", '{"prompt": "hello"}\n')
+    with nullcontext() if name == "folder" else pytest.raises(DataError, match="archive"):
+        open_source(str(tmp_path / name), "train", True).rows()  # of a folder's, members are read where they are
+    assert not list(tmp_path.rglob("*member*"))
+
+
+def test_a_loading_script_is_named_and_not_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "hello"}\n')
+    with pytest.raises(DataError, match="scripts are no longer supported"):
+        open_source(str(tmp_path / "data"), "train", True).rows()
+    assert not (tmp_path / "ran").exists()

@@ -1,6 +1,7 @@
 """metrics.jsonl is always written; wandb only when asked, and for real in its offline mode."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_runs_of_the_same_name_in_two_folders_are_two_wandb_runs(
     assert ids[0] == ids[2] != ids[1]
     assert all(options["resume"] == "allow" for options in asked)
     assert not any(set(name) & set("/\\#?%:") for name in ids)
+
+
+def test_wandb_puts_tables_together_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **options: None)
+    open_wandb(OFFLINE, tmp_path, "v", {})
+    assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
 
 
 def test_a_sweep_without_a_login_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
