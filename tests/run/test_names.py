@@ -44,5 +44,5 @@ def test_a_manifest_cannot_name_a_shard_elsewhere(tmp_path: Path) -> None:
 def test_sums_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "SHA256SUMS").write_text(f"{'0' * 64}  ../secret\n")
-    with pytest.raises(StoreError, match=r"\.\./secret.*leads elsewhere"):
+    with pytest.raises(StoreError, match=r"\.\./secret"):
         check_sums(tmp_path / "student")
