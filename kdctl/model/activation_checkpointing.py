@@ -47,9 +47,10 @@ def set_checkpointing(model: nn.Module, how: Checkpointing) -> None:
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Run forward passes as ``set_checkpointing`` chose.
 
-    Layers do so in training mode only. Their parts stay in evaluation mode: nothing is dropped.
+    Layers do so in training mode only. Their parts stay in evaluation mode, and so do they while they compute: nothing
+    is dropped.
     """
-    layers = _layers(model)
+    layers = [layer for layer in _layers(model) if layer.gradient_checkpointing]
     for layer in layers:
         layer.training = True
     try:

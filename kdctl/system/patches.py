@@ -7,6 +7,7 @@ precision on CPUs without AVX-512 (2.13 has none). ``eval.harness`` hides lm-eva
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -70,12 +71,28 @@ def archives_packed() -> Iterator[None]:
 def checkpoint_layers(model: nn.Module, function: Callable[..., Any] | None) -> None:
     """Let decoder layers in training mode run by a function like ``torch.utils.checkpoint.checkpoint``, or plainly.
 
-    The model's own ``gradient_checkpointing_enable`` is deprecated, and its successor, which transformers 5.20 lacks,
-    also makes the embeddings require gradients. Needed until one of them leaves the embeddings alone.
+    Inside the function a layer is in evaluation mode whatever it is outside, each time that it runs: some layers drop
+    numbers themselves, by their own mode. The model's own ``gradient_checkpointing_enable`` is deprecated, and its
+    successor, which transformers 5.20 lacks, also makes the embeddings require gradients. Needed until one of them
+    leaves the embeddings alone.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = function is not None
-            layer._gradient_checkpointing_func = function  # pyright: ignore[reportArgumentType]
+            run = None if function is None else partial(_evaluated, layer, function)
+            layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
+
+
+def _evaluated(layer: nn.Module, function: Callable[..., Any], run: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a checkpointing function on a layer that is in evaluation mode while it runs."""
+
+    def evaluated(*values: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return run(*values)
+        finally:
+            layer.training = before
+
+    return function(evaluated, *inputs)

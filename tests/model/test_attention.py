@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
@@ -44,6 +45,15 @@ KINDS = {
     ),
     "phi3": Phi3Config(**SHAPE),
     "olmo2": Olmo2Config(**SHAPE),
+    "opt, places counted by itself, dropout in its layers": OPTConfig(
+        vocab_size=100,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        init_std=0.2,
+        dropout=0.5,
+    ),
     "smollm3": SmolLM3Config(**SHAPE | {"num_hidden_layers": 4}),
 }
 LENGTHS = (7, 3, 12, 1)
