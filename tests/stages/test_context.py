@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdctl.config.preset import Preset
-from kdctl.run.paths import read_record, write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.stages import context
 from kdctl.stages.context import open_run
 
