@@ -26,6 +26,8 @@ from kdctl.base.progress import Advance
 
 QUIET_FOR_S = 2.0
 INDENT = "  "
+PLAIN = "\n\t\u00a0\u200c\u200d"
+"""Characters that are not printable, and do no harm: white space, and joiners within words and emoji."""
 ENDLESS = 100_000
 """Characters a line, where nothing is cut."""
 
@@ -96,8 +98,12 @@ class ConsoleReporter:
 
 def visible(text: str) -> str:
     """Return words as one line that a terminal shows as it stands: names may hold line breaks and escape sequences."""
-    line = re.sub(r"\s*\n\s*", " ", text.strip())
-    return "".join(c if c.isprintable() or c == "\u00a0" else c.encode("unicode_escape").decode() for c in line)
+    return harmless(re.sub(r"\s*\n\s*", " ", text.strip()))
+
+
+def harmless(text: str) -> str:
+    """Return text, of a data set or a model, whose control characters a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() or c in PLAIN else c.encode("unicode_escape").decode() for c in text)
 
 
 def fail(message: str) -> None:
@@ -115,7 +121,7 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(harmless(cell)) for cell in row))
     return table
 
 
@@ -175,7 +181,7 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     for _ in range(2):
         table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(harmless(name)), escape(harmless(value)))
     _show_table(table)
 
 

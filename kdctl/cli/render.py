@@ -7,7 +7,15 @@ from kdctl.cli import console
 from kdctl.cost.records import CostPlan, Part, Phase, Room
 from kdctl.formats.records import ExportReport, VerifyReport
 from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, TokenMeasure, Unit, column_measures
-from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, MethodResult, QuantizeReport, StoreManifest
+from kdctl.run.records import (
+    DistillReport,
+    DistributionMetrics,
+    Estimate,
+    LayerError,
+    MethodResult,
+    QuantizeReport,
+    StoreManifest,
+)
 from kdctl.sweep.records import SweepReport, TrialRecord
 
 WORST = 5
@@ -69,8 +77,15 @@ def show_quantized(report: QuantizeReport) -> None:
         ("text perplexity", f"{report.text.perplexity.value:.2f} (teacher {report.teacher_text.perplexity.value:.2f})"),
     ]
     console.show_pairs("student", pairs)
-    rows = [(e.name, f"{100 * e.relative_error:.2f} %", f"{e.sqnr_db:.1f}") for e in report.layers[:WORST]]
+    rows = [(one.name, *_error(one)) for one in report.layers[:WORST]]
     console.show_rows("layers with the largest error", ("layer", "‖W − Q(W)‖/‖W‖", "SQNR dB"), rows)
+
+
+def _error(layer: LayerError) -> tuple[str, str]:
+    """Write a layer's error and its SQNR; a layer of zeros has nothing that an error could be relative to."""
+    if layer.relative_error is None or layer.sqnr_db is None:
+        return "–", "–"
+    return f"{100 * layer.relative_error:.2f} %", f"{layer.sqnr_db:.1f}"
 
 
 def show_compared(results: Sequence[MethodResult]) -> None:
@@ -107,9 +122,9 @@ def show_store(manifest: StoreManifest) -> None:
 
 
 def show_examples(examples: Sequence[tuple[str, str]]) -> None:
-    """Show decoded prompts and completions."""
+    """Show decoded prompts and completions, with the control characters in them escaped."""
     for prompt, completion in examples:
-        console.show_text(f"--- prompt\n{prompt}\n--- completion\n{completion}\n")
+        console.show_text(console.harmless(f"--- prompt\n{prompt}\n--- completion\n{completion}\n"))
 
 
 def show_distilled(report: DistillReport) -> None:

@@ -284,11 +284,11 @@ def _heldout(folder: Path) -> pa.Table:
         return pq.read_table(folder / HELDOUT)
 
 
-def _same(what: str, found: float, recorded: float, tolerance: float) -> str:
+def _same(what: str, found: float | None, recorded: float | None, tolerance: float) -> str:
     """Compare a number with its record. Raises StoreError if they differ by more than rounding."""
     if found == recorded:
-        return f"{what} is {found:.6f}, equal to its record"
-    if not abs(found - recorded) <= tolerance * max(abs(recorded), 1e-6):
+        return f"{what} is {found if found is None else format(found, '.6f')}, equal to its record"
+    if found is None or recorded is None or not abs(found - recorded) <= tolerance * max(abs(recorded), 1e-6):
         raise StoreError(f"{what} is {found!r}, and {REPORT} says {recorded!r}")
     return f"{what} is {found:.6f}, its record {recorded:.6f}: the same but for rounding on other hardware"
 

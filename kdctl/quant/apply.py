@@ -96,14 +96,14 @@ def dense(weight: QuantizedWeight) -> Tensor:
 def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> tuple[LayerError, ...]:
     """Measure ‖W − Q(W)‖/‖W‖ of each layer, worst first."""
     found = [_layer_error(name, teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
-    return tuple(sorted(found, key=lambda error: -error.relative_error))
+    return tuple(sorted(found, key=lambda error: -(error.relative_error or 0.0)))
 
 
 def sqnr(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> float:
     """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB."""
     norms = [_norms(teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
     signal, noise = (sum(norm**2 for norm in column) for column in zip(*norms, strict=True))
-    return 10 * math.log10(signal / max(noise, 1e-300 * signal))
+    return 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300 * signal, 1e-300))
 
 
 def _norms(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
@@ -115,6 +115,8 @@ def _norms(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
 
 def _layer_error(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerError:
     signal, noise = _norms(weight, quantized)
+    if signal == 0:
+        return LayerError(name=name, relative_error=None, sqnr_db=None)
     relative = noise / max(signal, 1e-30)
     decibels = -20 * float(torch.tensor(max(relative, 1e-30), dtype=torch.float64).log10())
     return LayerError(name=name, relative_error=relative, sqnr_db=decibels)

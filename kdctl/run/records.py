@@ -148,9 +148,9 @@ class LayerError(Record):
     """Quantization error of one layer."""
 
     name: str
-    relative_error: float
-    """Frobenius norm of W − Q(W) over that of W."""
-    sqnr_db: float
+    relative_error: float | None
+    """Frobenius norm of W − Q(W) over that of W; None where W is zero."""
+    sqnr_db: float | None
     """Signal to quantization noise ratio, 20·log10 of the inverse of relative_error."""
 
 

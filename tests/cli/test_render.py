@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kdctl.cli import render
+from kdctl.cli import console, render
 from kdctl.run.records import (
     DistillReport,
     DistributionMetrics,
@@ -194,3 +194,20 @@ def test_the_time_left_is_that_of_the_steps_left() -> None:
 
 def test_durations_are_those_that_people_say() -> None:
     assert [render.duration(seconds) for seconds in (5.4, 89, 600, 7200)] == ["5 s", "89 s", "10 min", "2.0 h"]
+
+
+def test_control_characters_of_texts_and_names_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    title, clear, turned = "\x1b]0;title\x07", "\x1b[2J\x9b1m\r\b", "\u202eevil\u2066"
+    render.show_examples([(title + clear, turned + "naïve\t東京 👩\u200d🚀\u00a0!\n")])
+    console.show_rows(title, ("name", "value"), [(clear, turned)])
+    console.show_pairs("t", [(title, clear)])
+    out = capsys.readouterr().out
+    assert {c for c in out if not c.isprintable()} <= {"\n", "\t", "\u00a0", "\u200d"}
+    assert "naïve\t東京 👩\u200d🚀\u00a0!\n" in out
+    assert "\\x1b]0;title\\x07\\x1b[2J" in out
+
+
+def test_a_layer_of_zeros_has_no_relative_error(capsys: pytest.CaptureFixture[str]) -> None:
+    zero = LayerError(name="layers.zero", relative_error=None, sqnr_db=None)
+    render.show_quantized(quantize_report(symmetric=True).model_copy(update={"layers": (zero,)}))
+    assert [cell.strip() for cell in capsys.readouterr().out.split("layers.zero")[1].split("│")[1:3]] == ["–", "–"]

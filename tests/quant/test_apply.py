@@ -1,5 +1,6 @@
 """Which layers become a student, and that everything else stays the teacher's."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from kdctl.base.errors import ModelError, PresetError
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats.student import Student
 from kdctl.model.load import skeleton
-from kdctl.quant.apply import dense, layer_errors, select_layers
+from kdctl.quant.apply import dense, layer_errors, select_layers, sqnr
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
 
@@ -123,6 +124,19 @@ def test_layer_errors_are_relative_frobenius_norms_worst_first(teacher: PreTrain
         signal = weight.square().sum() / noise.square().sum()
         assert error.relative_error == pytest.approx(float(signal.rsqrt()), rel=1e-9)
         assert error.sqnr_db == pytest.approx(10 * float(signal.log10()), rel=1e-9)
+
+
+@torch.no_grad()
+def test_a_layer_of_zeros_has_no_relative_error_and_does_not_hide_the_others(
+    teacher: PreTrainedModel, quantized: Quantized
+):
+    name = "model.layers.0.mlp.up_proj"
+    teacher.get_parameter(f"{name}.weight").zero_()
+    weights = quantized(teacher, SETTINGS).weights
+    *others, last = layer_errors(teacher, weights)
+    assert (last.name, last.relative_error, last.sqnr_db) == (name, None, None)
+    assert all(0 < (error.relative_error or 0) < 1 for error in others)
+    assert math.isfinite(sqnr(teacher, {name: weights[name]}))
 
 
 def test_progress_counts_every_layer(teacher: PreTrainedModel):
