@@ -117,7 +117,7 @@ def fail(message: str) -> None:
 
 def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Lay out a table of results."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=escape(harmless(title)), title_justify="left", header_style="bold")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
@@ -177,7 +177,9 @@ def show_text(text: str) -> None:
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values on stdout."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=escape(harmless(title)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     for _ in range(2):
         table.add_column(overflow="fold")
     for name, value in pairs:
