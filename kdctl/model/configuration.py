@@ -58,6 +58,8 @@ def usable(config: PretrainedConfig, path: Path) -> PretrainedConfig:
         size = getattr(config, name, least)
         if not isinstance(size, int) or size < 1:
             raise ModelError(f"{path}: {name}={size!r} in the model's configuration is no size of a network")
+    if getattr(config, "transformers_weights", None):
+        raise ModelError(f"{path}: config.json names a file of weights of its own (transformers_weights); remove that")
     pad = getattr(config, "pad_token_id", None)
     if pad is not None and not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
         config.pad_token_id = None

@@ -1,29 +1,92 @@
 """The weights that a model folder holds, read without building the model."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdctl.base.errors import ModelError
+from kdctl.base.errors import ModelError, brief
+from kdctl.model.absent import check_fetched, check_no_adapter, why_no_weights
 from kdctl.model.hashes import known_sha256
 from kdctl.model.stops import GENERATION
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a folder's safetensors files. Raises ModelError if there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} has no .safetensors file; kdctl does not open pickled weights")
-    return files
+    """List the safetensors files that transformers loads, by name: model.safetensors, or those that the index names.
+
+    Raises ModelError if there are none, and if one is missing, damaged, or not what the index says.
+    """
+    check_no_adapter(folder)
+    if (folder / SINGLE).is_file():
+        stored_names(folder / SINGLE)
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ModelError(why_no_weights(folder))
+    return _indexed(folder)
+
+
+def stored_names(path: Path) -> list[str]:
+    """Return the names of a file's tensors, in its own order."""
+    return list(open_tensors(path).keys())
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file. Raises ModelError if it is not fetched, cut or damaged."""
+    check_fetched(path)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path} cannot be read as safetensors: {brief(error)}; it is incomplete or damaged, fetch it again"
+        ) from None
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """List the files that an index names, each with the tensors that it says."""
+    named: dict[str, set[str]] = {}
+    for tensor, file in _weight_map(folder / INDEX).items():
+        named.setdefault(file, set()).add(tensor)
+    seen: dict[str, str] = {}
+    for file, tensors in sorted(named.items()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{folder / INDEX} names {file!r}, which is no .safetensors file of its folder")
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder / INDEX} names {file}, which is not there; fetch the model again")
+        held = stored_names(folder / file)
+        _check_held(folder, file, sorted(tensors - set(held)), [name for name in held if name in seen])
+        seen |= dict.fromkeys(held, file)
+    return [folder / file for file in sorted(named)]
+
+
+def _check_held(folder: Path, file: str, missing: list[str], twice: list[str]) -> None:
+    if missing:
+        raise ModelError(f"{folder / INDEX}: {missing[0]} is not in {file}, as it says; fetch the model again")
+    if twice:
+        raise ModelError(f"{folder}: {twice[0]} is in {file} and in another file of the index; fetch the model again")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found = index["weight_map"]
+        if found and isinstance(index["metadata"], dict) and all(isinstance(file, str) for file in found.values()):
+            return found
+        why = "its metadata or its weight_map is no list of tensors and files"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {brief(error)}"
+    raise ModelError(f"{path} cannot be read as an index of weights: {why}; fetch it again") from None
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a folder's safetensors files by name."""
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
                 yield name, file.get_tensor(name)
 
@@ -32,7 +95,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a folder's safetensors files by name; each is read when it is asked for, and not kept."""
 
     def __init__(self, folder: Path):
-        files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+        files = [open_tensors(path) for path in weight_files(folder)]
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not iterable
 
     def __getitem__(self, name: str) -> Tensor:

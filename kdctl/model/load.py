@@ -57,7 +57,8 @@ def load_model(
     sequences laid end to end or continued from a cache than for each alone.
     """
     config = read_config(folder)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options |= {"trust_remote_code": False, "use_safetensors": True}
     options |= {"quantization_config": how} if how else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)  # pyright: ignore

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PretrainedConfig
 
-from kdctl.base.errors import ModelError
+from kdctl.base.errors import ModelError, brief
+from kdctl.model.absent import check_fetched, check_no_adapter, why_no_model
 from kdctl.model.configuration import read_config, usable
 from kdctl.model.gguf import gguf_config, gguf_model
 from kdctl.model.gguf_file import open_gguf
@@ -37,17 +38,12 @@ def locate(
     Raises ModelError saying what was looked for and where.
     """
     if reference.startswith("pkg:"):
-        return _inside_package(reference)
+        return _checked(_inside_package(reference))
     path = Path(reference).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path
-    if (path / "config.json").is_file():
-        return path
     if path.exists():
-        raise ModelError(
-            f"{path} is neither a .gguf file nor a folder with a config.json; a model folder has both "
-            "config.json and safetensors"
-        )
+        return _checked(path)
+    if path.is_symlink():
+        raise ModelError(f"{path} is a link to {path.readlink()}, where nothing is")
     if path.is_absolute() or reference.startswith((".", "~")) or not HUB_ID.match(reference):
         raise ModelError(
             f"no model at {path.absolute()}; give a Hub id, a model folder, a .gguf file or pkg:PACKAGE/FILE"
@@ -55,9 +51,25 @@ def locate(
     return _from_hub(reference, revision, offline, files)
 
 
+def _checked(path: Path) -> Path:
+    """Return what may be a model, a file or a folder. Raises ModelError saying why it is none."""
+    if path.is_file() and path.suffix == ".gguf":
+        check_fetched(path)
+        return path
+    if path.is_dir():
+        check_no_adapter(path)
+        check_fetched(path)
+    if not (path / "config.json").is_file():
+        raise ModelError(why_no_model(path))
+    return path
+
+
 def _inside_package(reference: str) -> Path:
     package, _, inner = reference.removeprefix("pkg:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):  # __main__ has no place, and a broken finder says so
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"{reference}: no package {package!r} in this Python environment; "
@@ -73,14 +85,33 @@ def _inside_package(reference: str) -> Path:
 def _from_hub(reference: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:
     try:
         folder = snapshot_download(reference, revision=revision, allow_patterns=list(files), local_files_only=offline)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        where = "the local Hub cache (offline mode)" if offline else "the Hugging Face Hub and its local cache"
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise  # the disk
         raise ModelError(
-            f"no model {reference!r}: there is no such folder here ({Path(reference).absolute()}), and {where} does "
-            f"not have it: {reason}"
+            f"no model {reference!r}: there is no such folder here ({Path(reference).absolute()}), and "
+            f"{_why_not(error, offline)}"
         ) from None
+    check_no_adapter(Path(folder))
     return Path(folder)
+
+
+def _why_not(error: Exception, offline: bool) -> str:
+    """Say why the Hub gives no model, and what to do."""
+    if offline:
+        return "the local Hub cache (offline mode) does not have it; fetch it once with runtime.offline=false"
+    if isinstance(error, GatedRepoError):
+        return "the Hugging Face Hub gives it only to those who accepted its terms: do so on its page, and log in"
+    if isinstance(error, RevisionNotFoundError):
+        return "the Hugging Face Hub has no such revision of it; correct teacher.revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hugging Face Hub has none of this name that you may see; correct it, or log in if it is private"
+    if isinstance(error, HFValidationError):
+        return f"that is no name of the Hugging Face Hub: {brief(error)}"
+    return (
+        "the Hugging Face Hub cannot be reached, while the local Hub cache does not have it whole "
+        f"({type(error).__name__}: {brief(error)}); check the network, or name a folder"
+    )
 
 
 def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None, offline: bool = False) -> Path:

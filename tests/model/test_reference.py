@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -172,6 +173,41 @@ def test_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"neither a \.gguf file nor a folder with a config\.json") as caught:
         locate(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_is_no_model_says_why(tmp_path):
+    made = {name: tmp_path / name for name in ("empty", "folder", "link", "gguf", "adapter")}
+    for path in made.values():
+        path.mkdir()
+    (made["folder"] / "config.json").mkdir()
+    (made["link"] / "config.json").symlink_to("nowhere")
+    (made["gguf"] / "a.gguf").write_bytes(b"GGUF")
+    (made["adapter"] / "adapter_config.json").write_text("{}")
+    (tmp_path / "gone").symlink_to("nowhere")
+    made |= {"gone": tmp_path / "gone"}
+    (tmp_path / "p.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 12345\n")
+    made |= {"pointer": tmp_path / "p.gguf"}
+    messages = {
+        "empty": "it holds nothing",
+        "folder": "config.json is a folder",
+        "link": "config.json is a link to nowhere",
+        "gguf": r"name the file, such as .*a\.gguf",
+        "adapter": "holds an adapter",
+        "gone": "is a link to nowhere",
+        "pointer": "git lfs pull",
+    }
+    for name, message in messages.items():
+        with pytest.raises(ModelError, match=message):
+            locate(str(made[name]))
+
+
+def test_a_network_that_is_not_there_is_said(monkeypatch):
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("Got: ConnectError: no route")
+
+    monkeypatch.setattr(reference, "snapshot_download", fail)
+    with pytest.raises(ModelError, match="the Hugging Face Hub cannot be reached"):
+        locate("owner/name")
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
