@@ -16,6 +16,7 @@ from kdctl.model.load import load_model, pick_device, torch_dtype
 from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
 from kdctl.model.stops import described, own_stops, read_from_config, stop_ids
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
+from kdctl.run.locks import holding
 from kdctl.system.memory import give_back
 
 T = TypeVar("T")
@@ -57,9 +58,13 @@ class Teacher:
         """Return the folder of safetensors, which is downloaded or converted from GGUF first where it has to be."""
         reference, revision = self.settings.model, self.settings.revision
         path = locate(reference, revision, self.offline)
-        if path.is_file() and not gguf_cache(path, self.dtype).is_dir():
-            self.reporter.note(f"converting {path.name} to safetensors, once")
-        return model_folder(reference, self.dtype, revision, self.offline)
+        if not path.is_file():
+            return model_folder(reference, self.dtype, revision, self.offline)
+        cached = gguf_cache(path, self.dtype)
+        with holding(cached.with_name(f".{cached.name}.lock"), f"the conversion of {path.name}", self.reporter.note):
+            if not cached.is_dir():
+                self.reporter.note(f"converting {path.name} to safetensors, once")
+            return model_folder(reference, self.dtype, revision, self.offline)
 
     @_once
     def fingerprint(self) -> str:
