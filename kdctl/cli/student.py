@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdctl.base.errors import PresetError
-from kdctl.cli import render
+from kdctl.cli import console, render
 from kdctl.cli.options import DEFAULT_PRESET, JsonOption, VerboseOption, guarded, prepare_libraries, show
 from kdctl.formats.records import ExportFormat
 
@@ -60,7 +60,7 @@ def verify(
         from kdctl.formats.verify import verify as verify_student
         from kdctl.model.load import pick_device
 
-        report = verify_student(folder, find_teacher(folder, teacher), pick_device("auto"))
+        report = verify_student(folder, find_teacher(folder, teacher), pick_device("auto"), console.ConsoleReporter())
         show(report, as_json, render.show_verified)
         if not report.passed:
             raise typer.Exit(1)

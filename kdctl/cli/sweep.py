@@ -99,6 +99,10 @@ class Where:
                 f"{process_count()} processes were launched, and a sweep divides trials, not one trial; start it as "
                 "one process, with --jobs for several trials at once"
             )
+        if self.shard:
+            from kdctl.sweep.plan import parse_shard
+
+            parse_shard(self.shard)
         allowed = ALLOWED[self.backend]
         given = {"jobs": self.jobs > 1, "agents": self.agents != 1}
         for name in ("jobs", "shard", "agents", "sweep_id", "pod", "apply"):

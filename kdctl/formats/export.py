@@ -54,10 +54,10 @@ def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool 
 
 def _check_places(folder: Path, place: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise StoreError(
-            f"{folder} is not a student folder: it has no config.json; name one such as runs/quickstart/student or "
-            "runs/quickstart/distill/VARIANT/final"
-        )
+        way = "kdctl quantize makes student/ in a run folder, kdctl distill distill/VARIANT/final/"
+        for inside in (folder / "student", folder / "final"):
+            way = f"did you mean {inside}?" if (inside / "config.json").is_file() else way
+        raise StoreError(f"{folder} is not a student folder: it has no config.json; {way}")
     if place.exists():
         raise StoreError(f"{place} exists and is not overwritten; remove it or name another place with --out")
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kdctl.base.errors import KdctlError, StoreError
+from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import Preset
 from kdctl.formats.inspection import Inspection, Teacher, Unknown
 from kdctl.formats.proof import prove
@@ -50,23 +51,28 @@ def find_teacher(folder: Path, reference: str | None = None) -> Teacher:
         return Teacher(None, dtype, reason=str(error))
 
 
-def verify(folder: Path, teacher: Teacher, device: torch.device) -> VerifyReport:
+def verify(folder: Path, teacher: Teacher, device: torch.device, reporter: Reporter | None = None) -> VerifyReport:
     """Make every check. Raises StoreError if the folder is no student folder at all."""
-    found = Inspection(folder, teacher, device)
+    found, tell = Inspection(folder, teacher, device), reporter or Silent()
+
+    def told(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:
+        with tell.task(f"checking {name}"):
+            return check(name, look, needs_teacher)
+
     stored = [
-        _check("integrity", found.integrity),
-        _check("record", found.record),
-        _check("tensors", found.shapes),
-        _check("grid", found.numbers),
-        _check("loaders", found.loaders),
-        _check("logits", found.logits),
-        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
+        told("integrity", found.integrity),
+        told("record", found.record),
+        told("tensors", found.shapes),
+        told("grid", found.numbers),
+        told("loaders", found.loaders),
+        told("logits", found.logits),
+        told("tokenizer", found.same_tokenizer, needs_teacher=True),
     ]
     measured = [
-        _check("teacher", found.same_teacher, needs_teacher=True),
-        _check("configuration", found.same_configuration, needs_teacher=True),
-        _check("error of each layer", found.layer_errors, needs_teacher=True),
-        _check("KL to the teacher", found.divergence, needs_teacher=True),
+        told("teacher", found.same_teacher, needs_teacher=True),
+        told("configuration", found.same_configuration, needs_teacher=True),
+        told("error of each layer", found.layer_errors, needs_teacher=True),
+        told("KL to the teacher", found.divergence, needs_teacher=True),
     ]
     return _report(folder, [*stored, *measured])
 
@@ -78,10 +84,10 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
     """
     found = Inspection(pending, teacher, torch.device("cpu"))
     checks = [
-        _check("integrity", found.integrity),
-        _check("record", found.record),
-        _check("tensors", lambda: prove(pending, student)),
-        _check("tokenizer", found.same_tokenizer, needs_teacher=True),
+        check("integrity", found.integrity),
+        check("record", found.record),
+        check("tensors", lambda: prove(pending, student)),
+        check("tokenizer", found.same_tokenizer, needs_teacher=True),
     ]
     report = _report(folder, checks)
     if report.passed:
@@ -89,7 +95,7 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
         return
     failed = folder.with_name(f"{folder.name}.failed")
     replace_folder(pending, failed)
-    reasons = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.acceptable)
+    reasons = "; ".join(f"{each.name}: {each.detail}" for each in report.checks if not each.acceptable)
     raise StoreError(
         f"the new student folder does not verify and is not accepted ({reasons}); it is kept as {failed} for a look, "
         "and its numbers are not to be used"
@@ -97,10 +103,10 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
 
 
 def _report(folder: Path, checks: list[Check]) -> VerifyReport:
-    return VerifyReport(folder=str(folder), passed=all(check.acceptable for check in checks), checks=tuple(checks))
+    return VerifyReport(folder=str(folder), passed=all(each.acceptable for each in checks), checks=tuple(checks))
 
 
-def _check(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:
+def check(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:
     """Make one check: it returns what it found, or raises why it failed or is unknown."""
     try:
         return Check(name=name, status="passed", detail=look(), needs_teacher=needs_teacher)

@@ -1,5 +1,6 @@
 """From run folders to a report on disk, and the part of it that is asked for."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,17 @@ def check_options(layout: str, margin: float) -> None:
         )
 
 
+def check_place(folder: Path) -> None:
+    """Raise PresetError unless a folder can be written, or made, at a place."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise PresetError(
+            f"--out {folder}: {there} is no folder, and a report is a folder of files; name another place"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PresetError(f"--out {folder}: {there} cannot be written to; name another place")
+
+
 def write_report(
     runs: Sequence[RunDir],
     layout: str = "main",
@@ -79,6 +91,8 @@ def write_report(
     exist and for a layout that the folders cannot fill, and what ``read_study`` raises.
     """
     check_options(layout, margin)
+    if out is not None:
+        check_place(out)
     study = read_study(runs)
     report = make_report(study, margin)
     made = report.layouts if layout == "auto" else [table for table in report.layouts if table.name == layout]

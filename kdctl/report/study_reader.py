@@ -74,7 +74,8 @@ def _models(source: Source) -> list[Model]:
     found = [_model(source, name, kind, results.get(name)) for kind, names in named.items() for name in names]
     models = [model for model in found if model.result or model.quantized]
     if not models:
-        raise StoreError(f"{run.path} has no results yet; run kdctl quantize, distill or eval with this --run first")
+        found = "has no results yet" if run.path.is_dir() else "is no run folder"
+        raise StoreError(f"{run.path} {found}; run kdctl quantize, distill or eval with --run {run.path} first")
     return models
 
 

@@ -219,6 +219,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder with nothing in it. Raises OSError for any other."""
+    before("remove", folder)
+    folder.rmdir()
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder entry to disk."""
     before("sync", path)

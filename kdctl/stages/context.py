@@ -1,6 +1,7 @@
 """What a stage is given: one preset, one run folder, someone to tell, and the other processes."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.engine import engine_named
+from kdctl.run.files import remove_empty
 from kdctl.run.locks import holding
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
@@ -84,10 +86,23 @@ def open_run(
         folder = folder or Path("runs") / Path(preset).stem
         preset = load_preset(preset, overrides)
     paths = RunDir(folder or Path("runs") / "quickstart")
-    paths.prepare()
-    base = ranks.on_main(lambda: read_record(paths.preset, Preset) if paths.preset.exists() else None)
-    preset = with_date(preset, ranks.on_main(lambda: day_of(paths, base)))
-    context = Context(preset, paths, reporter or Silent(), ranks)
+    with _no_empty_folder(paths.path):
+        paths.prepare()
+        base = ranks.on_main(lambda: read_record(paths.preset, Preset) if paths.preset.exists() else None)
+        preset = with_date(preset, ranks.on_main(lambda: day_of(paths, base)))
+        context = Context(preset, paths, reporter or Silent(), ranks)
+        teacher = _checked(context, base)
+        if base is None:
+            check_prompts(preset)
+            settle(context)
+    if ranks.count > 1:
+        ranks.main_first(teacher.folder)  # downloads and converts once
+    return Run(context, teacher)
+
+
+def _checked(context: Context, base: Preset | None) -> Teacher:
+    """Check a preset against the run folder, whose own is ``base``, and against the model that it names."""
+    preset = context.preset
     if base is not None:
         check_same_model(base, preset, context.paths)
     check_student(context)
@@ -96,12 +111,20 @@ def open_run(
     engine_named(preset.rollout.engine)
     if not (context.paths.student / "quantize.json").exists():
         QUANTIZERS[preset.quantize.method].check(preset.quantize)
-    if base is None:
-        check_prompts(preset)
-        settle(context)
-    if ranks.count > 1:
-        ranks.main_first(teacher.folder)  # downloads and converts once
-    return Run(context, teacher)
+    return teacher
+
+
+@contextmanager
+def _no_empty_folder(path: Path) -> Iterator[None]:
+    """Remove the folders that a block made and left empty because it failed."""
+    new = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in new:
+                remove_empty(folder)
+        raise
 
 
 def day_of(paths: RunDir, base: Preset | None) -> str:

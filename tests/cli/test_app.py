@@ -317,8 +317,8 @@ def test_prompts_that_are_no_good_are_refused_before_a_model_is_loaded(
     invoke: Invoke, prompts: Path, tmp_path: Path, field: str, file: str, part: str
 ) -> None:
     setting = f"prompts.{field}={prompts / file}"
-    check_refused(invoke("run", "smoke", "--run", tmp_path / "run", "--set", setting), part)
-    assert not (tmp_path / "run" / "preset.json").exists()
+    check_refused(invoke("run", "smoke", "--run", tmp_path / "runs" / "run", "--set", setting), part)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

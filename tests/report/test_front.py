@@ -106,9 +106,17 @@ def test_an_unknown_form_is_refused_with_those_that_are_known() -> None:
 
 
 def test_an_empty_folder_has_no_report(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="has no results yet"):
+    with pytest.raises(StoreError, match=r"is no run folder; .* with --run .*/run first"):
         write_report([RunDir(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_holds_no_folder_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for place in ("file", "file/report", "broken"):
+        with pytest.raises(PresetError, match="is no folder, and a report is a folder of files"):
+            write_report([RunDir(tmp_path / "run")], out=tmp_path / place)
 
 
 def test_a_damaged_result_is_refused_by_path(tmp_path: Path) -> None:
