@@ -29,7 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
 from kdctl.model.configuration import read_config
-from kdctl.model.folder import read_tensors
+from kdctl.model.folder import read_tensors, weight_files
 from kdctl.model.hashes import known_sha256, written_sha256
 from kdctl.model.load import from_tensors
 from kdctl.quant.affine import (
@@ -176,7 +176,7 @@ def save_description(
 
 def folder_bytes(folder: Path) -> int:
     """Add up the sizes of the safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def write_sums(folder: Path) -> None:

@@ -118,5 +118,28 @@ def fingerprint(folder: Path) -> str:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Add up the sizes of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in weight_files(folder))
+    """Return the size of a folder's weights as one safetensors file, however many files they are cut into."""
+    files = weight_files(folder)
+    if len(files) == 1:
+        return files[0].stat().st_size
+    headers = [_header(path) for path in files]
+    merged: dict[str, Any] = {"__metadata__": headers[0].get("__metadata__", {"format": "pt"})}
+    place = 0
+    for name, tensor in sorted(
+        (item for header in headers for item in header.items() if item[0] != "__metadata__"),
+        key=lambda item: (-_item_bits(item[1]), item[0]),
+    ):
+        start, end = tensor["data_offsets"]
+        merged[name] = tensor | {"data_offsets": [place, place := place + end - start]}
+    header = len(json.dumps(merged, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-header // 8) * 8 + place
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def _item_bits(tensor: dict[str, Any]) -> int:
+    """Return the width of one number; wide ones come first in a file."""
+    return int("".join(filter(str.isdigit, tensor["dtype"].partition("_")[0])) or 8)

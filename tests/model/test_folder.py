@@ -38,6 +38,16 @@ def test_only_files_that_the_index_names_count(shards):
     assert weight_files(shards) == sorted(shards.glob("model-*.safetensors"))
 
 
+@pytest.mark.parametrize("norms", [torch.bfloat16, torch.float32])
+def test_the_size_does_not_depend_on_how_weights_are_cut(shards, tiny_dir, tmp_path, norms):
+    for path in shards.glob("model-*.safetensors"):
+        tensors = {name: tensor.to(norms) if tensor.ndim == 1 else tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    save_file(dict(read_tensors(shards)), tmp_path / "one.safetensors", {"format": "pt"})
+    assert weights_bytes(shards) == (tmp_path / "one.safetensors").stat().st_size
+    assert weights_bytes(tiny_dir) == (tiny_dir / "model.safetensors").stat().st_size
+
+
 def test_one_file_counts_before_an_index_as_for_transformers(shards, tiny_dir):
     shutil.copy(tiny_dir / "model.safetensors", shards / "model.safetensors")
     assert weight_files(shards) == [shards / "model.safetensors"]
