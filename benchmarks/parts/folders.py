@@ -72,7 +72,7 @@ def trees_differ(one: Any, other: Any, place: str = "") -> str:
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{place} has other keys: {sorted(one.keys() ^ other.keys())}"
-        keys = [key for key in one if not clock(key)]
+        keys = [key for key, value in one.items() if not clock(key, value)]
         return next(filter(None, (trees_differ(one[key], other[key], f"{place}.{key}") for key in keys)), "")
     if isinstance(one, list) and isinstance(other, list):
         if len(one) != len(other):
@@ -82,6 +82,7 @@ def trees_differ(one: Any, other: Any, place: str = "") -> str:
     return "" if one == other else f"{place} is {other!r}, not {one!r}"
 
 
-def clock(name: str) -> bool:
-    """Tell whether a field holds a time, or the hash of a record that has such fields."""
-    return name == "sum" or name.endswith(CLOCK) or name.startswith(CLOCK)
+def clock(name: str, value: Any) -> bool:
+    """Tell whether a field holds a time, or the hash of a record or of metrics that hold times."""
+    hashed = name in ("sum", "metrics") and isinstance(value, str)
+    return hashed or name.endswith(CLOCK) or name.startswith(CLOCK)
