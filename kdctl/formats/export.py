@@ -1,5 +1,6 @@
 """A student folder in the formats of other programs: GGUF for llama.cpp, plain safetensors, hqq's own."""
 
+import filecmp
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
-from kdctl.run.files import atomic_folder, atomic_path, writing
+from kdctl.run.files import atomic_folder, atomic_path, scratch_folder, writing
 from kdctl.run.paths import require_free_space
 
 GGUF_FILE = "model.gguf"
@@ -29,11 +30,23 @@ Writer = Callable[[Student, PreTrainedTokenizerBase, Path], dict[str, Any]]
 def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool = False) -> ExportReport:
     """Write a student folder in another format. exact: let GGUF blocks take 10 % more space rather than round.
 
-    Raises StoreError for a folder that is no whole student or a place that is taken, ModelError for a model or a grid
+    Where the place holds the very same export, as after a kill at the last moment, that is reported. Raises StoreError
+    for a folder that is no whole student or a place that is taken by anything else, ModelError for a model or a grid
     that the format does not hold.
     """
     place = out or folder.parent / f"{folder.name}-{to}"
     _check_places(folder, place)
+    if not place.exists():
+        return _export(folder, to, place, exact)
+    with scratch_folder(place) as beside:
+        found = _export(folder, to, beside / place.name, exact)
+        if not _same_bytes(beside / place.name, place):
+            raise _taken(place)
+    return found.model_copy(update={"path": str(place)})
+
+
+def _export(folder: Path, to: ExportFormat, place: Path, exact: bool) -> ExportReport:
+    """Write a student folder to a place that is free."""
     config = read_config(folder)
     grid = stored_grid(config, folder)
     if to == "gguf":
@@ -48,7 +61,7 @@ def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool 
         found = export_gguf(student, tokenizer, place, exact, stops)
     else:
         found = {"dense": export_dense, "hqq": export_hqq}[to](student, tokenizer, place)
-    size = place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*"))
+    size = sum(path.stat().st_size for path in _files(place))
     return ExportReport(format=to, path=str(place), weights=fingerprint(folder), size_bytes=size, **found)
 
 
@@ -58,8 +71,29 @@ def _check_places(folder: Path, place: Path) -> None:
         for inside in (folder / "student", folder / "final"):
             way = f"did you mean {inside}?" if (inside / "config.json").is_file() else way
         raise StoreError(f"{folder} is not a student folder: it has no config.json; {way}")
-    if place.exists():
-        raise StoreError(f"{place} exists and is not overwritten; remove it or name another place with --out")
+    if place.exists() and not _looks_exported(place):
+        raise _taken(place)
+
+
+def _taken(place: Path) -> StoreError:
+    return StoreError(f"{place} exists and is not overwritten; remove it or name another place with --out")
+
+
+def _looks_exported(place: Path) -> bool:
+    """Tell at a glance whether a place may hold an export, so that nothing is exported to compare with other files."""
+    if place.is_dir():
+        return any((place / name).is_file() for name in (GGUF_FILE, "config.json"))
+    return place.suffix == ".gguf"
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Compare two files, or all files of two folders."""
+    first, second = ({path.relative_to(top): path for path in _files(top)} for top in (one, other))
+    return first.keys() == second.keys() and all(filecmp.cmp(first[name], second[name], False) for name in first)
+
+
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
 
 
 def _needed_bytes(folder: Path, grid: Grid, to: str) -> int:

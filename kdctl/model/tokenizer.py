@@ -9,6 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
 from kdctl.model.configuration import reason
+from kdctl.run.names import stays_inside
 
 VOCABULARY = "vocabulary"
 SPLITTING = "splitting of text"
@@ -22,7 +23,9 @@ PROBES = (
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises ModelError if it is missing or damaged."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(list(PROBES))  # a vocabulary without the token for what it does not know fails here, not later
+        return tokenizer
     except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}") from None
 
@@ -34,12 +37,23 @@ def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTok
         raise ModelError(
             f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
         )
-    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        raise ModelError(
-            f"{folder}: the tokenizer of {model_type} has several chat templates and none is named 'default'; there "
-            f"are {', '.join(map(repr, tokenizer.chat_template))}. Rename the one to use"
-        )
+    if isinstance(tokenizer.chat_template, dict):
+        _check_templates(tokenizer.chat_template, f"{folder}: the tokenizer of {model_type}")
     return tokenizer
+
+
+def _check_templates(named: Mapping[str, str], whose: str) -> None:
+    """Raise ModelError unless one of several templates is the default, and all can be files of a student's folder."""
+    if "default" not in named:
+        raise ModelError(
+            f"{whose} has several chat templates and none is named 'default'; there are {', '.join(map(repr, named))}. "
+            "Rename the one to use"
+        )
+    if bad := [name for name in named if not stays_inside(name) or "/" in name]:
+        raise ModelError(
+            f"{whose} has a chat template named {bad[0]!r}; the name is that of a file in a model's folder, and this "
+            "one would lead elsewhere. Rename it"
+        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -6,6 +6,7 @@ its own; what a dead one left is removed by ``sweep_up``.
 """
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -151,6 +152,7 @@ def temporary_name(path: Path, kind: str = "tmp") -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that becomes ``path`` when the block ends without an error."""
     make_folder(path.parent)
+    _clear(path)
     temporary = temporary_name(path)
     try:
         with writing(temporary, path):
@@ -175,6 +177,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that is gone after the block, unless it was moved."""
+    _clear(path)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
@@ -243,10 +246,20 @@ def sweep_up(folder: Path) -> None:
     """Remove what processes of this host that are dead left half-written; a folder that one had moved goes back."""
     for parent, folders, names in os.walk(folder):
         for name in [*folders, *names]:
-            found = TEMPORARY.fullmatch(name)
-            if found and found["host"] == socket.gethostname() and _dead(int(found["pid"])):
-                with suppress(OSError):  # it costs space only
-                    _settle(Path(parent), found)
+            _settle_dead(Path(parent), name)
+
+
+def _clear(path: Path) -> None:
+    """Do the same for what dead processes left of one file or folder, wherever it lies."""
+    for left in path.parent.glob(glob.escape(f".{path.name}.") + "*"):
+        _settle_dead(path.parent, left.name)
+
+
+def _settle_dead(folder: Path, name: str) -> None:
+    found = TEMPORARY.fullmatch(name)
+    if found and found["host"] == socket.gethostname() and _dead(int(found["pid"])):
+        with suppress(OSError):  # it costs space only
+            _settle(folder, found)
 
 
 def _settle(folder: Path, found: "re.Match[str]") -> None:

@@ -691,3 +691,16 @@ def test_mistakes_end_in_one_message_and_exit_code_2(arguments: list[str], messa
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(("to", "name"), [("gguf", "out"), ("gguf", "out.gguf"), ("dense", "out"), ("hqq", "out")])
+def test_the_same_export_again_is_reported_and_another_is_refused(
+    student_of: Callable[..., Path], tmp_path: Path, to: Any, name: str
+):
+    first = export.export(student_of(), to, tmp_path / name)
+    assert export.export(student_of(), to, tmp_path / name) == first
+    file = max(export._files(tmp_path / name), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(StoreError, match="not overwritten"):
+        export.export(student_of(), to, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -126,6 +126,16 @@ def test_only_what_dead_processes_of_this_host_left_is_swept_up(tmp_path: Path) 
     assert set(everything(tmp_path)) == kept
 
 
+def test_writing_a_file_or_a_folder_again_clears_away_what_dead_processes_left_of_it(tmp_path: Path) -> None:
+    dead = dead_process()
+    for name in ("note.json", "folder", "note"):
+        write_text(left_by(dead, tmp_path / name), "half")
+    write_text(tmp_path / "note.json", "whole")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        write_text(temporary / "file", "whole")
+    assert set(everything(tmp_path)) == {"note.json", "folder/file", left_by(dead, tmp_path / "note").name}
+
+
 @pytest.mark.parametrize("new", [False, True])
 def test_a_folder_that_a_killed_process_had_moved_goes_back_unless_another_took_its_place(
     tmp_path: Path, new: bool
