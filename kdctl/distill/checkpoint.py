@@ -75,10 +75,15 @@ def save_checkpoint(
         with writing(temporary / TENSORS):
             save_file(tensors, temporary / TENSORS)
         write_record(temporary / META, meta.model_copy(update={"sha256": sha256(temporary / TENSORS)}))
+    prune(root, keep_last, best)
+    return path
+
+
+def prune(root: Path, keep_last: int, best: int | None) -> None:
+    """Remove all checkpoints but the ``keep_last`` newest and that of step ``best``."""
     for old in saved_steps(root)[:-keep_last]:
         if old != best:
             remove(checkpoint_path(root, old))
-    return path
 
 
 def latest_checkpoint(root: Path) -> tuple[Path, CheckpointMeta] | None:

@@ -16,6 +16,7 @@ from kdctl.distill.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     open_checkpoint,
+    prune,
     require_room,
     save_checkpoint,
 )
@@ -168,6 +169,7 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     try:
         processes.on_main(lambda: _check_metrics(root, done, tracker))
         monitor = Monitor.after(settings, processes.on_main(lambda: tracker.kept), done)
+        processes.on_main(lambda: prune(root, settings.keep_last, monitor.best))  # a kill may have come before it
         while done < settings.steps and not monitor.exhausted:
             metrics = _guarded_step(trainer, done, root)
             done += 1

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -429,6 +430,17 @@ def test_checkpoints_that_are_there_do_not_need_their_room_again(
     require_room(outputs.checkpoints, size, 1)
     with pytest.raises(StoreError, match="GiB free"):
         require_room(tmp_path / "elsewhere", size, 1)
+
+
+def test_a_checkpoint_that_a_killed_run_did_not_come_to_remove_is_removed(
+    teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    data, yardstick, outputs = rollouts(4), make_yardstick(teacher, rollouts(2)), outputs_in(tmp_path)
+    train(trainer_on(teacher, data, micro_batch_size=4), yardstick, outputs)
+    (newest,) = outputs.checkpoints.iterdir()
+    shutil.copytree(newest, newest.with_name("step_000001"))
+    train(trainer_on(teacher, data, micro_batch_size=4), yardstick, outputs)
+    assert [path.name for path in outputs.checkpoints.iterdir()] == [newest.name]
 
 
 def test_a_checkpoint_without_the_metrics_behind_it_is_refused(teacher: PreTrainedModel, tmp_path: Path) -> None:
