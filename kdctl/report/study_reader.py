@@ -22,7 +22,7 @@ from kdctl.report.study import (
     student_folder,
 )
 from kdctl.run.paths import RunDir, VariantDir
-from kdctl.run.record_files import read_record
+from kdctl.run.record_files import first_problem, read_record
 from kdctl.run.records import DistillReport, EvalResult, MethodResult, QuantizeReport, StoreManifest, StudentFolder
 from kdctl.run.tracking import read_metrics
 
@@ -129,7 +129,9 @@ def distill_section(path: Path, report: DistillReport) -> DistillSection:
     try:
         return DistillSection.model_validate(report.settings)
     except ValidationError as error:
-        raise StoreError(f"{path} is of another kdctl version, its settings do not fit: {error}") from None
+        raise StoreError(
+            f"{path} is of another kdctl version, its settings do not fit: {first_problem(error)}"
+        ) from None
 
 
 def _grid(folder: StudentFolder) -> str:

@@ -46,9 +46,10 @@ class MappedTables:
         start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
             self._file.seek(start)
-            with writing(cache_dir()), pa.ipc.new_stream(self._file, shard.schema_arrow) as writer:
+            with pa.ipc.new_stream(self._file, shard.schema_arrow) as writer:
                 for batch in shard.iter_batches(batch_size=UNPACKED):
-                    writer.write_batch(batch)
+                    with writing(cache_dir()):
+                        writer.write_batch(batch)
             self._file.flush()
         except OSError as error:
             raise _no_room(error) from None

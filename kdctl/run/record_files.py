@@ -55,7 +55,7 @@ def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     try:
         return kind.model_validate_json(read_plain(path))
     except ValidationError as error:
-        raise damaged(path, _first(error)) from None
+        raise damaged(path, first_problem(error)) from None
 
 
 def read_plain(path: Path) -> str:
@@ -68,7 +68,7 @@ def read_plain(path: Path) -> str:
         raise damaged(path, error) from None
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Say what is wrong in one line: the first field that does not fit, and how many more."""
     first, *others = error.errors(include_url=False)
     name = ".".join(map(str, first["loc"]))

@@ -83,10 +83,11 @@ def read_metrics(path: Path, expected: str | None = None) -> list[dict[str, floa
     data = read_bytes(path) if path.exists() else b""
     if expected not in (None, hashlib.sha256(data).hexdigest()):
         raise damaged(path, "it is not the file that the training wrote")
-    return [_line(path, number, line) for number, line in enumerate(data.split(b"\n")[:-1], 1) if line]
+    return [metric_line(path, number, line) for number, line in enumerate(data.split(b"\n")[:-1], 1) if line]
 
 
-def _line(path: Path, number: int, text: bytes) -> dict[str, float]:
+def metric_line(path: Path, number: int, text: bytes) -> dict[str, float]:
+    """Read one line of metrics.jsonl. Raises StoreError if it is damaged."""
     try:
         found = json.loads(text)
         return {**found, "step": int(found["step"])}

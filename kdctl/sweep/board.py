@@ -1,6 +1,5 @@
 """Where a sweep stands, read from its run folder, whoever is working on it (no torch)."""
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kdctl.config.preset import Preset
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record
+from kdctl.run.tracking import metric_line
 from kdctl.sweep.journal import Journal
 from kdctl.sweep.plan import SweepPlan
 from kdctl.sweep.records import SweepReport, TrialRecord
@@ -46,9 +46,10 @@ class Follower:
             added = file.read()
         added = added[: added.rfind(b"\n") + 1]  # a last line may be half written
         self._read += len(added)
-        for line in map(json.loads, filter(None, added.split(b"\n"))):
+        for text in filter(None, added.split(b"\n")):
+            line = metric_line(path, len(self._seconds) + 1, text)
             self.done = int(line["step"])
-            self._seconds.append(line["time/step_s"])
+            self._seconds.append(line.get("time/step_s", 0.0))
 
     def left(self, steps: int) -> float | None:
         """Return the seconds that the other steps will take."""

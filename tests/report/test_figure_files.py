@@ -29,5 +29,15 @@ def test_only_what_changed_or_is_missing_is_drawn(tmp_path: Path) -> None:
     assert min(times()) > 1
 
 
+def test_damaged_figures_are_drawn_anew(tmp_path: Path) -> None:
+    write_figures([forest(1)], tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, data in whole.items():
+        place = len(data) // 2
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        write_figures([forest(1)], tmp_path)
+        assert {each: each.read_bytes() for each in whole} == whole
+
+
 def test_markdown_shows_a_figure_with_its_caption() -> None:
     assert link(forest(1)) == "![A title](figures/f.svg)\n\n**A title.** A caption."
