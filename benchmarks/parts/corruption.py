@@ -9,13 +9,17 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from parts import finished
 from parts.base import draw, expect, shared
-from parts.finished import check_message, contents, differences, left_over, printed
+from parts.finished import check_message, contents, differences, left_over, printed, unlike
 from parts.warm import run_kdctl
 
-SHORT, FULL = 12, 2000
+SHORT, FULL = 6, 2000
+MADE = ("quantize", "rollout", "distill", "eval", "report", "compare", "sweep")
 KINDS = ("bit", "bit", "bit", "cut", "empty", "deleted", "swapped")
 LOOK: dict[str, tuple[str, ...]] = {
     "quantize": ("quantize", "--run", "r", "--json"),
@@ -50,21 +54,27 @@ READERS = (
 
 
 def prepare(seed: int, where: Path) -> None:
-    """Make the run folder once, and what each command prints of it."""
-    finished.prepare(where)
-    for name in finished.STAGES:
-        finished.stage(name, where)
-    finished.unfinish(where / "r")
-    for path in ("r/student-gguf", "r/student-hqq", "r/distill/v/final-dense"):
-        shutil.rmtree(where / path, ignore_errors=True)
-    expected = {}
-    for name, words in LOOK.items():
-        copy = shutil.copytree(where, where.parent / "once")
-        ended = run_kdctl(words, copy)
-        expect(ended.code == 0, f"{name} of a whole folder: {ended.err[-1500:]}")
-        expected[name] = {"out": printed(ended.out), "files": contents(copy)}
-        shutil.rmtree(copy)
-    (where / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    """Make the run folder once."""
+    place = where / "place"
+    place.mkdir()
+    finished.prepare(place)
+    for name in MADE:
+        finished.stage(name, place)
+    finished.unfinish(place / "r")
+
+
+def expected(where: Path, look: str) -> tuple[Any, dict[str, str]]:
+    """Return what a command prints and leaves of the whole folder; it is run once for all cases."""
+    kept = where / f"{look}.json"
+    with FileLock(where / f"{look}.lock"):
+        if not kept.exists():
+            copy = shutil.copytree(where / "place", where / f"{look} of the whole")
+            ended = run_kdctl(LOOK[look], copy)
+            expect(ended.code == 0, f"{look} of a whole folder: {ended.err[-1500:]}")
+            kept.write_text(json.dumps([printed(ended.out), contents(copy)]), encoding="utf-8")
+            shutil.rmtree(copy)
+    out, files = json.loads(kept.read_text(encoding="utf-8"))
+    return out, files
 
 
 def damage(kind: str, path: Path, rng: random.Random) -> None:
@@ -88,7 +98,7 @@ def damage(kind: str, path: Path, rng: random.Random) -> None:
 def case(seed: int, index: int, where: Path) -> str:
     """Damage one file and look whether it is noticed."""
     rng, base = draw("corruption", seed, index), shared(where)
-    shutil.copytree(base, where, dirs_exist_ok=True, ignore=shutil.ignore_patterns("expected.json"))
+    shutil.copytree(base / "place", where, dirs_exist_ok=True)
     files = sorted(
         path for top in ("r", "cache") for path in (where / top).rglob("*") if path.is_file() and path.suffix != ".lock"
     )
@@ -107,10 +117,10 @@ def case(seed: int, index: int, where: Path) -> str:
         check_message(ended, what)
         expect(path.name in ended.err or path.parent.name in ended.err, f"{what} is not named: {ended.err[-800:]}")
         return "noticed"
-    expected = json.loads((base / "expected.json").read_text(encoding="utf-8"))[look]
-    expect(printed(ended.out) == expected["out"], f"{what}: prints something else: {ended.out[:600]}")
+    out, made = expected(base, look)
+    expect(printed(ended.out) == out, f"{what}: prints something else: {unlike(printed(ended.out), out)}")
     expect(not left_over(where), f"{what}: leaves {left_over(where)}")
     now = path.read_bytes() if path.exists() else None
-    others = [each for each in differences(contents(where), expected["files"]) if each != f"/{name}"]
+    others = [each for each in differences(contents(where), made) if each != f"/{name}"]
     expect(not others, f"{what}: makes {others[:5]} differ from what is made of a whole folder")
     return "without effect" if now == damaged and damaged != whole else "made again" if now != damaged else "no damage"

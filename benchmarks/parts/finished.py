@@ -67,6 +67,13 @@ def printed(text: str) -> Any:
     return steady(json.loads(text)) if text.strip() else ""
 
 
+def unlike(found: Any, expected: Any) -> str:
+    """Name the first place where two results differ."""
+    if isinstance(found, dict) and isinstance(expected, dict) and found.keys() == expected.keys():
+        return next(f"{key} {unlike(found[key], expected[key])}" for key in found if found[key] != expected[key])
+    return f"{str(found)[:300]}, not {str(expected)[:300]}"
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Return the hash of every file of a folder that equal work leaves equal, without what the clock decides."""
     found = {}
