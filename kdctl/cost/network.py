@@ -4,24 +4,27 @@ Nothing is loaded. Parameters are counted on a model without storage; what passe
 real ones on tensors that have a shape and no numbers.
 """
 
+import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kdctl.base.errors import ModelError
+from kdctl.base.errors import ModelError, PresetError
 from kdctl.config.preset import QuantizeSection
 from kdctl.distill.divergence import Objective, value_and_gradient
 from kdctl.model.activation_checkpointing import Checkpointing, recomputed, set_checkpointing
 from kdctl.model.attention import Layout, RowCache, forward, use_layouts
 from kdctl.model.head import ROWS_IN_CACHE, token_chunk
 from kdctl.model.load import linear_shapes, skeleton
+from kdctl.model.sound import unreadable
 from kdctl.quant.apply import select_layers
 
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -81,6 +84,7 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
     """
     bare = skeleton(config).to(dtype)  # pyright: ignore[reportArgumentType]
     names, shapes = select_layers(bare, settings), linear_shapes(bare)
+    logging.getLogger(fake_tensor.__name__).disabled = True  # it prints what is raised
     layers = {name: shapes[name] for name in names}
     vocabulary: int = bare.get_output_embeddings().weight.shape[0]  # pyright: ignore
     norms = tuple(len(p) for name, p in bare.named_parameters() if p.dim() == 1 and "norm" in name)
@@ -94,6 +98,10 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
             loss = _loss(vocabulary, objective)
     except DataDependentOutputException as error:
         raise ModelError(f"the network's shapes depend on numbers, so nothing can be planned for it: {error}") from None
+    except (ModelError, PresetError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a network's own code fails in any way
+        raise unreadable(bare, "packed beside another sequence", error) from None
     return Network(
         layers=layers,
         other_parameters=parameters - sum(rows * columns for rows, columns in layers.values()),

@@ -108,7 +108,9 @@ class Inspection:
     @cached_property
     def plain(self) -> PreTrainedModel:
         """The folder as a plain call of transformers loads it."""
-        model, found = AutoModelForCausalLM.from_pretrained(self.folder, output_loading_info=True)  # pyright: ignore
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+            self.folder, output_loading_info=True, trust_remote_code=False
+        )
         wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
         if wrong:
             raise StoreError(f"transformers finds missing or unexpected tensors: {some(wrong)}")

@@ -36,7 +36,6 @@ its mask by 2 and more.
 def check_network(model: PreTrainedModel) -> None:
     """Raise ModelError, saying what differs, unless a network gives the same numbers alone, packed and from a cache."""
     probe, part = Probe(model), "alone"
-    kind = f"model type {model.config.model_type!r}"
     try:
         with torch.no_grad(), narrowed(model):
             probe.check_finite()
@@ -49,11 +48,16 @@ def check_network(model: PreTrainedModel) -> None:
     except (ModelError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a network's own code fails in any way
-        raise ModelError(
-            f"{kind} cannot be read {part}: its code ends in {type(error).__name__}: {brief(error)}; kdctl lays "
-            "sequences end to end and continues them from its own cache, which this network's code does not take; use "
-            "a network whose attention goes through transformers' attention interface"
-        ) from None
+        raise unreadable(model, part, error) from None
+
+
+def unreadable(model: PreTrainedModel, part: str, error: Exception) -> ModelError:
+    """Say that a network's own code fails when a sequence is read in some way."""
+    return ModelError(
+        f"model type {model.config.model_type!r} cannot be read {part}: its code ends in {type(error).__name__}: "
+        f"{brief(error)}; kdctl lays sequences end to end and continues them from its own cache, which this network's "
+        "code does not take; use a network whose attention goes through transformers' attention interface"
+    )
 
 
 def check_weights(model: PreTrainedModel) -> None:

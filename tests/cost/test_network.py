@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import FalconConfig, PreTrainedModel
 
+from kdctl.base.errors import ModelError
 from kdctl.config.preset import QuantizeSection
 from kdctl.cost import network as footprint
 from kdctl.cost.network import Meter, Network, look_at
@@ -117,3 +118,9 @@ def test_the_meter_forgets_what_is_freed() -> None:
         assert meter.live == 0
         _ = torch.zeros(500)
     assert meter.peak == 4000
+
+
+def test_a_network_that_cannot_be_read_end_to_end_is_refused_in_words():
+    config = FalconConfig(vocab_size=264, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ModelError, match=r"'falcon' cannot be read packed .*: its code ends in RuntimeError"):
+        look_at(config, GRID, torch.float32, Objective())
