@@ -18,11 +18,33 @@ from pydantic import (
     model_validator,
 )
 
-from kdctl.config.section import Count, Dtype, Natural, Positive, Section, Share
+from kdctl.config.section import (
+    LARGEST,
+    SINGLE,
+    SMALLEST,
+    Count,
+    Dtype,
+    Few,
+    Natural,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Tokens,
+    up_to,
+    within,
+)
 
 Source = Literal["student", "teacher", "dataset"]
 S = TypeVar("S", bound=Section)
+Finite = within(SMALLEST, LARGEST, SINGLE, zero=True)
+Coldest = within(1e-6, 1e6, "logits divided by it must stay in float32; 0 is greedy", zero=True)
+Warmth = within(1e-6, 1e6, "float32 has no room for what a smaller or larger one makes of logits")
 
+MOST_ROWS = 2**20
+"""Sequences of one optimizer step, all of which are in memory as tokens."""
+NEAREST = 1e-6
+"""How near β may be to its ends without being one."""
 LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 IN_EVERY_IDENTITY = {"damping", "autoround_iters"}
 """Settings of one method that students of all methods were identified by before a method had its own."""
@@ -62,7 +84,7 @@ def _settings_of_methods() -> list[type[Section]]:
 class _QuantizeSection(Section):
     bits: Literal[2, 3, 4, 8] = 4
     """Bits per weight."""
-    group_size: Annotated[int, Field(ge=8)] = 128
+    group_size: Annotated[int, Field(ge=8), up_to(2**20, "no layer has so many weights in a row")] = 128
     """Weights along in_features that share one scale."""
     symmetric: bool = False
     """Fix the zero point in the middle of the codes and do not store it."""
@@ -133,23 +155,23 @@ class RolloutSection(Section):
 
     num_prompts: Count = 256
     """Prompts in a store made by ``kdctl rollout``."""
-    num_generations: Count = 1
+    num_generations: Few = 1
     """Completions per prompt."""
     prompts_per_block: Count = 32
     """Prompts of one block, which is one shard and the most that a killed run loses."""
-    batch_size: Count = 64
+    batch_size: Few = 64
     """Completions in the making at once; one that ends makes room for the next of its block."""
-    max_new_tokens: Count = 128
+    max_new_tokens: Tokens = 128
     """Longest completion."""
     min_new_tokens: Natural = 0
     """End-of-sequence is masked before this many tokens: a departure from exact sampling, recorded in the store."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0), Coldest] = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; 1 samples from the model itself."""
     top_k: Natural = 0
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampled tokens, and of a method that calibrates on them."""
     engine: str = "transformers"
     """What writes completions: ``transformers`` samples them in this process, reproducibly."""
@@ -176,16 +198,25 @@ class HeldoutSection(Section):
 
     num_prompts: Count = 64
     """Held-out prompts."""
-    max_new_tokens: Count = 128
+    max_new_tokens: Tokens = 128
     """Longest completion."""
     min_completion_tokens: Natural = 4000
     """Refuse a yardstick with fewer completion tokens than this."""
     prompts_per_block: Count = 32
     """Prompts generated together."""
-    seed: int = 20_240_601
+    seed: Seed = 20_240_601
     """Seed of the sampled tokens; also keeps them apart from training rollouts."""
     text_tokens: Count = 4096
     """Tokens of plain text (Python's help topics) on which perplexity is measured."""
+
+
+def _an_end_or_between(beta: float) -> float:
+    if 0 < beta < NEAREST or 0 < 1 - beta < NEAREST:
+        raise ValueError(
+            f"is nearer to {round(beta)} than {NEAREST:g}, where the generalized JSD cannot be told from "
+            f"{'reverse' if round(beta) else 'forward'} KL in float32; set it to {round(beta)}"
+        )
+    return beta
 
 
 class DistillSection(Section):
@@ -193,17 +224,17 @@ class DistillSection(Section):
 
     lmbda: Share = 0.0
     """λ: share of student-generated sequences; 0 is off-policy, 1 on-policy."""
-    beta: Share = 0.0
+    beta: Annotated[Share, AfterValidator(_an_end_or_between)] = 0.0
     """β: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), between generalized JSD."""
-    lr: Positive = 1e-4
+    lr: Annotated[Positive, within(1e-30, 100, "weights are far smaller than a larger step")] = 1e-4
     """Peak learning rate."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the λ draw and of the data order."""
     steps: Count = 100
     """Optimizer steps."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Few = 4
     """Sequences in one forward pass."""
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Few = 1
     """Micro-batches in one optimizer step."""
     max_tokens: Count = 1024
     """Longest sequence, prompt and completion together; the completion is cut."""
@@ -215,7 +246,7 @@ class DistillSection(Section):
     """Variant whose live rollouts fill the on-policy slots again, instead of new ones."""
     divergence_scale: Literal["normalized", "gkd"] = "normalized"
     """``normalized`` divides generalized JSD by β(1 − β), so that its ends are the two KLs; ``gkd`` does not."""
-    temperature: Positive = 1.0
+    temperature: Annotated[Positive, Warmth] = 1.0
     """Softmax temperature in the loss, for teacher and student."""
     train: Literal["weights", "lora", "scales"] = "weights"
     """What learns: full-precision masters of all weights, low-rank updates inside Q, or scales with codes frozen."""
@@ -223,7 +254,7 @@ class DistillSection(Section):
     """With ``train="weights"``, learn the scales beside the weights."""
     train_norms: bool = False
     """With ``train="scales"``, learn the normalisation weights too."""
-    lora_rank: Count = 32
+    lora_rank: Few = 32
     """Rank of the low-rank updates."""
     lora_alpha: Positive | None = None
     """Low-rank updates are scaled by alpha/rank; twice the rank without it."""
@@ -237,7 +268,7 @@ class DistillSection(Section):
     """Share of the steps in which the learning rate rises linearly."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """``adafactor`` keeps a row and a column for AdamW's two moments; its steps are relative to a weight's size."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), Finite] = 0.0
     """Decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
@@ -245,7 +276,7 @@ class DistillSection(Section):
     """Decay of AdamW's second moment."""
     adam_eps: Positive = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0), Finite] = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     heldout_every: Natural = 25
     """Measure KL on the yardstick every so many steps; 0 only at the end."""
@@ -271,6 +302,11 @@ class DistillSection(Section):
             raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
         if self.train_norms and self.train != "scales":
             raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
+        if self.rows_per_step > MOST_ROWS:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} times gradient_accumulation={self.gradient_accumulation} "
+                f"are {self.rows_per_step} sequences in one step, and {MOST_ROWS} is the most"
+            )
         if self.stop_early and not (self.patience and self.heldout_every):
             raise ValueError(
                 f"stop_early goes by held-out KL and needs patience, and heldout_every={self.heldout_every}, "
@@ -305,7 +341,7 @@ class EvalSection(Section):
     """Documents per task; every one where no number is set."""
     num_fewshot: Natural | None = None
     """Examples in the prompt; the task's own number without it."""
-    batch_size: Count = 16
+    batch_size: Few = 16
     """Sequences in one forward pass."""
     student_written: bool = True
     """Let each model write held-out completions itself, and measure KL to the teacher on those too."""

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from kdctl.base.errors import PresetError
 from kdctl.base.sums import SumError, without_sum
 from kdctl.config.preset import DistillSection, Preset
 
 Tree = dict[str, Any]
+LONGEST_NAME = 200
+"""Bytes of a folder's name; file systems take 255, and files beside it have longer ones."""
 
 
 def presets_dir() -> Path:
@@ -44,17 +47,19 @@ def build_preset(tree: Tree, overrides: Mapping[str, Any], origin: str) -> Prese
     try:
         return Preset.model_validate(tree)
     except ValidationError as error:
-        raise PresetError(explain(error, origin)) from None
+        raise PresetError(explain(error, origin, overrides)) from None
 
 
 def read_tree(name: str) -> Tree:
     """Read a preset's raw settings from its name or path."""
     path = presets_dir() / f"{name}.toml"
-    if not path.is_file():
+    if not _is_file(path):
         path = Path(name)
-    if not path.is_file():
-        hint = suggest(name, preset_names())
-        raise PresetError(f"no preset {name!r}{hint}; shipped presets: {', '.join(preset_names())}; a path works too")
+    if not _is_file(path):
+        hint = suggest(name[:200], preset_names())
+        raise PresetError(
+            f"no preset {name!r:.200}{hint}; shipped presets: {', '.join(preset_names())}; a path works too"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(without_sum(text)) if path.suffix == ".json" else tomllib.loads(text)
@@ -63,11 +68,19 @@ def read_tree(name: str) -> Tree:
             f"{path} is damaged or was edited: {error}. What the run folder holds was made with the settings that were "
             "there; put them back, or keep the edited ones, without that line, as a preset of their own for a new --run"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PresetError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(tree, dict):
         raise PresetError(f"{path} holds {tree!r:.40}, not an object of sections; kdctl presets quickstart shows one")
     return tree
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is such a file; no name is too long or too odd to ask."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def with_value(tree: Tree, keys: list[str], value: Any) -> Tree:
@@ -93,24 +106,36 @@ def parse_assignments(assignments: Iterable[str]) -> Tree:
 def parse_value(raw: str) -> Any:
     """Parse one TOML value; anything else is a plain string."""
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
         return raw
+    return found["value"] if len(found) == 1 else raw
 
 
-def explain(error: ValidationError, origin: str) -> str:
-    """Turn a validation error into lines that name the key, the value, the reason and the way out."""
-    lines = []
+def explain(error: ValidationError, origin: str, overrides: Mapping[str, Any] | None = None) -> str:
+    """Turn a validation error into lines that name the key, the value, the reason and the way out.
+
+    overrides: what was set on top of the preset, which is to blame where it is not the preset itself.
+    """
+    lines: dict[str, list[str]] = {}
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{suggest(key, [*Preset.model_fields, *known_keys()])}")
-        elif item["type"] == "missing":
-            lines.append(f"{key} is missing")
-        else:
-            value = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r}"
-            lines.append(f"{key}{value}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
-    return f"preset {origin}: " + "; ".join(lines)
+        key, blamed = ".".join(str(part) for part in item["loc"]), f"preset {origin}"
+        if any(f"{key}.".startswith(f"{name}.") for name in overrides or ()):
+            blamed = f"set on top of preset {origin}"
+        elif overrides and not item["loc"][1:]:
+            blamed += f" with {', '.join(overrides)} set on top of it"
+        lines.setdefault(blamed, []).append(_reason(key, item))
+    return "; ".join(f"{blamed}: {'; '.join(reasons)}" for blamed, reasons in lines.items())
+
+
+def _reason(key: str, item: ErrorDetails) -> str:
+    """Say what is wrong with one key."""
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key:.200}{suggest(key, [*Preset.model_fields, *known_keys()])}"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    value = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r:.200}"
+    return f"{key}{value}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 
 def known_keys() -> list[str]:
@@ -147,10 +172,15 @@ def identity(stage: str, sections: Mapping[str, Any], inputs: Mapping[str, str])
 
 
 def variant_name(settings: DistillSection, base: DistillSection) -> str:
-    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset."""
+    """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset.
+
+    What cannot be a folder's name is replaced by its hash.
+    """
     always = {"lmbda", "beta", "lr", "seed"}
     name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
     for key, value in settings.model_dump().items():
         if key not in always and value != base.model_dump()[key]:
             name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
+    if "/" in name or len(name.encode()) > LONGEST_NAME:
+        return f"{name.partition('_seed')[0]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name

@@ -172,7 +172,7 @@ def tune(task: Task, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         device_map=task.device,
         enable_torch_compile=False,
         low_cpu_mem_usage=False,
-        seed=task.seed,
+        seed=task.seed % 2**32,  # all that numpy, which it seeds, takes
         amp=dtype == torch.bfloat16,  # otherwise a CPU would tune fp16 and fp32 models in bf16
     )
     quantized, _ = compressor.quantize()

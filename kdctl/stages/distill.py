@@ -1,5 +1,6 @@
 """Training of one variant, from the PTQ student to ``final/``."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from kdctl import stats
 from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
-from kdctl.config.resolve import canonical, identity, variant_name
+from kdctl.config.resolve import LONGEST_NAME, canonical, identity, variant_name
 from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant
 from kdctl.distill.fsdp import local_rows, shard, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
@@ -70,9 +71,10 @@ class Trained:
 
 def check_name(name: str, option: str = "--name") -> str:
     """Return a model's name. Raises PresetError if it cannot be one: it names folders, beside teacher and ptq."""
-    if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq"):
+    if not re.fullmatch(r"\w[\w.=+-]*", name) or name in ("teacher", "ptq") or len(name.encode()) > LONGEST_NAME:
         raise PresetError(
-            f"{option} {name!r} cannot name a variant; use letters, digits and ._=+-, and neither teacher nor ptq"
+            f"{option} {name!r:.300} cannot name a variant; use letters, digits and ._=+-, {LONGEST_NAME} bytes at "
+            "most, and neither teacher nor ptq"
         )
     return name
 
@@ -92,7 +94,9 @@ def distill(
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
     context.ranks.check_trainable(context.preset.distill)
-    variant = context.paths.variant(check_name(name) if name else default_name(context))
+    if not math.isfinite(min_gap):
+        raise PresetError(f"--min-gap {min_gap} is no number of nats; leave it out to train in any case")
+    variant = context.paths.variant(check_name(name) if name is not None else default_name(context))
     if context.preset.distill.replay is not None:
         recorded(context, context.preset.distill.replay)
     check_stores(context, teacher)
@@ -217,7 +221,7 @@ def _tracker(context: Context, plan: Plan, watch: Watch | None) -> Callable[[int
 
 def recorded(context: Context, name: str) -> RolloutStore:
     """Return the live rollouts of another variant. Raises StoreError if it has none."""
-    store = RolloutStore(context.paths.variant(name).rollouts)
+    store = RolloutStore(context.paths.variant(check_name(name, "distill.replay")).rollouts)
     if not store.manifest_path.exists():
         raise StoreError(
             f"distill.replay={name!r}: no live rollouts in {store.path}; name a finished variant that generated its own"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from kdctl.base.errors import PresetError
 from kdctl.config.preset import DistillSection, Preset, QuantizeSection, RolloutSection, TeacherSection
 from kdctl.config.resolve import load_preset, preset_names
 
@@ -106,3 +107,64 @@ def test_the_teacher_is_the_only_required_section() -> None:
 def test_stopping_early_needs_something_to_go_by(missing: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="stop_early goes by held-out KL"):
         DistillSection.model_validate({"stop_early": True, **missing})
+
+
+BEYOND: list[tuple[str, object]] = [
+    ("rollout.seed", 2**63),
+    ("rollout.seed", -(2**63) - 1),
+    ("heldout.seed", 10**22),
+    ("distill.seed", 10**22),
+    ("rollout.num_prompts", 10**30),
+    ("rollout.max_new_tokens", 10**12),
+    ("heldout.max_new_tokens", 10**12),
+    ("rollout.batch_size", 0),
+    ("rollout.temperature", 1e-300),
+    ("rollout.temperature", 5e-324),
+    ("rollout.temperature", float("nan")),
+    ("distill.temperature", 1e-39),
+    ("distill.temperature", 1e300),
+    ("distill.lr", 1e308),
+    ("distill.lr", float("inf")),
+    ("distill.beta", 1e-300),
+    ("distill.beta", 1 - 1e-16),
+    ("distill.adam_eps", 1e-300),
+    ("distill.gradient_accumulation", 10**9),
+    ("distill.lora_rank", 10**9),
+    ("distill.max_grad_norm", 1e-300),
+    ("quantize.group_size", 10**30),
+    ("quantize.damping", 1e300),
+    ("quantize.autoround_iters", 2**40),
+    ("teacher.model", "a\0b"),
+    ("teacher.model", "x" * 5000),
+    ("teacher.model", "\udcff"),
+    ("eval.tasks", ["a\0b"]),
+    ("prompts.date", "yesterday"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BEYOND)
+def test_what_nothing_can_compute_or_keep_is_refused_with_its_field(key: str, value: object) -> None:
+    with pytest.raises(PresetError, match=rf"set on top of preset smoke: {key}[.0-9]*="):
+        load_preset("smoke", {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.seed", 2**63 - 1),
+        ("rollout.seed", -(2**63)),
+        ("rollout.temperature", 0),
+        ("distill.beta", 1e-6),
+        ("distill.beta", 1.0),
+        ("distill.max_grad_norm", 0),
+        ("prompts.date", "2024-02-29"),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it(key: str, value: object) -> None:
+    section, field = key.split(".")
+    assert getattr(getattr(load_preset("smoke", {key: value}), section), field) == value
+
+
+def test_a_step_has_as_many_sequences_as_fit_in_memory() -> None:
+    with pytest.raises(PresetError, match="4294967296 sequences in one step"):
+        load_preset("smoke", {"distill.micro_batch_size": 2**16, "distill.gradient_accumulation": 2**16})

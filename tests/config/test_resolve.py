@@ -19,8 +19,10 @@ from kdctl.config.resolve import (
     known_keys,
     load_preset,
     parse_assignments,
+    parse_value,
     preset_names,
     suggest,
+    variant_name,
     with_value,
 )
 from kdctl.config.section import Section
@@ -237,3 +239,37 @@ def test_every_section_is_a_model_that_can_be_hashed() -> None:
     for name, field in Preset.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and not field.is_required():
             assert len(identity("s", {name: field.default}, {})) == 16
+
+
+def test_an_override_is_blamed_and_not_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "preset.json"
+    path.write_text(load_preset("smoke").model_dump_json())
+    with pytest.raises(PresetError, match=r"^set on top of preset .*: distill\.lmbda=2"):
+        load_preset(str(path), {"distill.lmbda": 2})
+    with pytest.raises(
+        PresetError, match=r"^preset .* with distill\.max_tokens set on top of it: distill\.max_tokens=9"
+    ):
+        load_preset(str(path), {"distill.max_tokens": 9})
+    path.write_text('{"teacher": {"model": "m"}, "distill": {"lmbda": 3}}')
+    with pytest.raises(PresetError, match=r"^preset .*: distill\.lmbda=3.*; set on top of preset .*: distill\.beta=2"):
+        load_preset(str(path), {"distill.beta": 2})
+
+
+@pytest.mark.parametrize("text", ["1\nx = 2", "[" * 5000, "9" * 5000, "1 # one", "'a'\n[b]"])
+def test_what_is_not_one_toml_value_is_text_as_it_stands(text: str) -> None:
+    assert parse_value(text) == (1 if "#" in text else text)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff", "line\nline", ""])
+def test_a_name_that_no_file_can_have_is_no_preset(name: str) -> None:
+    with pytest.raises(PresetError, match="no preset"):
+        load_preset(name)
+
+
+@pytest.mark.parametrize("targets", [("../../x",), tuple(f"*.{i}_proj" for i in range(99))])
+def test_a_variant_is_one_folder_whatever_its_settings(targets: tuple[str, ...]) -> None:
+    base = DistillSection()
+    name = variant_name(base.model_copy(update={"train": "lora", "lora_targets": targets}), base)
+    assert "/" not in name
+    assert len(name) < 100
+    assert name != variant_name(base.model_copy(update={"lora_targets": (*targets, "y/z")}), base)

@@ -305,7 +305,9 @@ def test_too_little_disk_is_refused_before_the_first_step(
 @pytest.mark.slow
 def test_non_finite_loss_exits_2_with_one_message(tiny_dir: Path, tmp_path: Path) -> None:
     arguments = distill_arguments(tiny_dir, tmp_path / "run", "0")
-    process = kdctl(*arguments, "--set", "distill.temperature=1e-39")
+    process = kdctl(
+        *arguments, "--set", "distill.train=lora", "--set", "distill.lora_alpha=1e30", "--set", "distill.lr=100"
+    )
     _, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "Traceback" not in err
