@@ -25,7 +25,7 @@ MADE_BY_KDCTL = DOCS / "study" / "report.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 OF_OTHERS = {
     *("--constraint", "--no-deps", "--num_processes", "--multi_gpu", "--config_file", "--nproc-per-node"),
-    *("--use_fsdp", "--fsdp_version", "--version", "--help"),
+    *("--use_fsdp", "--fsdp_version", "--version", "--help", "--state", "--short", "--budget"),
 }
 BLOCK = re.compile(r"(?P<above>[^\n]*)\n+```console\n(?P<text>.*?)```", re.DOTALL)
 PYTHON = re.compile(r"<!-- run -->\n+```python\n(.*?)```", re.DOTALL)

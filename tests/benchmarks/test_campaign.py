@@ -86,6 +86,11 @@ def test_broken_promises_are_printed_and_repeated_and_finished_cases_are_kept(tm
     assert {json.loads(line)["case"]["index"] for line in state.read_text().splitlines()} == set(range(6))
 
 
+def test_the_short_campaign_breaks_no_promise():
+    found = subprocess.run([sys.executable, str(CAMPAIGN), "--short"], capture_output=True, text=True)
+    assert found.returncode == 0, f"{found.stdout}\n{found.stderr}"
+
+
 def test_no_process_outlives_a_campaign_that_is_killed(tmp_path):
     part = tmp_path / "sleeper.py"
     part.write_text(f'"""Sleeps."""\nSHORT = FULL = 1\ndef case(seed, index, where):\n    import os, time\n'
