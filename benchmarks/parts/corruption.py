@@ -21,6 +21,7 @@ from parts.warm import run_kdctl
 SHORT, FULL = 6, 2000
 MADE = ("quantize", "rollout", "distill", "eval", "report", "compare", "sweep")
 KINDS = ("bit", "bit", "bit", "cut", "empty", "deleted", "swapped")
+FINISHED = re.compile(r"/(results|distill|quantize|preset|compare/\w+)\.json$")
 LOOK: dict[str, tuple[str, ...]] = {
     "quantize": ("quantize", "--run", "r", "--json"),
     "rollout": ("rollout", "--run", "r", "--source", "teacher", "--json"),
@@ -117,6 +118,8 @@ def case(seed: int, index: int, where: Path) -> str:
         check_message(ended, what)
         expect(path.name in ended.err or path.parent.name in ended.err, f"{what} is not named: {ended.err[-800:]}")
         return "noticed"
+    if kind == "deleted" and look == "report" and FINISHED.search(name):
+        return "counts as not done"  # a record that is written last says that something is finished
     out, made = expected(base, look)
     expect(printed(ended.out) == out, f"{what}: prints something else: {unlike(printed(ended.out), out)}")
     expect(not left_over(where), f"{what}: leaves {left_over(where)}")

@@ -70,7 +70,8 @@ def printed(text: str) -> Any:
 def unlike(found: Any, expected: Any) -> str:
     """Name the first place where two results differ."""
     if isinstance(found, dict) and isinstance(expected, dict) and found.keys() == expected.keys():
-        return next(f"{key} {unlike(found[key], expected[key])}" for key in found if found[key] != expected[key])
+        different = [key for key in found if found[key] != expected[key]]
+        return f"{different[0]} {unlike(found[different[0]], expected[different[0]])}" if different else "nothing"
     return f"{str(found)[:300]}, not {str(expected)[:300]}"
 
 
