@@ -15,12 +15,6 @@ STATEFUL_LAYERS = {"linear_attention", "recurrent", "mamba", "mamba2", "conv", "
 def check_architecture(model: PreTrainedModel) -> None:
     """Raise ModelError for networks with a state, mixtures of experts, and layers of another form than nn.Linear."""
     kind = f"model type {model.config.model_type!r}"
-    if has_state(model):
-        raise ModelError(
-            f"{kind} is a recurrent network: some of its layers carry a state from token to token (state space, linear "
-            "attention or convolution), and kdctl lays sequences end to end, where the state of one would leak into "
-            "the next; use a network of attention layers only"
-        )
     names = dict(model.named_modules())
     experts = [name for name in names if EXPERT_PARTS & set(name.split("."))]
     deep = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
@@ -28,6 +22,12 @@ def check_architecture(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{kind} is a mixture of experts ({(experts or deep)[0]}): a router chooses the weights that a token "
             "meets, and kdctl neither quantizes expert tensors nor keeps its choices; use a dense model"
+        )
+    if has_state(model):
+        raise ModelError(
+            f"{kind} is a recurrent network: some of its layers carry a state from token to token (state space, linear "
+            "attention or convolution), and kdctl lays sequences end to end, where the state of one would leak into "
+            "the next; use a network of attention layers only"
         )
     for name, module in names.items():
         if isinstance(module, Conv1D):

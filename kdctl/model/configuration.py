@@ -9,6 +9,7 @@ from kdctl.base.errors import ModelError, brief
 
 ENDLESS = re.compile(r'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{5,})')
 """Numbers of layers that no network has and that would take hours to lay out."""
+OTHER_PARTS = {"vision_config", "audio_config"}
 TEXT_PART = (
     "AutoModelForCausalLM.from_pretrained(FOLDER, config=AutoConfig.from_pretrained(FOLDER).get_text_config(), "
     'key_mapping={r"^(model\\.)?language_model\\.(model\\.)?": "model."}).save_pretrained(TEXT_FOLDER)'
@@ -33,11 +34,12 @@ def read_config(path: Path) -> PretrainedConfig:
             f"{path}: model type {config.model_type!r} is an encoder with a decoder, and kdctl distills causal "
             "language models only, which read and write one sequence"
         )
-    if text is not config:
+    if text is not config or not OTHER_PARTS.isdisjoint(config.sub_configs):
+        way_out = f"save the text part with its tokenizer and use that folder: {TEXT_PART}"
         raise ModelError(
             f"{path}: model type {config.model_type!r} is a composite model, whose text part {text.model_type!r} lies "
-            "beside parts for pictures or sound, and kdctl distills text models only; save the text part with "
-            f"its tokenizer and use that folder: {TEXT_PART}"
+            "beside parts for pictures or sound, and kdctl distills text models only; "
+            + (way_out if text is not config else "use a text model")
         )
     return usable(config, path)
 
@@ -73,4 +75,6 @@ def reason(error: Exception) -> str:
             "it works only with code that its author put beside the weights, and kdctl runs no code from model "
             "folders; use a model of a type that transformers has"
         )
+    if "Unrecognized configuration class" in str(error):
+        return "transformers opens no causal language model of this type"
     return f"{type(error).__name__}: {brief(error)}"

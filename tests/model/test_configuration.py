@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
-from transformers import Gemma3Config, LlavaConfig
+from transformers import Gemma3Config, LlavaConfig, Phi4MultimodalConfig
 
 from kdctl.base.errors import ModelError
 from kdctl.model.configuration import read_config
@@ -84,6 +84,9 @@ def test_composite_models_are_refused_for_what_they_are_with_a_way_out(tmp_path:
         config.save_pretrained(tmp_path)
         with pytest.raises(ModelError, match=rf"'{config.model_type}' is a composite model, whose text part .*key_map"):
             read_config(tmp_path)
+    Phi4MultimodalConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'phi4_multimodal' is a composite model"):
+        read_config(tmp_path)
 
 
 def test_code_in_a_folder_neither_runs_nor_is_asked_about(tmp_path: Path) -> None:
