@@ -1,5 +1,6 @@
 """A tiny random network with a byte tokenizer and a chat template, and a preset that runs it in seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ PRESET: dict[str, Any] = {
 }  # fmt: skip
 
 
-def byte_tokenizer() -> Any:
-    """Make a tokenizer whose tokens are bytes, with ChatML specials; padding is the end-of-sequence token."""
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """Make a tokenizer whose tokens are bytes, with ChatML specials; padding is the end-of-sequence token.
+
+    merges: pairs of letters that are tokens too, before the specials; a GGUF file must have some.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    words = [*letters, *(first + second for first, second in merges)]
+    core = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=list(merges)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIALS)
