@@ -1,7 +1,7 @@
 """The few kinds of error that kdctl raises on purpose.
 
 Each is also a standard-library type, so that callers of the Python interface need not know kdctl's names. The command
-line turns every ``KdctlError`` into one message and exit code 2; anything else is a bug and keeps its traceback.
+line turns every ``KdctlError`` into one message and exit code 2 (``cli/boundary.py``, which knows the rest too).
 """
 
 
