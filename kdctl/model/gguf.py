@@ -23,8 +23,10 @@ def gguf_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
     """Build the network with the file's weights. Raises ModelError if a part of the file is missing or not used."""
     _check_kind(file)
     model = build_network(file, dtype) if file.architecture in NATIVE else build_foreign(file, dtype)
-    ends = file.fields.get(STOP_IDS) or [file.fields.get(f"tokenizer.ggml.{name}") for name in ENDS]
+    ends = file.field(STOP_IDS, list) or [file.field(f"tokenizer.ggml.{name}", int) for name in ENDS]
     ends = sorted({index for index in ends if index is not None})
+    if not all(type(index) is int and 0 <= index < model.config.vocab_size for index in ends):
+        raise ModelError(f"{file.path}: the tokens {ends} that end a completion are not all in its vocabulary")
     if len(ends) > 1 and model.generation_config is not None:
         model.generation_config.eos_token_id = ends
     return model

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from kdctl.base.errors import ModelError
 
 Kind = gguf.GGMLQuantizationType
+T = TypeVar("T")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
@@ -57,6 +58,13 @@ class GgufFile:
     def architecture(self) -> str:
         """Name the network, as llama.cpp does."""
         return str(self.fields["general.architecture"])
+
+    def field(self, key: str, kind: type[T]) -> T | None:
+        """Return the value of a key, None if it is not there. Raises ModelError if it is of another kind."""
+        value = self.fields.get(key)
+        if value is not None and type(value) is not kind:
+            raise ModelError(f"{self.path}: {key}={value!r:.80} is of another kind than {kind.__name__}")
+        return value
 
     def read(self, name: str) -> Tensor:
         """Dequantize one tensor to float32, as the package of the format does."""

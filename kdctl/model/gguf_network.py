@@ -105,11 +105,11 @@ def _words(file: GgufFile) -> dict[str, Any]:
     heads, width = _count(file, "attention.head_count"), _count(file, "embedding_length")
     theta, context = _number(file, "rope.freq_base", DEFAULT_THETA), _count(file, "context_length")
     own_width = _count(file, "attention.key_length", _count(file, "rope.dimension_count", max(1, width // heads)))
-    ids = {f"{own}_token_id": file.fields.get(f"tokenizer.ggml.{name}_token_id") for name, own in SPECIAL_IDS.items()}
+    ids = {f"{own}_token_id": file.field(f"tokenizer.ggml.{name}_token_id", int) for name, own in SPECIAL_IDS.items()}
     words = {
         "model_type": file.architecture,
-        "_model_name_or_path": file.fields.get("general.name"),
-        "vocab_size": _count(file, "vocab_size", len(file.fields.get("tokenizer.ggml.tokens", ()))),
+        "_model_name_or_path": file.field("general.name", str),
+        "vocab_size": _count(file, "vocab_size", len(file.field("tokenizer.ggml.tokens", list) or ()) or None),
         "max_position_embeddings": context,
         "hidden_size": width,
         "num_hidden_layers": _count(file, "block_count"),

@@ -51,15 +51,15 @@ def _checked_tokens(file: GgufFile) -> list[tuple[str, int]]:
     if len(types) != len(tokens):
         raise ModelError(f"{file.path}: {len(tokens)} tokens and {len(types)} token types; the file is damaged")
     _part(file, "merges" if kind == BYTE_LEVEL or f"{PREFIX}merges" in file.fields else "scores", list)
-    split = file.fields.get(f"{PREFIX}pre")
+    split = file.field(f"{PREFIX}pre", str)
     if kind == BYTE_LEVEL and split not in GPT2_SPLITS | DIGIT_SPLITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
         raise ModelError(
             f"{file.path}: how {PREFIX}pre={split!r} splits text is not known to transformers, and with another split "
             "the model would read other tokens; use the model's own safetensors"
         )
     for name in SPECIALS.values():
-        index = file.fields.get(f"{PREFIX}{name}")
-        if index is not None and (type(index) is not int or not 0 <= index < len(tokens)):
+        index = file.field(f"{PREFIX}{name}", int)
+        if index is not None and not 0 <= index < len(tokens):
             raise ModelError(f"{file.path}: {PREFIX}{name}={index!r} is none of its {len(tokens)} tokens")
     return [(text, index) for index, text in enumerate(tokens) if types[index] == TokenType.CONTROL]
 
