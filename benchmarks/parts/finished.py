@@ -34,7 +34,7 @@ TEMPORARY = re.compile(r"\.(tmp|old|new)$")
 def prepare(where: Path) -> None:
     """Lay out an empty place: a model, presets and a sweep."""
     in_child(lambda: str(make_model(where / "m")), where)
-    settings: dict[str, Any] = {"distill__lmbda": 0.5, "rollout__keep_states": "exact"}
+    settings: dict[str, Any] = {"distill__lmbda": 0.5, "rollout__keep_states": "exact", "distill__keep_last": 2}
     write_preset(where / "p.json", "m", **settings)
     (where / "s.yaml").write_text(SWEEP, encoding="utf-8")
 

@@ -206,7 +206,8 @@ def replace_folder(new: Path, path: Path) -> None:
 def rename(path: Path, target: Path) -> None:
     """Give a file or a folder another name, durably."""
     before("rename", target)
-    os.replace(path, target)
+    with naming(path, target):
+        os.replace(path, target)
     sync(target.parent)
 
 

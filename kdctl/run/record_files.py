@@ -63,7 +63,9 @@ def read_plain(path: Path) -> str:
     try:
         return without_sum(read_bytes(path).decode())
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing; the stage that writes it has not finished, or {remedy(path)}") from None
+        raise StoreError(
+            f"{path} is missing; the stage that writes it has not finished, or it was lost: {remedy(path)}"
+        ) from None
     except ValueError as error:
         raise damaged(path, error) from None
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kdctl.base.errors import DataError, PresetError
+from kdctl.base.errors import DataError, ModelError, PresetError
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
-from kdctl.formats.student import load_student
+from kdctl.formats.student import check_sums, load_student
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
@@ -40,8 +40,13 @@ class Candidate:
 
     @cached_property
     def weights(self) -> str:
-        """Fingerprint of the weights, hashed once."""
-        return fingerprint(self.folder)
+        """Fingerprint of the weights, hashed once. Raises StoreError if a folder of this run lacks a file."""
+        try:
+            return fingerprint(self.folder)
+        except (OSError, ModelError):
+            if not self.foreign and self.name != "teacher":
+                check_sums(self.folder)
+            raise
 
 
 def evaluate(

@@ -235,3 +235,10 @@ def test_replace_folder_moves_the_new_one_in(tmp_path: Path, old: bool) -> None:
 def test_sha256_is_the_known_one(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_rename_that_fails_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_text(tmp_path / "report.html", "text")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "report.html"), None)
