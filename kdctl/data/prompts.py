@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import islice
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from kdctl.base.rng import permutation
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
 from kdctl.data.prompt_set import PromptSet, kept, sha256_of
-from kdctl.data.sources import Row, open_source, read_rows
+from kdctl.data.sources import Row, open_source, read_rows, row_of
 from kdctl.data.templates import rendered, writes_date
 from kdctl.run.records import Message, Prompt, Rollout
 
@@ -44,15 +45,36 @@ class Text:
 
 def messages_of(row: Row) -> list[Message]:
     """Return a row's conversation. Raises DataError if it is empty or not text."""
-    messages = row.get("messages")
+    messages, prompt = row.get("messages"), row.get("prompt")
     if not messages:
-        if not row.get("prompt"):
+        if not prompt:
             raise DataError("a row has neither messages nor a prompt; remove empty rows from the data set")
-        messages = [{"role": "user", "content": row["prompt"]}]
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"a message must have a role and a content, both text; this one is {message!r:.200}")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+        if not isinstance(prompt, str | list):
+            raise DataError(f"prompts must be text, and these are of {type(prompt).__name__}: {prompt!r:.100}")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*messages, *_listed(row.get("completion"))] if isinstance(prompt, list) else messages
+    if not isinstance(messages, list):
+        raise DataError(f"messages must be a list of role and content; these are {messages!r:.200}")
+    return [_message(one) for one in messages]
+
+
+def _listed(value: object) -> list[Any]:
+    """Return the messages of a completion, where it is given as messages."""
+    return value if isinstance(value, list) else []
+
+
+def _message(found: object) -> Message:
+    """Return a message of text; parts of text are joined."""
+    role, content = (found.get("role"), found.get("content")) if isinstance(found, dict) else (None, None)
+    if isinstance(content, list) and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"a message must have a role and a content, both text; this one is {found!r:.200}")
+    try:
+        (role + content).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a message is not valid Unicode: {error}; {content!r:.100}") from None
+    return {"role": role, "content": content}
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
@@ -177,7 +199,7 @@ class PromptReader:
 def _conversations(rows: Sequence[Row], asked: Asked) -> Iterator[tuple[list[Message], str | None]]:
     """Yield prompts and answers in the order of a seed; with ``answers`` only where there is one."""
     for index in permutation(len(rows), "prompts", asked.seed):
-        messages, answer = split_answer(messages_of(rows[int(index)]))
+        messages, answer = split_answer(messages_of(row_of(rows, int(index))))
         if messages and not (asked.answers and answer is None):
             yield messages, answer
 

@@ -6,8 +6,10 @@ A row has a column ``messages`` (a list of role and content) or ``prompt`` (text
 import glob
 import hashlib
 import json
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -20,7 +22,17 @@ from kdctl.run.files import sha256
 from kdctl.system.patches import archives_packed, hub_offline
 
 Row = dict[str, Any]
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS: dict[str, tuple[str, dict[str, str]]] = {
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+"""What datasets calls the format of files by their endings, and what it is told of it."""
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""Endings of single compressed files."""
 
 
 class PromptSource(Protocol):
@@ -69,15 +81,15 @@ class Bundled:
 
 
 class LocalFile:
-    """A ``.jsonl``, ``.json`` or ``.parquet`` file; it is one split, whatever that is called."""
+    """A file of one of ``FORMATS``, maybe compressed; it is one split, whatever that is called."""
 
     def __init__(self, name: str, split: str, offline: bool):
         self.name, self.split, self.path = name, split, Path(name).expanduser()
 
     @staticmethod
     def takes(name: str) -> bool:
-        """Tell whether a name ends like such a file."""
-        return Path(name).suffix in FORMATS
+        """Tell whether a name is of a file that is there, or ends like one that is read."""
+        return _format(name) is not None or _is_file(Path(name).expanduser())
 
     def fingerprint(self) -> str:
         """Hash the file."""
@@ -89,20 +101,65 @@ class LocalFile:
         self._check()
         import datasets  # 0.1 GiB that kdctl's own prompts do not need
 
-        with _named_errors(self.name, self.split):  # escaped, because datasets takes a path for a pattern
-            kind, path = FORMATS[self.path.suffix], glob.escape(str(self.path))
-            return datasets.load_dataset(kind, data_files=path, split="train")  # pyright: ignore[reportReturnType]
+        kind, options = _format(self.name) or ("", {})
+        path: Any = glob.escape(str(self.path))  # because datasets takes a path for a pattern
+        if kind != "parquet" and not self.name.lower().endswith(PACKED):
+            _check_encoding(self.path)  # first, because datasets takes JSON of any bytes and fails at the row
+        with _named_errors(self.name, self.split):
+            return datasets.load_dataset(kind, data_files=path, split="train", **options)  # pyright: ignore
 
     def _check(self) -> None:
-        if not self.path.is_file():
-            raise DataError(f"no prompt file at {self.path.absolute()}")
+        if not _is_file(self.path):
+            raise DataError(f"no prompt file at {str(self.path.absolute())[:500]}")
+        if _format(self.name) is None:
+            raise DataError(
+                f"the prompt file {self.path.absolute()} is of no kind that is read: {', '.join(FORMATS)}, also with "
+                f"{', '.join(PACKED)} behind it; convert it, or give it the ending of what it is"
+            )
         if self.path.stat().st_size == 0:
             raise DataError(f"the prompt file {self.path.absolute()} is empty; there is nothing to generate from")
-        if zipfile.is_zipfile(self.path) or tarfile.is_tarfile(self.path):
+        if _is_archive(self.path):
             raise DataError(
                 f"the prompt file {self.path.absolute()} is an archive, and kdctl unpacks none; unpack it and name the "
                 "file in it"
             )
+
+
+def _format(name: str) -> tuple[str, dict[str, str]] | None:
+    """Return the format that a file's name says, None if it says none."""
+    path = Path(name.lower())
+    return FORMATS.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix)
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is such a file; no name is too long to ask."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_archive(path: Path) -> bool:
+    """Tell whether a file holds files; one that is damaged does not."""
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return False
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise DataError, with the line, for text that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                bad = "\0" in line.decode()
+            except UnicodeDecodeError:
+                bad = True
+            if bad:
+                raise DataError(
+                    f"the prompt file {path.absolute()} is not UTF-8 text in line {number}: {line[:40]!r}; save it as "
+                    "UTF-8"
+                )
 
 
 class HubDataset:
@@ -148,10 +205,19 @@ def read_rows(name: str, split: str, offline: bool = False) -> Sequence[Row]:
     rows = open_source(name, split, offline).rows()
     if len(rows) == 0:
         raise DataError(f"prompts from {name!r} (split {split!r}): no rows; there is nothing to generate from")
-    columns = set(rows[0])
+    columns = set(row_of(rows, 0, name))
     if not columns & {"messages", "prompt"}:
         raise DataError(f"prompts from {name!r}: needs a column 'messages' or 'prompt', has {sorted(columns)}")
     return rows
+
+
+def row_of(rows: Sequence[Row], index: int, name: str = "") -> Row:
+    """Return a row. Raises DataError for one that is not text where it should be."""
+    try:
+        return rows[index]
+    except UnicodeDecodeError as error:
+        where = f" of {name!r}" if name else ""
+        raise DataError(f"row {index + 1}{where} is not UTF-8 text: {error}; save the data set as UTF-8") from None
 
 
 @contextmanager

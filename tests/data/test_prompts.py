@@ -238,10 +238,10 @@ BAD_FILES = {
     "columns.jsonl": (b'{"text": "x", "id": 1}\n', r"needs a column 'messages' or 'prompt', has \['id', 'text'\]"),
     "hole.jsonl": (b'{"prompt": "x"}\n{"prompt": null}\n', "neither messages nor a prompt"),
     "norole.jsonl": (b'{"messages": [{"content": "x"}]}\n', "must have a role and a content"),
-    "text.jsonl": (b'{"messages": "x"}\n', "must have a role and a content"),
+    "text.jsonl": (b'{"messages": "x"}\n', "a list of role and content"),
     "null.jsonl": (b'{"messages": [{"role": "user", "content": null}]}\n', "must have a role and a content"),
-    "parts.jsonl": (b'{"messages": [{"role": "user", "content": [{"text": "x"}]}]}\n', "both text"),
-    "number.jsonl": (b'{"prompt": 5}\n', "both text"),
+    "parts.jsonl": (b'{"messages": [{"role": "user", "content": [{"image": "x"}]}]}\n', "both text"),
+    "number.jsonl": (b'{"prompt": 5}\n', "prompts must be text"),
 }
 
 
@@ -313,3 +313,29 @@ def test_template_that_does_not_put_the_answer_after_the_prompt_is_refused(token
     source = write(tmp_path / "data.jsonl", [{"messages": [user("q"), assistant("a")]}])
     with pytest.raises(DataError, match="right after the prompt"):
         reader(reversing, source).train(1, 0, answers=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}]}, ["ab"]),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+            ["q", "a"],
+        ),
+        ({"prompt": 5}, "prompts must be text, and these are of int: 5"),
+        ({"prompt": True}, "of bool"),
+        ({"messages": {"role": ["user"], "content": ["q"]}}, "a list of role and content"),
+        ({"messages": [{"role": "user", "content": None}]}, "both text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "both text"),
+        ({"messages": [["user", "q"]]}, "both text"),
+        ({"prompt": [["q"]]}, "both text"),
+        ({"prompt": "\ud83d"}, "not valid Unicode"),
+    ],
+)
+def test_rows_of_other_shapes_are_messages_or_refused(row: dict, expected: object) -> None:
+    if isinstance(expected, list):
+        assert [message["content"] for message in messages_of(row)] == expected
+    else:
+        with pytest.raises(DataError, match=str(expected)):
+            messages_of(row)

@@ -1,6 +1,9 @@
 """A kind of source is one entry of a dict; its fingerprint follows its rows."""
 
+import bz2
+import gzip
 import json
+import re
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +15,7 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import PromptsSection
 from kdctl.data import sources
 from kdctl.data.prompts import PromptReader
-from kdctl.data.sources import Bundled, HubDataset, LocalFile, open_source
+from kdctl.data.sources import Bundled, HubDataset, LocalFile, open_source, read_rows
 
 
 class Counting:
@@ -97,3 +100,50 @@ def test_a_loading_script_is_named_and_not_run(tmp_path):
     with pytest.raises(DataError, match="scripts are no longer supported"):
         open_source(str(tmp_path / "data"), "train", True).rows()
     assert not (tmp_path / "ran").exists()
+
+
+ROWS = [{"prompt": f"Größe {index}?"} for index in range(4)]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+CSV = "\n".join(["prompt", *(row["prompt"] for row in ROWS)]).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.bz2", bz2.compress(json.dumps(ROWS).encode())),
+        ("a.csv", CSV),
+        ("a.TSV", CSV),
+    ],
+)
+def test_files_are_read_by_their_ending(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [dict(row) for row in read_rows(str(tmp_path / name), "train")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", LINES + b"\n" + '{"prompt": "Maß"}'.encode("latin-1"), "a.jsonl is not UTF-8 text in line 5"),
+        ("a.csv", CSV + b"\n" + "Maß".encode("latin-1"), "a.csv is not UTF-8 text in line 6"),
+        ("a.json", LINES.decode().encode("utf-16"), "not UTF-8 text in line 1"),
+        ("a.jsonl", b'{"prompt": "a"}\n\0\0\0', "line 2"),
+        ("a.txt", LINES, "of no kind that is read: .jsonl"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be read"),
+        ("a.parquet", b"PAR1" + bytes(40), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message_with_the_file(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_rows(str(tmp_path / name), "train")
+
+
+def test_a_name_that_no_file_can_have_is_not_asked_of_the_disk() -> None:
+    with pytest.raises(DataError, match="no prompt file at"):
+        read_rows("x" * 400 + ".jsonl", "train")
