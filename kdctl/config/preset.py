@@ -137,7 +137,7 @@ class PromptsSection(Section):
     """Where prompts come from, and data-set completions too."""
 
     train: str = "kdctl"
-    """``kdctl`` (bundled prompts), a Hub data set id, or a local JSON, CSV or Parquet file (``.jsonl``, ``.csv.gz``)."""
+    """``kdctl`` (bundled prompts), a Hub data set id, or a local JSON, CSV or Parquet file."""
     split: str = "train"
     """Split of a Hub data set."""
     heldout: str = "kdctl"
