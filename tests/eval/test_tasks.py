@@ -234,6 +234,15 @@ def test_unknown_task_is_named_with_the_nearest_one(indexed):
         build_tasks(settings("arc_esy"), offline=True)
 
 
+def test_a_task_is_a_name_and_no_file_whose_functions_would_run(indexed, tmp_path):
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "own.yaml").write_text("task: own\noutput_type: multiple_choice\ndoc_to_text: !function own.run\n")
+    for name in (tmp_path, tmp_path / "own.yaml"):
+        with pytest.raises(DataError, match="unknown task"):
+            build_tasks(settings(str(name)), offline=True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_bundled_tasks_need_no_index_of_lm_evals_own(tasks):
     manager = kdctl.eval.tasks._manager(NAMES)
     assert sorted(manager.all_tasks) == sorted(NAMES)

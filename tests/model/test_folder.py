@@ -1,6 +1,7 @@
 """What a model folder holds: weights, stop tokens, and the fingerprint of both."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from kdctl.base.errors import ModelError
 from kdctl.model.folder import StoredTensors, fingerprint, read_tensors, weight_files, weights_bytes
+from kdctl.model.load import load_model
+from kdctl.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -144,6 +147,26 @@ def test_pickled_weights_are_refused(tiny_dir, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="does not open pickled weights"):
         fingerprint(tmp_path)
+
+
+def test_pickles_beside_weights_are_left_alone(tiny_dir, tmp_path, monkeypatch):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "vocab.pkl"):
+        (tmp_path / "model" / name).write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load unpickles"))
+    load_model(tmp_path / "model", torch.bfloat16, torch.device("cpu"))
+    load_tokenizer(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def test_other_stop_tokens_are_another_fingerprint(tiny_dir, tmp_path):

@@ -15,6 +15,7 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import TrackingSection
 from kdctl.run.tracking import Tracker, create_sweep, open_wandb, read_metrics
 
+SECRET = "5ecre7" * 6 + "abcd"
 OFFLINE = TrackingSection(wandb="offline", project="kdctl-test")
 
 
@@ -162,6 +163,9 @@ def logged(path: Path) -> tuple[dict[str, object], list[dict[str, object]]]:
 def test_wandb_offline_holds_what_metrics_jsonl_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    secrets = ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "MY_PASSWORD")
+    for name in secrets:
+        monkeypatch.setenv(name, SECRET)
     run = open_wandb(OFFLINE, tmp_path, "lambda1_beta1", {"variant": "lambda1_beta1", "distill": {"lmbda": 1.0}})
     assert run is not None
     tracker = Tracker(tmp_path / "metrics.jsonl", 0, run)
@@ -176,6 +180,7 @@ def test_wandb_offline_holds_what_metrics_jsonl_holds(tmp_path: Path, monkeypatc
     assert [{"step": row["_step"], **{key: row[key] for key in keys}} for row in history] == read_metrics(
         tmp_path / "metrics.jsonl"
     )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
 def test_runs_of_the_same_name_in_two_folders_are_two_wandb_runs(

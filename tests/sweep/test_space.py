@@ -117,3 +117,12 @@ def test_an_unknown_sweep_is_refused_with_the_nearest() -> None:
 def test_short_names_are_fields() -> None:
     assert field_of("refresh_every", "x") == "distill.refresh_every"
     assert field_of("rollout.seed", "x") == "rollout.seed"
+
+
+@pytest.mark.parametrize("value", ["!!python/object/apply:os.system ['touch RAN']", "!!python/name:os.system"])
+def test_a_sweep_file_is_plain_yaml(tmp_path: Path, value: str) -> None:
+    path, ran = tmp_path / "mine.yaml", tmp_path / "ran"
+    path.write_text(f"method: grid\nparameters:\n  distill.lr: {value.replace('RAN', str(ran))}\n")
+    with pytest.raises(PresetError, match=r"mine\.yaml"):
+        read_sweep(str(path))
+    assert not ran.exists()
