@@ -25,7 +25,7 @@ def test_a_text_that_is_gone_or_has_moved_is_named() -> None:
 def test_every_folder_has_a_fault() -> None:
     folders = {path.parent.name for path in (ROOT / "kdctl").glob("*/__init__.py")}
     assert {Path(fault.file).parts[1] for fault in FAULTS} == folders
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) == 40
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
