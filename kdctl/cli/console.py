@@ -206,7 +206,11 @@ def _show_table(table: Table) -> None:
     if (console := Console()).is_terminal:
         console.print(table)
         return
-    drawn = io.StringIO()
-    Console(file=drawn, width=ENDLESS).print(table)
-    for line in drawn.getvalue().splitlines():
+    encoding = sys.stdout.encoding or "utf-8"  # which decides what frames are drawn with
+    drawn = io.BytesIO()
+    with io.TextIOWrapper(drawn, encoding, "replace") as file:
+        Console(file=file, width=ENDLESS).print(table)
+        file.flush()
+        lines = drawn.getvalue().decode(encoding).splitlines()
+    for line in lines:
         print(line.rstrip())

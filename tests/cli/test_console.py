@@ -131,3 +131,16 @@ def test_a_live_table_is_redrawn_below_notes() -> None:
 def test_a_closed_stdout_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert not console.on_terminal()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_table_in_a_pipe_is_whole_unpadded_and_framed_in_its_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding, "replace", write_through=True))
+    console.show_rows("a title", ("name", "value"), [("x" * 300, "1")])
+    lines = pipe.getvalue().decode(encoding).splitlines()
+    assert any("x" * 300 in line for line in lines)
+    assert lines == [line.rstrip() for line in lines]
+    assert "?" not in "".join(lines)
