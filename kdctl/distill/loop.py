@@ -31,6 +31,7 @@ from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_stat
 from kdctl.model.head import head_of, token_chunk
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.measures import pair_measures
+from kdctl.run.record_files import damaged
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.run.tracking import Tracker
 from kdctl.system.distributed import passes
@@ -195,10 +196,8 @@ def _check_metrics(root: Path, done: int, tracker: Tracker) -> None:
     """Raise StoreError if the metrics that training goes on from are not those that the checkpoint was written with."""
     written = open_checkpoint(root, done)[1].metrics if done else None
     if written not in (None, tracker.sha256()):
-        raise StoreError(
-            f"metrics.jsonl beside {root} is damaged: its lines up to step {done} are not those that the checkpoint "
-            "was written with, and what is watched during training follows from them; --force starts the variant again"
-        )
+        why = f"its lines up to step {done} are not those that the checkpoint was written with"
+        raise damaged(root.parent / "metrics.jsonl", why)
 
 
 def _measures(settings: DistillSection, done: int) -> bool:
