@@ -57,8 +57,8 @@ def network(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def described(model: PreTrainedModel) -> tuple[Fields, Tensors]:
-    """Say what llama.cpp's own converter says of a Llama or a Qwen, as the format's documentation has it."""
-    config, name = model.config, {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}[model.config.model_type]
+    """Say what llama.cpp's own converter says of a decoder, as the format's documentation has it."""
+    config, name = model.config, model.config.model_type
     numbers = {
         "context_length": config.max_position_embeddings,
         "block_count": config.num_hidden_layers,
@@ -69,7 +69,9 @@ def described(model: PreTrainedModel) -> tuple[Fields, Tensors]:
     }
     fields = Fields({"general.architecture": (name, Type.STRING, None)})
     fields |= {f"{name}.{key}": (value, Type.UINT32, None) for key, value in numbers.items()}
-    fields[f"{name}.attention.layer_norm_rms_epsilon"] = (config.rms_norm_eps, Type.FLOAT32, None)
+    epsilon = getattr(config, "rms_norm_eps", None)
+    key = "layer_norm_epsilon" if epsilon is None else "layer_norm_rms_epsilon"
+    fields[f"{name}.attention.{key}"] = (epsilon or config.norm_epsilon, Type.FLOAT32, None)
     fields[f"{name}.rope.freq_base"] = (config.rope_parameters["rope_theta"], Type.FLOAT32, None)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields[f"{name}.attention.key_length"] = (width, Type.UINT32, None)
@@ -86,6 +88,8 @@ def _tensors(model: PreTrainedModel, name: str) -> dict[str, np.ndarray]:
         data, kind = tensor.numpy(), own.split(".")[-2]
         if name == "llama" and kind in heads:
             data = data.reshape(heads[kind], 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+        if name.startswith("gemma") and "norm" in own:
+            data = data + 1
         found[names.get_name(own, try_suffixes=(".weight", ".bias"))] = np.ascontiguousarray(data)
     return found
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from parts import mutations, tiny
 from parts.base import Broken, draw, expect, shared
@@ -47,7 +48,12 @@ def prepare(seed: int, where: Path) -> None:
     """Write the valid files: a folder of one file, one of two, and a GGUF file in parts."""
     from transformers import AutoModelForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     tiny.make_model(where / "one", seed=seed, num_hidden_layers=1, **sizes)
     shutil.copytree(where / "one", where / "two")
     (where / "two" / "model.safetensors").unlink()

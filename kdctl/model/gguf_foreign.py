@@ -10,7 +10,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.utils.quantization_config import GgufConfig
 
 from kdctl.base.errors import ModelError
+from kdctl.model.configuration import usable
 from kdctl.model.gguf_file import GgufFile
+from kdctl.model.load import skeleton
 from kdctl.run.files import alone
 
 SAID: Mapping[str, tuple[str, ...]] = {
@@ -33,6 +35,9 @@ SAID: Mapping[str, tuple[str, ...]] = {
 }
 GIVEN: Mapping[str, Any] = {"attention.causal": True, "expert_count": 0, "rope.scaling.type": "none"}
 WITHOUT_EFFECT = {"rope.scaling.finetuned"}
+SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
+LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the networks of 27 billion weights."""
 
 
 def foreign_config(file: GgufFile) -> PretrainedConfig:
@@ -43,6 +48,7 @@ def foreign_config(file: GgufFile) -> PretrainedConfig:
         config = AutoConfig.for_model(**_amended(words, file))
     except Exception as error:  # noqa: BLE001 - whatever values of a foreign file make of the checks
         raise ModelError(f"{file.path} cannot be read as a GGUF model: {error}") from None
+    config = usable(config, file.path)
     _check_fields(file, config)
     return config
 
@@ -50,6 +56,7 @@ def foreign_config(file: GgufFile) -> PretrainedConfig:
 def build_foreign(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
     """Let transformers convert the weights, and compare each with the file. Raises ModelError if one is not used."""
     config = foreign_config(file)
+    skeleton(config)
     how = GgufConfig(gguf_file=file.path.name, dequantize=True)
     options = {"config": config, "quantization_config": how, "dtype": dtype, "trust_remote_code": False}
     try:
@@ -67,7 +74,18 @@ def build_foreign(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _amended(words: dict[str, Any], file: GgufFile) -> dict[str, Any]:
-    """Add what transformers does not read, though it computes with it."""
+    """Add what transformers does not read, though it computes with it.
+
+    llama.cpp scales Gemma's attention by the width of a head, and for 27 billion weights by hidden size / heads.
+    """
+    for name in SOFT_CAPS:
+        if name in words:
+            words[name] = file.fields.get(f"{file.architecture}.{name}", words[name])
+    if "query_pre_attn_scalar" in words:
+        large = words["num_hidden_layers"] == LARGE_GEMMA.get(file.architecture)
+        words["query_pre_attn_scalar"] = (
+            words["hidden_size"] // words["num_attention_heads"] if large else words["head_dim"]
+        )
     theta = file.fields.get(f"{file.architecture}.rope.freq_base")
     window = file.fields.get(f"{file.architecture}.attention.sliding_window")
     if isinstance(words.get("rope_parameters"), dict) and "rope_theta" in words["rope_parameters"] and theta:

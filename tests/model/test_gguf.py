@@ -10,10 +10,20 @@ import pytest
 import tiny
 import torch
 from gguf_files import FLOAT32, Change, Type, network, rewritten
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Starcoder2Config,
+)
 
 from kdctl.base.errors import ModelError
 from kdctl.model.gguf_file import open_gguf
+from kdctl.model.gguf_foreign import foreign_config
 from kdctl.model.gguf_names import rope_factors
 from kdctl.model.gguf_rope import of_factors
 from kdctl.model.reference import convert_gguf
@@ -79,7 +89,19 @@ def of_length(original: int, **more: float) -> LlamaConfig:
 
 
 SCALED = {f"llama3 {length}": of_length(length) for length in (64, 96, 256)}
+
+
+def gemma(fields: gguf_files.Fields, _: object) -> None:
+    for name, value in (("final_logit_softcapping", 5.0), ("attn_logit_softcapping", 50.0)):
+        fields[f"gemma2.{name}"] = (value, Type.FLOAT32, None)
+    fields["gemma2.attention.sliding_window"] = (99, Type.UINT32, None)
+
+
 NETWORKS: dict[str, tuple[Any, Change]] = {name: (config, rope_freqs(config)) for name, config in SCALED.items()} | {
+    "starcoder2": (
+        Starcoder2Config(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 99999.0}),
+        lambda *_: None,
+    ),
     "plain": (LlamaConfig(**SIZES), lambda *_: None),
     "linear": (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}), linear),
     "biases": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), lambda *_: None),
@@ -127,6 +149,13 @@ def test_a_converted_file_computes_what_the_true_network_computes(tmp_path: Path
     model = network(config)
     folder = convert_gguf(written(tmp_path / "m.gguf", model, change), torch.float32)
     assert torch.equal(logits_of(folder), logits(model))
+
+
+def test_what_transformers_does_not_read_of_a_gemma_is_read(tmp_path: Path):
+    said: dict[str, Any] = {"query_pre_attn_scalar": 32, "sliding_window": 99, "final_logit_softcapping": 5.0}
+    file = written(tmp_path / "m.gguf", network(Gemma2Config(**SIZES, head_dim=32, **said)), gemma)
+    config = foreign_config(open_gguf(file)).to_dict()
+    assert {name: config[name] for name in said} == said
 
 
 def test_a_bias_that_llama_cpp_has_and_transformers_has_only_with_another_is_completed_with_zeros(tmp_path: Path):
