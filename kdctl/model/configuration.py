@@ -65,6 +65,7 @@ def usable(config: PretrainedConfig, path: Path) -> PretrainedConfig:
     pad = getattr(config, "pad_token_id", None)
     if pad is not None and not (isinstance(pad, int) and 0 <= pad < config.vocab_size):
         config.pad_token_id = None
+    config._attn_implementation = None  # the file's choice, which may be code from elsewhere, is not kdctl's
     return config
 
 

@@ -58,6 +58,7 @@ def load_model(
     """
     config = read_config(folder)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are looked at below, by name
     options |= {"trust_remote_code": False, "use_safetensors": True}
     options |= {"quantization_config": how} if how else {}
     try:
@@ -80,6 +81,11 @@ def check_complete(folder: Path, found: Mapping[str, Any]) -> None:
     """Raise ModelError unless the files hold each of the network's tensors and nothing else."""
     missing, extra = (sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     extra = [name for name in extra if not EXTRA.search(name)]
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"{folder}: the model cannot be loaded: {name} is {tuple(stored)} in the files and {tuple(wanted)} by "
+            "config.json; one of the two is another model's, fetch the model again"
+        )
     if missing:
         raise ModelError(
             f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3])}) and would be random numbers; "

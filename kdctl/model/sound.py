@@ -135,10 +135,14 @@ class Probe:
 
     def check_finite(self) -> None:
         """Raise ModelError if numbers overflow on the way through the network."""
-        if not bool(torch.isfinite(self.alone).all()):
+        if not bool((torch.isfinite(self.alone) & torch.isfinite(self.joined)).all()):
             dtype = str(self.model.dtype).removeprefix("torch.")
-            advice = "use teacher.dtype=bfloat16 or float32" if dtype == "float16" else "the weights are of no use"
-            raise ModelError(f"the network's logits are not finite numbers in {dtype}: it overflows; {advice}")
+            advice = (
+                "its numbers are too large for this format: use teacher.dtype=bfloat16 or float32"
+                if dtype == "float16"
+                else "its weights, or the numbers in its config.json, are damaged; fetch the model again"
+            )
+            raise ModelError(f"the network's logits are not finite numbers in {dtype}; {advice}")
 
     def check_causal(self) -> None:
         """Raise ModelError if tokens see what follows them."""
