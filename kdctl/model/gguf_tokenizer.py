@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
 from kdctl.model.gguf_file import GgufFile
+from kdctl.model.tokenizer import check_templates
 from kdctl.run.files import alone
 
 PREFIX = "tokenizer.ggml."
@@ -102,4 +103,6 @@ def _set_templates(file: GgufFile, tokenizer: PreTrainedTokenizerBase) -> None:
     found = ({"default": default} if default else {}) | named if named else default
     if found is not None and not all(isinstance(each, str) for each in (named or {"": default}).values()):
         raise ModelError(f"{file.path}: {TEMPLATE} is no text")
+    if isinstance(found, dict):
+        check_templates(found, f"{file.path}: the tokenizer")
     tokenizer.chat_template = found

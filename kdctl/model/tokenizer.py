@@ -27,7 +27,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer(list(PROBES))  # a vocabulary without the token for what it does not know fails here, not later
         return tokenizer
     except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}") from None
+        lacks = "" if (folder / "tokenizer.json").is_file() else "it has no tokenizer.json, which holds it; "
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {lacks}{reason(error)}") from None
 
 
 def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTokenizerBase:
@@ -38,11 +39,11 @@ def load_tokenizer(folder: Path, model_type: str = "the model") -> PreTrainedTok
             f"{folder}: the tokenizer of {model_type} has no chat template, and kdctl works on chat prompts"
         )
     if isinstance(tokenizer.chat_template, dict):
-        _check_templates(tokenizer.chat_template, f"{folder}: the tokenizer of {model_type}")
+        check_templates(tokenizer.chat_template, f"{folder}: the tokenizer of {model_type}")
     return tokenizer
 
 
-def _check_templates(named: Mapping[str, str], whose: str) -> None:
+def check_templates(named: Mapping[str, str], whose: str) -> None:
     """Raise ModelError unless one of several templates is the default, and all can be files of a student's folder."""
     if "default" not in named:
         raise ModelError(
@@ -58,7 +59,9 @@ def _check_templates(named: Mapping[str, str], whose: str) -> None:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Raise ModelError if the tokenizer can produce ids that the model has no row for."""
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no tokens; fetch its files again")
     if largest >= config.vocab_size:
         raise ModelError(
             f"the tokenizer's largest id {largest} is outside the model's vocabulary of {config.vocab_size}"

@@ -184,6 +184,14 @@ def extra(name: str, *shape: int) -> Change:
     return lambda _, tensors: tensors.__setitem__(name, (np.ones(shape, np.float32), FLOAT32))
 
 
+def templates(name: str) -> Change:
+    def change(fields: gguf_files.Fields, _: object) -> None:
+        for key in ("", f".{name}"):
+            fields[f"tokenizer.chat_template{key}"] = ("x", Type.STRING, None)
+
+    return change
+
+
 def longrope(fields: gguf_files.Fields, _: object) -> None:
     fields["llama.rope.scaling.type"] = ("longrope", Type.STRING, None)
 
@@ -234,6 +242,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "an end of a message outside": (put("tokenizer.ggml.eom_token_id", 264, Type.UINT32), r"\[263, 264\]"),
     "a split as number": (put("tokenizer.ggml.pre", 1, Type.UINT8), "pre=1"),
     "tokens as text": (put("tokenizer.ggml.tokens", "abc", Type.STRING), "tokens='abc'"),
+    "a template that leads elsewhere": (templates("../../x"), "would lead elsewhere"),
     "a name as number": (put("general.name", 1, Type.UINT8), "general.name=1"),
     "no types": (without("tokenizer.ggml.token_type"), "has no tokenizer.ggml.token_type"),
     "no merges": (without("tokenizer.ggml.merges"), "has no tokenizer.ggml.merges"),

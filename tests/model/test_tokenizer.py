@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kdctl.base.errors import ModelError
-from kdctl.model.tokenizer import load_tokenizer
+from kdctl.model.configuration import read_config
+from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 
 
 def edited(source: Path, folder: Path, **changes: object) -> Path:
@@ -48,3 +49,15 @@ def test_no_class_of_the_folder_is_imported(tiny_dir: Path, tmp_path: Path) -> N
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_is_missing_or_too_large_is_one_message(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["model"]["vocab"] |= {f"more{index}": 300 + index for index in range(20)}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ModelError, match="largest id 319 is outside the model's vocabulary of 264"):
+        check_vocabulary(load_tokenizer(folder), read_config(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"it has no tokenizer\.json"):
+        load_tokenizer(folder)
