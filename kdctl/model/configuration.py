@@ -25,6 +25,8 @@ def read_config(path: Path) -> PretrainedConfig:
         check_layers(path / "config.json")
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
+        if not isinstance(text, PretrainedConfig):
+            raise ModelError(f"{path}: the configuration of the text part is {text!r:.60}, not an object of settings")
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - any value can stand in the file, and every class fails in its own way

@@ -1,5 +1,7 @@
 """How long a sequence may be: within it packed sequences are what transformers computes for each alone."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kdctl.base.errors import ModelError, PresetError
 from kdctl.model.attention import Layout, forward
+from kdctl.model.configuration import read_config
 from kdctl.model.context import Reach, check_completions, reach_of
 
 SIZES: dict[str, Any] = {
@@ -94,3 +97,11 @@ def test_completions_out_of_reach_are_refused_with_the_settings_that_help() -> N
 @pytest.mark.parametrize(("reach", "tokens", "room"), [(Reach(None), 5, 7), (Reach(10), 5, 5), (Reach(10), 12, 0)])
 def test_room_is_what_is_left_of_the_reach(reach: Reach, tokens: int, room: int) -> None:
     assert reach.room(tokens, 7) == room
+
+
+@pytest.mark.parametrize("part", [7, "x", [1]])
+def test_a_text_part_that_is_no_configuration_is_refused(tiny_dir: Path, tmp_path: Path, part: object) -> None:
+    tree = json.loads((tiny_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "text_config": part}))
+    with pytest.raises(ModelError, match="text part"):
+        read_config(tmp_path)
