@@ -65,7 +65,9 @@ def rendered(
     try:
         with _on(day), limited(SECONDS, BYTES):
             template = tokenizer.apply_chat_template
-            return str(template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+            text = str(template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+            text.encode()  # what is not valid Unicode cannot be tokenized
+            return text
     except Exception as error:  # noqa: BLE001 - a template can raise any
         roles = ", ".join(message["role"] for message in messages)
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "

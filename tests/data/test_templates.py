@@ -42,6 +42,7 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
         ("{{ '%100000000000d' % 1 }}", "MemoryError"),
         ("{{ 9 ** (9 ** 9) }}", "OverflowError: a power"),
         ("{{ strftime_now(7) }}", "TypeError"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
         ("{{ messages[0].content.encode('utf-16').decode() }}", "UnicodeDecodeError"),
     ],
 )
