@@ -5,9 +5,11 @@ precision on CPUs without AVX-512 (2.13 has none). ``eval.harness`` hides lm-eva
 ``data.templates`` fixes the clock of chat templates, until ``apply_chat_template`` takes one (5.23 does not).
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +37,31 @@ def import_caches_without_hqq() -> None:
 
     with replaced(utils, "is_hqq_available", lambda *_: False):
         import transformers.cache_utils  # noqa: F401
+
+
+def convert_without_pandas() -> None:
+    """Let pyarrow convert Python's values without importing pandas, which takes a moment of every command.
+
+    pyarrow looks for pandas once, at its first conversion; what needs pandas still finds it. Needed until pyarrow does
+    not import it for values that are none of pandas' (26.0 does).
+    """
+    import pyarrow
+
+    absent = _Absent()
+    sys.meta_path.insert(0, absent)
+    try:
+        pyarrow.array([0])
+    finally:
+        sys.meta_path.remove(absent)
+
+
+class _Absent(MetaPathFinder):
+    """Says that pandas is not installed."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        """Raise ImportError for pandas."""
+        if fullname == "pandas":
+            raise ImportError("pandas is imported where it is needed")
 
 
 @contextmanager

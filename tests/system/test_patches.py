@@ -37,3 +37,17 @@ def test_hqq_is_imported_where_it_quantizes_and_nowhere_before(entry: str) -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "True"]
+
+
+@pytest.mark.slow
+def test_pandas_is_imported_where_it_is_needed_and_nowhere_before() -> None:
+    code = (
+        "import sys\n"
+        "import kdctl.stages.pipeline\n"
+        "import pyarrow\n"
+        "table = pyarrow.table({'a': [1, 2]})\n"
+        "print('pandas' in sys.modules)\n"
+        "print(table.to_pandas()['a'].sum())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "3"]
