@@ -43,6 +43,13 @@ IDENTITY = b"kdctl.identity"
 SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 
+def encoded(table: pa.Table) -> bytes:
+    """Return a table as a Parquet file, the same bytes for the same rows."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
 class RolloutStore:
     """A folder of shards and its manifest."""
 
@@ -82,9 +89,7 @@ class RolloutStore:
     def write_table(self, index: int, table: pa.Table, identity: str) -> ShardEntry:
         """Write one block of rollouts that are a table of ``SCHEMA``, like ``write_shard``."""
         table = table.replace_schema_metadata({IDENTITY: identity.encode()})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        data = buffer.getvalue()
+        data = encoded(table)
         write_bytes(self.shard_path(index), data)
         return self._entry(index, table, data)
 
@@ -99,14 +104,20 @@ class RolloutStore:
         )
 
     def kept_shard(self, index: int, identity: str) -> ShardEntry | None:
-        """Return the entry of a whole shard with this identity left by an earlier run, if there is one."""
+        """Return the entry of a whole shard with this identity left by an earlier run, if there is one.
+
+        Damage that its rows do not show, in the description behind them, is mended.
+        """
         try:
-            data = self.shard_path(index).read_bytes()
-            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            found = self.shard_path(index).read_bytes()
+            table = pq.read_table(pa.BufferReader(found), page_checksum_verification=True)
         except (OSError, pa.ArrowException):
             return None
         if not table.schema.equals(SCHEMA.with_metadata({IDENTITY: identity.encode()}), check_metadata=True):
             return None
+        data = encoded(table)
+        if data != found:
+            write_bytes(self.shard_path(index), data)
         return self._entry(index, table, data)
 
     def finish(self, manifest: StoreManifest) -> None:

@@ -117,7 +117,8 @@ def test_layer_errors_are_relative_frobenius_norms_worst_first(teacher: PreTrain
     student = quantized(teacher, SETTINGS)
     errors = layer_errors(teacher, student.weights)
     assert {error.name for error in errors} == LINEAR
-    assert [error.relative_error for error in errors] == sorted((e.relative_error for e in errors), reverse=True)
+    relative = [error.relative_error or 0.0 for error in errors]
+    assert relative == sorted(relative, reverse=True)
     for error in errors:
         weight = teacher.get_parameter(f"{error.name}.weight").double()
         noise = weight - student.model.get_parameter(f"{error.name}.weight").double()

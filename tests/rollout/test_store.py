@@ -230,7 +230,7 @@ def test_foreign_parquet_file_is_not_kept(tmp_path):
 
 def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
     store = RolloutStore(tmp_path / "s")
-    store.write_shard(0, BLOCKS[0], IDENTITY)
+    written = store.write_shard(0, BLOCKS[0], IDENTITY)
     path, whole = store.shard_path(0), store.shard_path(0).read_bytes()
     lost = 0
     for position in range(0, len(whole), 11):
@@ -240,6 +240,7 @@ def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
             lost += 1
         else:
             assert list(store.read_shard(entry)) == BLOCKS[0], position
+            assert (entry, path.read_bytes()) == (written, whole), position
         path.write_bytes(whole)
     assert lost > 50
     for length in range(0, len(whole), 97):
