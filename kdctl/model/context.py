@@ -4,6 +4,7 @@ Two kinds of rotary scaling choose their factors by the longest sequence of a fo
 transformers). Sequences that lie end to end would get each other's, so these networks are used up to where it begins.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,20 +83,21 @@ def _exact(config: PretrainedConfig) -> Iterator[Reach]:
             limit = rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
         else:
             continue
-        if (tokens := _natural(limit)) is not None:
-            yield Reach(
-                tokens,
-                f"beyond {tokens} this network's rotary scaling {kind!r} has other factors, chosen by the longest "
-                "sequence of a pass; kdctl packs sequences, so that shorter ones would be computed with them too",
-            )
+        if not isinstance(limit, (int, float)) or not 1 <= limit < math.inf:
+            raise ModelError(f"rotary scaling {kind!r} begins beyond {limit!r:.80} tokens by config.json; correct that")
+        tokens = int(limit)
+        yield Reach(
+            tokens,
+            f"beyond {tokens} this network's rotary scaling {kind!r} has other factors, chosen by the longest "
+            "sequence of a pass; kdctl packs sequences, so that shorter ones would be computed with them too",
+        )
 
 
 def _rotary(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
     """Yield a configuration's rotary parameters, which may differ by kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     if isinstance(found, Mapping):
-        nested = [one for one in found.values() if isinstance(one, Mapping)]
-        yield from nested or [found]
+        yield from (one for one in (found, *found.values()) if isinstance(one, Mapping))
 
 
 def _natural(value: object) -> int | None:

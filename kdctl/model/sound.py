@@ -28,8 +28,9 @@ LEAST, MOST = (
 )
 """Mean differences of a position's log-probabilities in nats that rounding explains, and that it never does.
 
-SmolLM2-135M differs by 6e-6 in float32, 0.007 in float16 and 0.05 in bfloat16, tiny random networks by less; without
-its mask by 2 and more.
+Measured on the quickstart's SmolLM2-135M on a CPU, the largest of 13 pairs of sequences: one before the other against
+alone 2e-5 in float32, 0.023 in float16 and 0.18 in bfloat16; packed 7e-5 in float32 and 0 in the other two; from a
+cache 0. Another one's tokens in sight, as without a mask, make 2.6.
 """
 
 

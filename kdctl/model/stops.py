@@ -16,7 +16,7 @@ from kdctl.base.errors import ModelError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TEXT_PARTS = ("decoder", "generator", "text_config")
-FIELD = "eos_token_id"
+FIELD, TEXTS = "eos_token_id", "stop_strings"
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[int, ...]:
@@ -36,6 +36,17 @@ def own_stops(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def read_from_config(folder: Path) -> bool:
     """Tell whether config.json says what ends a completion, which earlier versions did not read."""
     return not (folder / GENERATION).is_file()
+
+
+def stop_texts(folder: Path) -> str:
+    """Return a warning where ``generate`` also stops at texts, which are no tokens; empty where it does not."""
+    texts = _object(folder / GENERATION).get(TEXTS) if (folder / GENERATION).is_file() else None
+    if not texts:
+        return ""
+    return (
+        f"warning: {GENERATION} ends completions at the texts {texts!r:.200} too ({TEXTS}), and kdctl's end at tokens "
+        "alone; they may go on behind such a text"
+    )
 
 
 def described(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ from kdctl.model.context import Reach, reach_of
 from kdctl.model.folder import fingerprint
 from kdctl.model.load import load_model, pick_device, torch_dtype
 from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
-from kdctl.model.stops import described, own_stops, read_from_config, stop_ids
+from kdctl.model.stops import described, own_stops, read_from_config, stop_ids, stop_texts
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.run.locks import holding
 from kdctl.system.memory import give_back
@@ -87,6 +87,8 @@ class Teacher:
     def say_stops(self) -> None:
         """Say once which tokens end a completion."""
         self.reporter.note(described(self.stop_ids(), self.tokenizer()))
+        if texts := stop_texts(self.folder()):
+            self.reporter.note(texts)
 
     def new_stops(self) -> dict[str, str]:
         """Return the tokens that completions of earlier versions did not end at, as an input of an identity."""

@@ -48,6 +48,8 @@ LONGROPE: dict[str, Any] = {
         ({}, 32, "context"),
         ({"rope_parameters": DYNAMIC}, 32, "dynamic"),
         (LONGROPE, 16, "longrope"),
+        ({"rope_parameters": LONG | {"original_max_position_embeddings": 16.0}}, 16, "longrope"),
+        ({"rope_parameters": DYNAMIC | {"notes": {}}}, 32, "dynamic"),
         ({"kind": "qwen2", "rope_parameters": YARN}, 128, "context"),
         ({"kind": "gpt2", "n_positions": 24}, 24, "context"),
         ({"kind": "bloom"}, None, ""),
@@ -80,6 +82,14 @@ def test_within_reach_packed_sequences_are_those_alone_and_beyond_it_they_are_re
     long = torch.arange(tokens + 1)
     with pytest.raises(ModelError, match=f"{tokens + 1} tokens"):
         forward(model, long, long, Layout([tokens + 1]))
+
+
+@pytest.mark.parametrize("value", ["16", None, 0, float("inf")])
+def test_rotary_factors_that_begin_nowhere_are_refused(value: object) -> None:
+    config = config_of()
+    config.rope_parameters = LONG | {"original_max_position_embeddings": value}
+    with pytest.raises(ModelError, match="longrope"):
+        reach_of(config)
 
 
 def test_completions_out_of_reach_are_refused_with_the_settings_that_help() -> None:

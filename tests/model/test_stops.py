@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError
-from kdctl.model.stops import described, stop_ids
+from kdctl.model.stops import described, stop_ids, stop_texts
 
 ROWS = 264
 OWN = 258
@@ -73,3 +73,12 @@ def test_a_damaged_generation_configuration_is_refused(
 def test_stops_are_said_with_their_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert described((32, OWN), tokenizer) == f"completions end at 32 'A', {OWN} {tokenizer.eos_token!r}"
     assert described((), tokenizer).startswith("warning: nothing ends a completion")
+
+
+@pytest.mark.parametrize(("generation", "words"), [(None, ""), ({}, ""), ({"stop_strings": ["#"]}, "texts ['#']")])
+def test_texts_at_which_generate_stops_are_said_to_be_no_ends(
+    tiny_dir: Path, tmp_path: Path, generation: object, words: str
+) -> None:
+    found = stop_texts(folder_with(tiny_dir, tmp_path / "m", {}, generation))
+    assert bool(found) == bool(words)
+    assert words in found
