@@ -113,7 +113,7 @@ CSV = "\n".join(["prompt", *(row["prompt"] for row in ROWS)]).encode()
         ("a.JSONL", LINES),
         ("a.ndjson", LINES),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.json.bz2", bz2.compress(json.dumps(ROWS).encode())),
         ("a.csv", CSV),
         ("a.TSV", CSV),
@@ -132,7 +132,7 @@ def test_files_are_read_by_their_ending(tmp_path: Path, name: str, content: byte
         ("a.json", LINES.decode().encode("utf-16"), "not UTF-8 text in line 1"),
         ("a.jsonl", b'{"prompt": "a"}\n\0\0\0', "line 2"),
         ("a.txt", LINES, "of no kind that is read: .jsonl"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be read"),
         ("a.parquet", b"PAR1" + bytes(40), "cannot be read"),
     ],
 )
