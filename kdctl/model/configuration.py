@@ -10,16 +10,23 @@ from kdctl.base.errors import ModelError, brief
 ENDLESS = re.compile(r'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{5,})')
 """Numbers of layers that no network has and that would take hours to lay out."""
 OTHER_PARTS = {"vision_config", "audio_config"}
-TEXT_PART = (
-    "AutoModelForCausalLM.from_pretrained(FOLDER, config=AutoConfig.from_pretrained(FOLDER).get_text_config(), "
-    'key_mapping={r"^(model\\.)?language_model\\.(model\\.)?": "model."}).save_pretrained(TEXT_FOLDER)'
-)
 
 
 def read_config(path: Path) -> PretrainedConfig:
     """Read a model's configuration from a folder, without its weights and without the author's code.
 
     Raises ModelError if it is damaged, impossible, or of a model that is more than one network for text.
+    """
+    config, text = read_parts(path)
+    if is_composite(config, text):
+        raise composite(path, config, text, "only a teacher's text part is taken by itself, as teacher.model")
+    return usable(config, path)
+
+
+def read_parts(path: Path) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """Read a model's configuration, and the part of it that describes the network for text, often itself.
+
+    Raises ModelError if it is damaged or that of an encoder with a decoder.
     """
     try:
         check_layers(path / "config.json")
@@ -36,14 +43,21 @@ def read_config(path: Path) -> PretrainedConfig:
             f"{path}: model type {config.model_type!r} is an encoder with a decoder, and kdctl distills causal "
             "language models only, which read and write one sequence"
         )
-    if text is not config or not OTHER_PARTS.isdisjoint(config.sub_configs):
-        way_out = f"save the text part with its tokenizer and use that folder: {TEXT_PART}"
-        raise ModelError(
-            f"{path}: model type {config.model_type!r} is a composite model, whose text part {text.model_type!r} lies "
-            "beside parts for pictures or sound, and kdctl distills text models only; "
-            + (way_out if text is not config else "use a text model")
-        )
-    return usable(config, path)
+    config._attn_implementation = None  # the file's choice, which may be code from elsewhere, is not kdctl's
+    return config, text
+
+
+def is_composite(config: PretrainedConfig, text: PretrainedConfig) -> bool:
+    """Tell whether a model has parts for pictures or sound beside its text part."""
+    return text is not config or not OTHER_PARTS.isdisjoint(config.sub_configs)
+
+
+def composite(path: Path, config: PretrainedConfig, text: PretrainedConfig, why: str) -> ModelError:
+    """Say why a composite model is not used."""
+    return ModelError(
+        f"{path}: model type {config.model_type!r} is a composite model, whose text part {text.model_type!r} lies "
+        f"beside parts for pictures or sound, and kdctl distills text models only; {why}"
+    )
 
 
 def check_layers(file: Path) -> None:

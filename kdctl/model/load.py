@@ -56,25 +56,31 @@ def load_model(
     Raises ModelError if tensors are missing, left over or not finite, and if the network gives other numbers for
     sequences laid end to end or continued from a cache than for each alone.
     """
-    config = read_config(folder)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # they are looked at below, by name
-    options |= {"trust_remote_code": False, "use_safetensors": True}
-    options |= {"quantization_config": how} if how else {}
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)  # pyright: ignore
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except ImportError as error:
-        raise ModelError(f"{folder}: its weights need a package that is not here: {brief(error)}") from None
-    except Exception as error:  # noqa: BLE001 - files and configuration can disagree in any way
-        raise ModelError(f"{folder}: the model cannot be loaded: {reason(error)}") from None
+    model, found = open_weights(AutoModelForCausalLM, folder, read_config(folder), dtype, how)
     check_complete(folder, found)
     check_tied(folder, model)
     check_weights(model)
     model = ready(model, device)
     check_network(model)
     return model
+
+
+def open_weights(
+    auto: Any, folder: Path, config: PretrainedConfig, dtype: torch.dtype, how: QuantizationConfigMixin | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Let one of transformers' Auto classes load a folder; return what it says was missing or left over, too."""
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are looked at by name
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    options |= {"quantization_config": how} if how else {}
+    try:
+        return auto.from_pretrained(folder, config=config, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except ImportError as error:
+        raise ModelError(f"{folder}: its weights need a package that is not here: {brief(error)}") from None
+    except Exception as error:  # noqa: BLE001 - files and configuration can disagree in any way
+        raise ModelError(f"{folder}: the model cannot be loaded: {reason(error)}") from None
 
 
 def check_complete(folder: Path, found: Mapping[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 A reference is a Hub id, a local folder, a ``.gguf`` file, or ``pkg:PACKAGE/FILE`` (a file or folder inside an
 installed package, found without importing it). Everything becomes a local folder of safetensors first; GGUF is
-converted once into a cache keyed by the file's content.
+converted once into a cache keyed by the file's content, and so is the text part of a composite model.
 """
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -13,20 +14,26 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError, brief
 from kdctl.model.absent import check_fetched, check_no_adapter, why_no_model
+from kdctl.model.composite import has_text_part, text_config, text_model
+from kdctl.model.composite_tokenizer import check_kept, text_tokenizer
 from kdctl.model.configuration import read_config, usable
+from kdctl.model.folder import fingerprint
 from kdctl.model.gguf import gguf_config, gguf_model
 from kdctl.model.gguf_file import open_gguf
 from kdctl.model.gguf_tokenizer import gguf_tokenizer
 from kdctl.model.hashes import is_whole, known_sha256, note_files
-from kdctl.run.files import atomic_folder, sweep_up, writing
+from kdctl.model.stops import GENERATION, stop_ids
+from kdctl.run.files import atomic_folder, read_bytes, remove, sweep_up, write_bytes, writing
 from kdctl.run.paths import cache_dir
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 3  # raise it when a GGUF file is converted differently, so that older caches are not taken
+TEXT_CONVERSION = 1  # the same for text parts
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
@@ -115,9 +122,18 @@ def _why_not(error: Exception, offline: bool) -> str:
 
 
 def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None, offline: bool = False) -> Path:
-    """Return a folder with config, safetensors and tokenizer, converting a GGUF file on first use."""
+    """Return a folder with config, safetensors and tokenizer, made on first use of a GGUF file or a composite model."""
     path = locate(reference, revision, offline)
-    return convert_gguf(path, dtype) if path.is_file() else path
+    if path.is_file():
+        return convert_gguf(path, dtype)
+    return convert_text(path, dtype) if has_text_part(path) else path
+
+
+def cache_of(path: Path, dtype: torch.dtype) -> Path | None:
+    """Name the cache folder of what is converted on first use, None for a model folder that is used as it is."""
+    if path.is_file():
+        return gguf_cache(path, dtype)
+    return text_cache(path, dtype) if has_text_part(path) else None
 
 
 def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
@@ -128,24 +144,58 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     folder = gguf_cache(path, dtype)
     if is_whole(folder):
         return folder
-    sweep_up(folder.parent)
     file = open_gguf(path)
     gguf_config(file)
     tokenizer = gguf_tokenizer(file)
-    model = gguf_model(file, dtype)
+    _keep(folder, gguf_model(file, dtype), tokenizer)
+    return folder
+
+
+def convert_text(path: Path, dtype: torch.dtype) -> Path:
+    """Save the text part of a composite model as a cached folder, keyed by its files and the dtype.
+
+    Raises ModelError if something would be lost or other; nothing is cached then.
+    """
+    folder = text_cache(path, dtype)
+    if is_whole(folder):
+        return folder
+    config, tokenizer = text_config(path), text_tokenizer(path)
+    stop_ids(path, tokenizer, config.vocab_size)
+    _keep(folder, text_model(path, config, dtype), tokenizer, path / GENERATION)
+    return folder
+
+
+def _keep(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: Path | None = None
+) -> None:
+    """Write a folder of the cache. generation: the file instead of transformers' own, or none."""
+    sweep_up(folder.parent)
     with atomic_folder(folder) as temporary:
         with writing(temporary / "model.safetensors"):
             model.save_pretrained(temporary)
         with writing(temporary / "tokenizer.json"):
             tokenizer.save_pretrained(temporary)
+        if generation is not None:
+            remove(temporary / GENERATION)
+            if generation.is_file():
+                write_bytes(temporary / GENERATION, read_bytes(generation))
+            check_kept(temporary, tokenizer, generation.parent)
         note_files(temporary)
-    return folder
 
 
 def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a GGUF file. It is whole if it says so itself."""
     made_by = f"{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
     return cache_dir() / "gguf" / f"{path.stem}-{known_sha256(path)[:16]}-{made_by}"
+
+
+def text_cache(path: Path, dtype: torch.dtype) -> Path:
+    """Name the cache folder of a composite model's text part: by its weights, and all that may say how to read them."""
+    total = hashlib.sha256(fingerprint(path).encode())
+    for file in sorted(file for kind in HUB_FILES if kind != "*.safetensors" for file in path.glob(kind)):
+        total.update(f"{file.name}:{known_sha256(file)}\n".encode())
+    made_by = f"{str(dtype).removeprefix('torch.')}-v{TEXT_CONVERSION}"
+    return cache_dir() / "text" / f"{total.hexdigest()[:16]}-{made_by}"
 
 
 def find_config(
@@ -155,4 +205,6 @@ def find_config(
     path = locate(reference, revision, offline, ["config.json"])
     if path.is_file() and is_whole(cached := gguf_cache(path, dtype)):
         path = cached
-    return usable(gguf_config(open_gguf(path)), path) if path.is_file() else read_config(path)
+    if path.is_file():
+        return usable(gguf_config(open_gguf(path)), path)
+    return text_config(path) if has_text_part(path) else read_config(path)

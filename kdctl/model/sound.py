@@ -21,6 +21,7 @@ from kdctl.model.head import check_head, head_of
 LENGTHS = (6, 11)
 WINDOW = 4
 """What windows of attention are narrowed to meanwhile, so that sequences this short reach beyond them."""
+MEANT = ("_token_id", "_token_index")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 LEAST, MOST = (
     {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.03},
@@ -106,7 +107,7 @@ class Probe:
     def ids(self) -> Tensor:
         """Both sequences end to end, without tokens that a configuration gives a meaning."""
         vocabulary: int = self.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        named = [value for name, value in vars(self.model.config).items() if name.endswith("_token_id")]
+        named = [value for name, value in vars(self.model.config).items() if name.endswith(MEANT)]
         special = {token for value in named for token in (value if isinstance(value, list) else [value])}
         usual = [token for token in range(1, min(vocabulary, 4096)) if token not in special]
         numbers = torch.Generator().manual_seed(0)

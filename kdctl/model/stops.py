@@ -24,7 +24,7 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int) 
 
     vocabulary: rows of the model's embedding. Raises ModelError for a damaged file and for what is no token.
     """
-    found = _generation(folder) or _configuration(folder)
+    found = _generation(folder) or configured(folder)
     return tuple(sorted({*_tokens(found, folder, vocabulary), *own_stops(tokenizer)}))
 
 
@@ -71,7 +71,7 @@ def _generation(folder: Path) -> tuple[str, Any] | None:
     return GENERATION, tree.get(FIELD)
 
 
-def _configuration(folder: Path) -> tuple[str, Any]:
+def configured(folder: Path) -> tuple[str, Any]:
     """Return what config.json says, of the whole or else of its text part."""
     tree = _object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     part = next((tree[name] for name in TEXT_PARTS if tree.get(name)), {})

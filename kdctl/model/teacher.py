@@ -13,7 +13,7 @@ from kdctl.config.preset import RuntimeSection, TeacherSection
 from kdctl.model.context import Reach, reach_of
 from kdctl.model.folder import fingerprint
 from kdctl.model.load import load_model, pick_device, torch_dtype
-from kdctl.model.reference import find_config, gguf_cache, locate, model_folder
+from kdctl.model.reference import cache_of, find_config, locate, model_folder
 from kdctl.model.stops import described, own_stops, read_from_config, stop_ids, stop_texts
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.run.locks import holding
@@ -55,15 +55,17 @@ class Teacher:
 
     @_once
     def folder(self) -> Path:
-        """Return the folder of safetensors, which is downloaded or converted from GGUF first where it has to be."""
+        """Return the folder of safetensors, which is downloaded or converted first where it has to be."""
         reference, revision = self.settings.model, self.settings.revision
         path = locate(reference, revision, self.offline)
-        if not path.is_file():
-            return model_folder(reference, self.dtype, revision, self.offline)
-        cached = gguf_cache(path, self.dtype)
-        with holding(cached.with_name(f".{cached.name}.lock"), f"the conversion of {path.name}", self.reporter.note):
+        cached, name = cache_of(path, self.dtype), path.name if path.is_file() else reference
+        if cached is None:
+            return path
+        if path.is_dir():
+            self.reporter.note(f"using the text part of {name}; the parts for pictures or sound are left out")
+        with holding(cached.with_name(f".{cached.name}.lock"), f"the conversion of {name}", self.reporter.note):
             if not cached.is_dir():
-                self.reporter.note(f"converting {path.name} to safetensors, once")
+                self.reporter.note(f"converting {name} to safetensors, once")
             return model_folder(reference, self.dtype, revision, self.offline)
 
     @_once

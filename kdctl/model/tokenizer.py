@@ -13,6 +13,7 @@ from kdctl.run.names import stays_inside
 
 VOCABULARY = "vocabulary"
 SPLITTING = "splitting of text"
+SPECIALS = "special tokens"
 PROBES = (
     topics["with"],
     "naïve café, Straße, ἀλήθεια, 東京 – 12,345.678 €; 🙂\n\n\tdef f(x):\n        return x ** 2\r\n",
@@ -78,6 +79,6 @@ def _parts(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, object]:
     return {
         VOCABULARY: tokenizer.get_vocab(),
         SPLITTING: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES],
-        "special tokens": (tokenizer.special_tokens_map, tokenizer("")["input_ids"]),
+        SPECIALS: (tokenizer.special_tokens_map, tokenizer("")["input_ids"]),
         "chat template": tokenizer.chat_template,
     }

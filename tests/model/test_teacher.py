@@ -66,7 +66,7 @@ def test_a_conversion_is_said_once_and_only_where_it_happens(
 ) -> None:
     file, cached = tmp_path / "tiny.gguf", tmp_path / "cached"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(teacher, "gguf_cache", lambda *_: cached)
+    monkeypatch.setattr(teacher, "cache_of", lambda *_: cached)
     monkeypatch.setattr(reference, "convert_gguf", lambda *_: tiny_dir)
     found = teacher_of(smoke, model=str(file))
     assert [found.folder(), found.folder()] == [tiny_dir] * 2
