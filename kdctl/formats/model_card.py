@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kdctl.config.preset import DistillSection
 from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, Unit
-from kdctl.run.records import DistributionMetrics, Estimate, QuantizeReport
+from kdctl.run.records import DistributionMetrics, Estimate, QuantizeReport, TextMetrics
 
 LICENSE = re.compile(r"[\w.-]+")
 DIGITS: dict[Unit, int] = {"nats": 4, "share": 4, "perplexity": 2}
@@ -106,7 +106,7 @@ def _numbers(report: QuantizeReport, training: Training | None) -> str:
     rows += [
         (
             "text perplexity",
-            f"{_interval(report.text.perplexity, 2)}; teacher {report.teacher_text.perplexity.value:.2f}",
+            f"{_text(report.text)}; teacher {report.teacher_text.perplexity.value:.2f}",
         ),
     ]
     if training:
@@ -146,6 +146,11 @@ def _vllm(report: QuantizeReport) -> str:
 def _listed(numbers: tuple[int, ...]) -> str:
     *first, last = map(str, numbers)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def _text(found: TextMetrics) -> str:
+    """Give perplexity on plain text; one document has no interval over documents."""
+    return _interval(found.perplexity, 2) if found.documents > 1 else f"{found.perplexity.value:.2f} (one document)"
 
 
 def _interval(estimate: Estimate, digits: int = 4) -> str:

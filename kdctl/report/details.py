@@ -103,11 +103,13 @@ def _difference_column(measure: TokenMeasure) -> Column:
 
 
 def removed(base: Row, row: Row) -> Estimate | None:
-    """Estimate 1 − KL(row)/KL(base), over documents and seeds; None where documents are missing."""
+    """Estimate 1 − KL(row)/KL(base), over documents and seeds; None where documents are missing or no KL was there."""
     before, after = base.documents, row.documents
     if not before or not after:
         return None
     old = np.mean([one[FORWARD_KL] for one in before], axis=0)
+    if not old.sum() > 0:
+        return None
     new = np.mean([one[FORWARD_KL] for one in after], axis=0)
     shares = [1 - one[FORWARD_KL].sum() / old.sum() for one in after]
     return stats.widen(stats.removed(new, old), shares)

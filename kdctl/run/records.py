@@ -19,7 +19,7 @@ StopReason = Literal["steps", "patience"]
 class Record(BaseModel):
     """Base of all JSON records: frozen, closed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,18 @@ KL_NOISE = 1e-3
 def check_gap(context: Context, teacher: Teacher, before: PerDocument, min_gap: float) -> None:
     """Say what the PTQ student lost, and warn if that is within noise.
 
-    Raises TrainingError if the lower end of the interval of its KL to the teacher is below ``min_gap``, nats a token:
-    training starts only where the gap is surely as large as asked for.
+    Raises TrainingError if its KL to the teacher is 0, or the lower end of its interval below ``min_gap``, nats a
+    token: training starts only where the gap is surely as large as asked for.
     """
     found, accuracy = distribution.summarize(before), accuracy_gap(context, teacher)
     for line in gap_lines(found, accuracy):
         context.reporter.note(line)
     kl = found.forward_kl
+    if not kl.value > 0:
+        raise TrainingError(
+            f"the PTQ student's KL to the teacher is {kl.value:.4g} nats a token: its predictions are the teacher's, "
+            "and there is nothing to win by training. Quantize to fewer bits, or use the student as it is"
+        )
     if kl.low < min_gap:
         raise TrainingError(
             f"the PTQ student's KL to the teacher is {kl.value:.4g} nats a token, 95 % interval {kl.low:.4g} to "

@@ -24,6 +24,8 @@ from kdctl.run.record_files import read_record
 from kdctl.run.records import QuantizeReport, Rollout, TextMetrics
 from kdctl.stages.context import Context
 
+FEWEST = 2
+
 
 def prompt_reader(context: Context, teacher: Teacher) -> PromptReader:
     """Return what reads prompts with the teacher's tokenizer."""
@@ -31,10 +33,19 @@ def prompt_reader(context: Context, teacher: Teacher) -> PromptReader:
 
 
 def heldout_prompts(context: Context, teacher: Teacher) -> PromptSet:
-    """Read the held-out prompts. Raises PresetError if one with its completion exceeds the teacher's context."""
+    """Read the held-out prompts.
+
+    Raises PresetError if one with its completion exceeds the teacher's context, DataError if there is one only.
+    """
     settings = context.preset.heldout
     found = prompt_reader(context, teacher).heldout(settings.num_prompts, settings.seed)
     check_completions(teacher.reach(), found.longest, settings.max_new_tokens, "heldout.max_new_tokens")
+    if len(found.prompts) < FEWEST:
+        raise DataError(
+            f"the yardstick has {len(found.prompts)} held-out prompt, and intervals over documents need at least "
+            f"{FEWEST}: of one alone each would have no width, as if it were certain. Raise heldout.num_prompts (now "
+            f"{settings.num_prompts}), or name a source of more prompts in prompts.heldout"
+        )
     return found
 
 

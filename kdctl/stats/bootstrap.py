@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kdctl.base.errors import DataError
 from kdctl.base.rng import digest
 from kdctl.run.records import Estimate
 
@@ -46,14 +47,22 @@ def resampled_counts(table: Array, *key: str) -> Array:
 
 
 def percentile(value: float, resampled: Array) -> Estimate:
-    """Put the percentile interval of resampled values around a value (Efron 1979)."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    """Put the percentile interval of resampled values around a value (Efron 1979).
+
+    Resamples of which nothing can be said, as 0 / 0, are left out; one of ∞ is between no two others.
+    """
+    known = resampled[~np.isnan(resampled)]
+    if not known.size:
+        return Estimate(value=float(value), low=-np.inf, high=np.inf)
+    method = "linear" if np.isfinite(known).all() else "inverted_cdf"
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method=method)
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
 def _of_sums(rows: Sequence[ArrayLike], statistic: Callable[[Array], Array]) -> Estimate:
     """Estimate a function of the rows' sums; ``statistic`` maps (K, ...) to (...)."""
-    return percentile(float(statistic(np.asarray(rows, np.float64).sum(-1))), statistic(resampled_sums(rows)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return percentile(float(statistic(np.asarray(rows, np.float64).sum(-1))), statistic(resampled_sums(rows)))
 
 
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
@@ -77,11 +86,17 @@ def ratio_difference(
 
 
 def removed(after: ArrayLike, before: ArrayLike) -> Estimate:
-    """Estimate 1 − Σ after / Σ before on the same documents, resampling them in pairs."""
+    """Estimate 1 − Σ after / Σ before on the same documents, resampling them in pairs.
+
+    Raises DataError where Σ before is not above 0: there is no share of nothing.
+    """
+    if not np.sum(before) > 0:
+        raise DataError("nothing was lost that a share of could be removed: the sum before is not above 0")
     left = ratio(after, before)
     return Estimate(value=1 - left.value, low=1 - left.high, high=1 - left.low)
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """Map an estimate of a mean negative log-likelihood to perplexity."""
-    return Estimate(**{name: float(np.exp(value)) for name, value in estimate.model_dump().items()})
+    """Map an estimate of a mean negative log-likelihood to perplexity, ∞ beyond float64."""
+    with np.errstate(over="ignore"):
+        return Estimate(**{name: float(np.exp(value)) for name, value in estimate.model_dump().items()})

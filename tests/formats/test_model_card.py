@@ -55,6 +55,11 @@ def test_figures_are_those_of_the_record(report: QuantizeReport) -> None:
     assert "4 bits, group size 32, asymmetric" in text
 
 
+def test_text_of_one_document_has_no_interval(report: QuantizeReport) -> None:
+    one = report.model_copy(update={"text": report.text.model_copy(update={"documents": 1})})
+    assert f"| text perplexity | {one.text.perplexity.value:.2f} (one document); teacher" in model_card(one, HUB)
+
+
 def test_a_distilled_student_says_how_it_was_trained(report: QuantizeReport) -> None:
     settings = DistillSection(lmbda=0.5, beta=1.0)
     training = Training("mine", settings, 40, report.distribution, Estimate(value=0.5, low=0.4, high=0.6))

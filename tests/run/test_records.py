@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import SamplingRecord, ShardEntry, StoreManifest
+from kdctl.run.records import Estimate, SamplingRecord, ShardEntry, StoreManifest
 
 SAMPLING = SamplingRecord(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=8, seed=3)
 
@@ -37,6 +37,12 @@ def test_equal_manifests_leave_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_record(tmp_path / name, manifest(steps={"0-1": (0, 4)}))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_figures_that_are_not_finite_read_back_equal(tmp_path: Path) -> None:
+    record = Estimate(value=float("inf"), low=float("-inf"), high=1e308)
+    write_record(tmp_path / "e.json", record)
+    assert read_record(tmp_path / "e.json", Estimate) == record
 
 
 def test_records_are_frozen_and_closed() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdctl.base.errors import StoreError
+from kdctl.base.errors import DataError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.eval.distribution import predicting_states
 from kdctl.stages.context import open_run
@@ -33,6 +33,12 @@ def test_what_is_there_is_neither_written_nor_read_by_a_model_again(smoke: Prese
     assert measuring.identity
     assert not teacher.loaded, "the teacher reads when something is measured"
     assert files(tmp_path) == before
+
+
+def test_a_single_document_is_no_yardstick(smoke: Preset, tmp_path: Path) -> None:
+    one = smoke.model_copy(update={"heldout": smoke.heldout.model_copy(update={"num_prompts": 1})})
+    with pytest.raises(DataError, match=r"1 held-out prompt, .*heldout\.num_prompts"):
+        ensure_heldout(*open_run(one, tmp_path))
 
 
 def test_the_teacher_reads_the_yardstick_once(smoke: Preset, tmp_path: Path) -> None:

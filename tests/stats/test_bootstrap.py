@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kdctl import stats
+from kdctl.base.errors import DataError
 from kdctl.run.records import Estimate
 from kdctl.stats import bootstrap
 
@@ -46,6 +47,23 @@ def test_interval_contains_the_value_and_narrows_with_documents():
     for estimate in (short, long):
         assert estimate.low < estimate.value < estimate.high
     assert long.high - long.low < short.high - short.low
+
+
+def test_resamples_of_which_nothing_can_be_said_are_left_out():
+    found = stats.removed([0.0, 1.0, 0.0], [0.0, 2.0, 0.0])
+    assert (found.low, found.value, found.high) == (0.5, 0.5, 0.5)
+    found = stats.removed([1.0, 1.0], [0.0, 2.0])
+    assert (found.low, found.value, found.high) == (-np.inf, 0.0, 0.5)
+
+
+@pytest.mark.parametrize("before", [[0.0, 0.0], [-1e-9, 0.0], [np.nan, 1.0]])
+def test_there_is_no_share_of_nothing(before: list[float]):
+    with pytest.raises(DataError, match="nothing was lost"):
+        stats.removed([0.0, 0.0], before)
+
+
+def test_perplexities_beyond_float64_are_infinite():
+    assert stats.exponential(Estimate(value=800, low=1, high=900)).value == np.inf
 
 
 def coverage(estimates: list[Estimate], truth: float) -> float:
