@@ -25,6 +25,7 @@ from kdctl.config.section import (
     Count,
     Dtype,
     Few,
+    Name,
     Natural,
     Positive,
     Section,
@@ -68,9 +69,9 @@ def _known_method(name: str) -> str:
 class TeacherSection(Section):
     """The full-precision model, and therefore the student too."""
 
-    model: str
+    model: Name
     """Hub id, local folder, ``.gguf`` file, or ``pkg:PACKAGE/FILE`` inside an installed package."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a Hub id."""
     dtype: Dtype = "bfloat16"
     """Number format of teacher, student and scales."""
@@ -136,13 +137,13 @@ def _iso_date(value: object) -> str:
 class PromptsSection(Section):
     """Where prompts come from, and data-set completions too."""
 
-    train: str = "kdctl"
+    train: Name = "kdctl"
     """``kdctl`` (bundled prompts), a Hub data set id, or a local JSON, CSV or Parquet file."""
-    split: str = "train"
+    split: Name = "train"
     """Split of a Hub data set."""
-    heldout: str = "kdctl"
+    heldout: Name = "kdctl"
     """Source of the held-out prompts, never trained on; same kinds as ``train``."""
-    heldout_split: str = "heldout"
+    heldout_split: Name = "heldout"
     """Split of a Hub data set with held-out prompts (``heldout`` for the bundled ones)."""
     date: Annotated[str, BeforeValidator(_iso_date)] | None = None
     """Day that chat templates are given, as ``2026-01-31``; unset, the one on which the run folder was made."""
@@ -173,7 +174,7 @@ class RolloutSection(Section):
     """Sample among the k likeliest tokens; 0 samples from the model itself."""
     seed: Seed = 0
     """Seed of the sampled tokens, and of a method that calibrates on them."""
-    engine: str = "transformers"
+    engine: Name = "transformers"
     """What writes completions: ``transformers`` samples them in this process, reproducibly."""
     keep_states: Literal["no", "exact", "int8"] = "no"
     """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
@@ -242,7 +243,7 @@ class DistillSection(Section):
     """Which store the off-policy sequences come from."""
     refresh_every: Natural = 1
     """Generate new student rollouts every so many steps; 0 replays ``rollouts/student`` instead."""
-    replay: str | None = None
+    replay: Name | None = None
     """Variant whose live rollouts fill the on-policy slots again, instead of new ones."""
     divergence_scale: Literal["normalized", "gkd"] = "normalized"
     """``normalized`` divides generalized JSD by β(1 − β), so that its ends are the two KLs; ``gkd`` does not."""
@@ -352,7 +353,7 @@ class TrackingSection(Section):
 
     wandb: Literal["off", "online", "offline"] = "off"
     """Send metrics to Weights & Biases, or keep them in a local wandb folder."""
-    project: str = "kdctl"
+    project: Name = "kdctl"
     """wandb project."""
     entity: str | None = None
     """wandb entity; your default one without it."""

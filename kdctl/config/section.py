@@ -43,6 +43,7 @@ Count = Annotated[int, Field(ge=1), STORED]
 Natural = Annotated[int, Field(ge=0), STORED]
 Few = Annotated[int, Field(ge=1), up_to(2**16, "more at once fit in no memory")]
 Tokens = Annotated[int, Field(ge=1), up_to(2**20, "no network reads so many, and room is made for all of them")]
+Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0), within(SMALLEST, LARGEST, SINGLE)]
 Seed = Annotated[int, within(-(2**63), 2**63 - 1, "seeds are kept in 64 bits")]
 

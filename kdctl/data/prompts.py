@@ -23,11 +23,12 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """Which prompts of a source: ``count`` in an order given by ``seed``, none of the ids in ``excluded``.
+    """Which prompts of a source, named as in a preset: ``count`` in an order given by ``seed``, none ``excluded``.
 
     answers: only rows that bring an assistant's answer count, and it is tokenized too.
     """
 
+    source: str
     count: int
     seed: int
     answers: bool = False
@@ -103,14 +104,15 @@ class PromptReader:
 
         With ``answers`` only rows that bring an assistant's answer count. Raises DataError if there are none.
         """
-        return self._kept(self.settings.train, self.settings.split, Asked(count, seed, answers, heldout))
+        return self._kept(self.settings.split, Asked(self.settings.train, count, seed, answers, heldout))
 
     def heldout(self, count: int, seed: int) -> PromptSet:
         """Take ``count`` held-out prompts."""
-        return self._kept(self.settings.heldout, self.settings.heldout_split, Asked(count, seed))
+        return self._kept(self.settings.heldout_split, Asked(self.settings.heldout, count, seed))
 
-    def _kept(self, source: str, split: str, asked: Asked) -> PromptSet:
+    def _kept(self, split: str, asked: Asked) -> PromptSet:
         """Return what was tokenized before, or tokenize and keep it."""
+        source = asked.source
         key = {
             "source": [source, split, open_source(source, split, self.offline).fingerprint()],
             "asked": [asked.count, asked.seed, asked.answers, sorted(asked.excluded)],
@@ -124,6 +126,7 @@ class PromptReader:
         texts, skipped = self._texts(rows, asked), 0
         # No more texts are taken than prompts are missing, so that no row is looked at that is not needed.
         while part := list(islice(texts, min(BATCH, asked.count - len(prompts)))):
+            _check_differ(part)
             found = self._tokenized(part)
             fitting = [prompt for prompt in found if len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
             prompts += [replace(prompt, index=index) for index, prompt in enumerate(fitting, len(prompts))]
@@ -147,6 +150,11 @@ class PromptReader:
             return (
                 f"no prompt of prompts.train={self.settings.train!r} is left: all {held} are held out; lower "
                 "heldout.num_prompts or name another source in prompts.heldout"
+            )
+        if not skipped and not asked.answers:
+            return (
+                f"none of the {len(rows)} rows has a prompt: each is an assistant's message alone; the messages before "
+                "it are the prompt"
             )
         if asked.answers and not skipped:
             return (
@@ -196,10 +204,22 @@ class PromptReader:
         return ids[: ids.index(stop) + 1] if stop in ids else ids
 
 
+def _check_differ(texts: Sequence[Text]) -> None:
+    """Raise DataError if a chat template writes the same for all conversations."""
+    if len(texts) > 1 and len({text.head for text in texts}) == 1:
+        raise DataError(
+            f"the teacher's chat template writes the same text for {len(texts)} different conversations: "
+            f"{texts[0].head!r:.200}; it leaves out what they say. Mend it, or use other prompts"
+        )
+
+
 def _conversations(rows: Sequence[Row], asked: Asked) -> Iterator[tuple[list[Message], str | None]]:
     """Yield prompts and answers in the order of a seed; with ``answers`` only where there is one."""
     for index in permutation(len(rows), "prompts", asked.seed):
-        messages, answer = split_answer(messages_of(row_of(rows, int(index))))
+        try:
+            messages, answer = split_answer(messages_of(row_of(rows, int(index))))
+        except DataError as error:
+            raise DataError(f"row {index + 1} of {asked.source!r}: {error}") from None
         if messages and not (asked.answers and answer is None):
             yield messages, answer
 

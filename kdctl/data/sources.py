@@ -3,10 +3,13 @@
 A row has a column ``messages`` (a list of role and content) or ``prompt`` (text).
 """
 
+import errno
 import glob
 import hashlib
 import json
 import lzma
+import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
+from kdctl.data.text_files import check_text_file
 from kdctl.run.files import sha256
 from kdctl.system.patches import archives_packed, hub_offline
 
@@ -33,6 +37,15 @@ FORMATS: dict[str, tuple[str, dict[str, str]]] = {
 """What datasets calls the format of files by their endings, and what it is told of it."""
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Endings of single compressed files."""
+
+MEANT = {
+    "corresponds to no data": "it has no rows",
+    "BatchSize must be greater than 0": "it has no rows",
+    "OfflineModeIsEnabled": "it is not in the cache, and the Hub may not be asked, because runtime.offline or "
+    "HF_HUB_OFFLINE says so; run once without, or name a file",
+    "zstd not supported": "it needs the package zstandard, which is not installed; pip install zstandard, or unpack it",
+}
+"""What datasets says, and what it means."""
 
 
 class PromptSource(Protocol):
@@ -76,8 +89,10 @@ class Bundled:
 
     def rows(self) -> Sequence[Row]:
         """Read one split."""
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        return [row for row in map(json.loads, lines) if row["split"] == self.split]
+        rows = list(map(json.loads, self.file.read_text(encoding="utf-8").splitlines()))
+        if self.split not in (splits := {row["split"] for row in rows}):
+            raise DataError(f"kdctl's own prompts have no split {self.split!r}; there are {', '.join(sorted(splits))}")
+        return [row for row in rows if row["split"] == self.split]
 
 
 class LocalFile:
@@ -88,8 +103,8 @@ class LocalFile:
 
     @staticmethod
     def takes(name: str) -> bool:
-        """Tell whether a name is of a file that is there, or ends like one that is read."""
-        return _format(name) is not None or _is_file(Path(name).expanduser())
+        """Tell whether a name is of a file that is there, or looks like one."""
+        return "://" in name or _format(name) is not None or _is_file(Path(name).expanduser())
 
     def fingerprint(self) -> str:
         """Hash the file."""
@@ -103,14 +118,14 @@ class LocalFile:
 
         kind, options = _format(self.name) or ("", {})
         path: Any = glob.escape(str(self.path))  # because datasets takes a path for a pattern
-        if kind != "parquet" and not self.name.lower().endswith(PACKED):
-            _check_encoding(self.path)  # first, because datasets takes JSON of any bytes and fails at the row
+        if kind != "parquet":
+            check_text_file(self.path, kind)  # first, because datasets takes any bytes and fails at the row, or crashes
         with _named_errors(self.name, self.split):
             return datasets.load_dataset(kind, data_files=path, split="train", **options)  # pyright: ignore
 
     def _check(self) -> None:
         if not _is_file(self.path):
-            raise DataError(f"no prompt file at {str(self.path.absolute())[:500]}")
+            raise DataError(_why_no_file(self.name, self.path))
         if _format(self.name) is None:
             raise DataError(
                 f"the prompt file {self.path.absolute()} is of no kind that is read: {', '.join(FORMATS)}, also with "
@@ -147,19 +162,28 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def _check_encoding(path: Path) -> None:
-    """Raise DataError, with the line, for text that is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                bad = "\0" in line.decode()
-            except UnicodeDecodeError:
-                bad = True
-            if bad:
-                raise DataError(
-                    f"the prompt file {path.absolute()} is not UTF-8 text in line {number}: {line[:40]!r}; save it as "
-                    "UTF-8"
-                )
+def _why_no_file(name: str, path: Path) -> str:
+    """Say what a name is that looks like one of a prompt file."""
+    if "://" in name:
+        return f"{name!r:.300} is an address, and prompts are read from files here and from the Hub; download the file"
+    place, kind = str(path.absolute())[:500], _kind(path)
+    if kind is None and re.search(r"[*?\[]", name):
+        return f"no prompt file at {place}; patterns are not looked up: name one file, or the folder that has them"
+    return f"no prompt file at {place}" if kind is None else f"{place} is no prompt file but {kind}; name a file"
+
+
+def _kind(path: Path) -> str | None:
+    """Say what there is that is no file, None if nothing is."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return "a link that leads nowhere"
+        mode = path.stat().st_mode
+    except OSError as error:
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+        return None if gone else f"unreadable ({error.strerror})"
+    except RuntimeError:
+        return "a link to itself"
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, and prompts are read more than once"
 
 
 class HubDataset:
@@ -186,7 +210,12 @@ class HubDataset:
         import datasets
 
         with _named_errors(self.name, self.split), hub_offline(self.offline):
-            return datasets.load_dataset(self.name, split=self.split)
+            return datasets.load_dataset(_folder(self.name), split=self.split)
+
+
+def _folder(name: str) -> str:
+    """Return a name of a data set; one of a folder that ends in dots is written out, because datasets goes by it."""
+    return str(Path(name).resolve()) if Path(name).name in ("", "..") else name
 
 
 SOURCES: dict[str, type[PromptSource]] = {"hub": HubDataset, "file": LocalFile, "kdctl": Bundled}
@@ -202,6 +231,8 @@ def open_source(name: str, split: str, offline: bool = False) -> PromptSource:
 
 def read_rows(name: str, split: str, offline: bool = False) -> Sequence[Row]:
     """Read a source's rows. Raises DataError if it cannot be read, is empty or holds no prompts."""
+    if not name:
+        raise DataError("the name of the prompts is empty; kdctl names the bundled ones")
     rows = open_source(name, split, offline).rows()
     if len(rows) == 0:
         raise DataError(f"prompts from {name!r} (split {split!r}): no rows; there is nothing to generate from")
@@ -231,4 +262,9 @@ def _named_errors(name: str, split: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever reads a format raises its own kinds, StopIteration among them
         cause = error.__cause__ or error
         reason = (str(cause).strip() or f"it is damaged or empty ({type(cause).__name__})").splitlines()[0]
-        raise DataError(f"data set {name!r} (split {split!r}) cannot be read: {reason}") from None
+        raise DataError(f"data set {name!r:.300} (split {split!r}) cannot be read: {_in_words(reason):.600}") from None
+
+
+def _in_words(reason: str) -> str:
+    """Return what datasets says, or what it means where it does not say that."""
+    return next((words for text, words in MEANT.items() if text in reason), "{}").format(reason)

@@ -71,7 +71,8 @@ def rendered(
     except Exception as error:  # noqa: BLE001 - a template can raise any
         roles = ", ".join(message["role"] for message in messages)
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        reason = str(error)[:400] or "no reason given"
+        silent = "it needs too much memory" if isinstance(error, MemoryError) else "no reason given"
+        reason = str(error)[:400] or silent
         raise DataError(
             f"the teacher's chat template refuses a conversation of {roles:.100}: {kind}{reason}; kdctl gives a "
             "template messages of text, and neither tools nor documents. Use other prompts or mend the template"

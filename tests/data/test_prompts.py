@@ -339,3 +339,22 @@ def test_rows_of_other_shapes_are_messages_or_refused(row: dict, expected: objec
     else:
         with pytest.raises(DataError, match=str(expected)):
             messages_of(row)
+
+
+def test_a_row_that_is_no_prompt_is_named(tokenizer, tmp_path):
+    (path := tmp_path / "a.jsonl").write_text('{"prompt": 1}\n')
+    with pytest.raises(DataError, match=r"row 1 of '.*a.jsonl': prompts must be text"):
+        PromptReader(tokenizer, PromptsSection(train=str(path))).train(3, 0)
+
+
+def test_rows_of_an_answer_alone_have_no_prompt(tokenizer, tmp_path):
+    (path := tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
+    with pytest.raises(DataError, match="none of the 1 rows has a prompt"):
+        PromptReader(tokenizer, PromptsSection(train=str(path))).train(3, 0)
+
+
+def test_a_template_that_writes_the_same_for_all_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "hello"
+    with pytest.raises(DataError, match="the same text for 3 different conversations: 'hello'"):
+        PromptReader(other, PromptsSection()).train(3, 0)

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 import re
 import zipfile
 from contextlib import nullcontext
@@ -132,7 +133,7 @@ def test_files_are_read_by_their_ending(tmp_path: Path, name: str, content: byte
         ("a.json", LINES.decode().encode("utf-16"), "not UTF-8 text in line 1"),
         ("a.jsonl", b'{"prompt": "a"}\n\0\0\0', "line 2"),
         ("a.txt", LINES, "of no kind that is read: .jsonl"),
-        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be unpacked"),
         ("a.parquet", b"PAR1" + bytes(40), "cannot be read"),
     ],
 )
@@ -147,3 +148,38 @@ def test_what_cannot_be_read_is_one_message_with_the_file(
 def test_a_name_that_no_file_can_have_is_not_asked_of_the_disk() -> None:
     with pytest.raises(DataError, match="no prompt file at"):
         read_rows("x" * 400 + ".jsonl", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("https://example.org/a.jsonl", "is an address"),
+        ("hf://datasets/a/b", "is an address"),
+        ("*.jsonl", "patterns are not looked up"),
+        ("folder.jsonl", "is no prompt file but a folder"),
+        ("pipe.jsonl", "is no prompt file but a pipe"),
+        ("gone.jsonl", "is no prompt file but a link that leads nowhere"),
+        ("loop.jsonl", "is no prompt file but a link that leads nowhere"),
+        ("null.jsonl.gz", "no prompt file at"),
+        ("", "is no folder|no data|any data"),
+    ],
+)
+def test_what_is_no_file_is_named_for_what_it_is(tmp_path: Path, monkeypatch, name: str, says: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.jsonl").mkdir()
+    os.mkfifo("pipe.jsonl")
+    Path("gone.jsonl").symlink_to("nothing")
+    Path("loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(DataError, match=says):
+        read_rows(name or ".", "train", offline=True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_without_rows_says_so(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_dict({"prompt": []}).to_parquet(path)
+    else:
+        path.write_text("\n \n")
+    with pytest.raises(DataError, match="no rows"):
+        read_rows(str(path), "train")
