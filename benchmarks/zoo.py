@@ -64,6 +64,7 @@ def page(found: Sequence[dict[str, Any]]) -> str:
                 f"All {len(found)} model types that transformers {version('transformers')} opens as causal language "
                 "models, each built tiny with random weights in float32 and taken through every stage:",
                 meaning,
+                "Of a composite model, with parts for pictures or sound, the text part is tried.",
                 "What is checked is the network's code, not a published model. Every network is checked again on its "
                 "own weights when it is loaded: two short sequences, packed and continued from a cache, have to give "
                 "the log-probabilities of each alone.",

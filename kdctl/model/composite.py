@@ -34,22 +34,33 @@ def has_text_part(path: Path) -> bool:
 def text_config(path: Path) -> PretrainedConfig:
     """Return the configuration of a composite model's text part. No weight is read.
 
-    Raises ModelError if transformers has no causal language model for the part.
+    Raises ModelError if it is damaged, or transformers has no causal language model for the part.
     """
     config, text = read_parts(path)
-    kind = PLAIN.get(text.model_type, text.model_type)
-    if text is config or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    try:
+        kind = PLAIN.get(text.model_type, text.model_type)
+        if text is not config and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return usable(_of_part(path, config, text, kind), path)
         why = "it cannot be told apart" if text is config else "transformers has no causal language model for that part"
-        raise composite(path, config, text, f"{why}; use a text model")
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - any value can stand in the file, and every class fails in its own way
+        why = f"it cannot be built: {reason(error)}"
+    raise composite(path, config, text, why)
+
+
+def _of_part(path: Path, config: PretrainedConfig, text: PretrainedConfig, kind: str) -> PretrainedConfig:
+    """Describe a text part alone, its head tied and its completions ended as in the whole."""
     found = copy.deepcopy(text) if kind == text.model_type else _plain(text, kind)
-    whole = _described(path, config, text)
+    with torch.device("meta"):
+        whole = AutoModelForMultimodalLM.from_config(config, trust_remote_code=False)
     head, embeddings = whole.get_output_embeddings(), whole.get_input_embeddings()
     found.tie_word_embeddings = isinstance(head, nn.Module) and head.weight is embeddings.weight
     found.eos_token_id = configured(path)[1]
     quantized = config.to_dict().get("quantization_config")
     if quantized is not None:
         found.quantization_config = quantized
-    return usable(found, path)
+    return found
 
 
 def _plain(text: PretrainedConfig, kind: str) -> PretrainedConfig:
@@ -58,15 +69,6 @@ def _plain(text: PretrainedConfig, kind: str) -> PretrainedConfig:
     words = {name: value for name, value in text.to_dict().items() if hasattr(usual(), name) and name != "model_type"}
     rope = {name: value for name, value in (text.rope_parameters or {}).items() if name not in PICTURE_KEYS}
     return usual(**words | {"rope_parameters": rope})
-
-
-def _described(path: Path, config: PretrainedConfig, text: PretrainedConfig) -> PreTrainedModel:
-    """Build a composite model without weights."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForMultimodalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - whatever sizes and missing packages make of a constructor
-        raise composite(path, config, text, f"it cannot be built: {reason(error)}") from None
 
 
 def text_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,7 +91,7 @@ def text_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreT
     except Exception as error:  # noqa: BLE001 - a network's own code fails in any way
         why = f"it cannot be taken out: {type(error).__name__}: {brief(error)}"
     if why:
-        raise composite(path, whole_config, text, f"{why}; use a text model")
+        raise composite(path, whole_config, text, why)
     return model
 
 

@@ -19,7 +19,7 @@ def read_config(path: Path) -> PretrainedConfig:
     """
     config, text = read_parts(path)
     if is_composite(config, text):
-        raise composite(path, config, text, "only a teacher's text part is taken by itself, as teacher.model")
+        raise composite(path, config, text, "only a teacher's is, as teacher.model")
     return usable(config, path)
 
 
@@ -55,8 +55,8 @@ def is_composite(config: PretrainedConfig, text: PretrainedConfig) -> bool:
 def composite(path: Path, config: PretrainedConfig, text: PretrainedConfig, why: str) -> ModelError:
     """Say why a composite model is not used."""
     return ModelError(
-        f"{path}: model type {config.model_type!r} is a composite model, whose text part {text.model_type!r} lies "
-        f"beside parts for pictures or sound, and kdctl distills text models only; {why}"
+        f"{path}: model type {config.model_type!r} is a composite model, with parts for pictures or sound, and its "
+        f"text part {text.model_type!r} is not used: {why}; kdctl distills text models only, so use one"
     )
 
 

@@ -124,7 +124,9 @@ def test_the_text_part_gives_the_log_probabilities_of_the_whole(kind: str, tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_part_is_described_before_it_is_converted_as_it_is_afterwards(kind: str, tmp_path: Path) -> None:
     saved(tmp_path / "model", KINDS[kind]())
-    before = find_config(str(tmp_path / "model"), torch.bfloat16).to_dict()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    before = find_config(str(tmp_path / "alone"), torch.bfloat16).to_dict()
     after = read_config(model_folder(str(tmp_path / "model"), torch.bfloat16)).to_dict()
     unlike = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert unlike <= {"_name_or_path", "architectures", "dtype"}
@@ -281,3 +283,33 @@ def test_a_tokenizer_that_would_read_otherwise_beside_the_part_is_refused(tmp_pa
     tokenizer.eos_token = "<|endoftext|>"
     with pytest.raises(ModelError, match=r"would read other tokens \(eos_token\)"):
         check_kept(tmp_path, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": [5, "a"]},
+        {"text_config": {"model_type": "qwen2_5_vl_text", "bos_token_id": [5]}},
+        {"text_config": {"model_type": []}},
+        {"vision_config": {"depth": "many"}},
+        {"vision_config": []},
+    ],
+    ids=str,
+)
+def test_damaged_values_of_any_part_are_one_message(tmp_path: Path, changes: dict[str, Any]) -> None:
+    KINDS["qwen2_5_vl"]().save_pretrained(tmp_path)
+    changed(tmp_path / "config.json", **changes)
+    with pytest.raises(ModelError) as caught:
+        find_config(str(tmp_path), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_none_are_told_by_their_tensor(tmp_path: Path) -> None:
+    saved(tmp_path, KINDS["llava"]())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name and "vision" not in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"hold NaN in .*layers.1.mlp.up_proj"):
+        model_folder(str(tmp_path), torch.float32)

@@ -83,7 +83,7 @@ def test_composite_models_are_refused_for_what_they_are_where_no_part_is_taken(t
     for config in (Gemma3Config(text_config=text), LlavaConfig(text_config={"model_type": "llama", **text})):
         config.save_pretrained(tmp_path)
         with pytest.raises(
-            ModelError, match=rf"'{config.model_type}' is a composite model, whose text part .*as teacher"
+            ModelError, match=rf"'{config.model_type}' is a composite model, .* its text part .*as teacher"
         ):
             read_config(tmp_path)
     Phi4MultimodalConfig().save_pretrained(tmp_path)
