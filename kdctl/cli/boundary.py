@@ -11,12 +11,14 @@ import io
 import os
 import sys
 import traceback
+from itertools import pairwise
 from typing import Any
 
 from kdctl.base import stopping
 from kdctl.base.errors import KdctlError
 
 INPUT, BUG, BROKEN_PIPE = 2, 70, 141
+PLACES = ("--run", "-r", "--out", "-o")
 STREAMS = {1: "standard output", 2: "standard error"}
 
 
@@ -51,8 +53,10 @@ def _run() -> int:
     """Import the commands and run the one that is asked for. Returns the exit code."""
     if sys.version_info < (3, 11):  # noqa: UP036 - a source tree has no installer that looks
         raise KdctlError(f"kdctl needs Python 3.11 or later, and this is {sys.version.split()[0]}")
-    for word in sys.argv[1:]:
+    for before, word in pairwise(sys.argv):
         check_text(word)
+        if (before in PLACES and not word) or word in [f"{place}=" for place in PLACES]:
+            raise KdctlError(f"{word or before} names no folder: what it was to be is empty, like a variable not set")
     if parent := os.environ.pop(stopping.PARENT, ""):
         stopping.end_with(int(parent))
     from kdctl.cli.app import app
@@ -129,7 +133,7 @@ def _plain(message: str) -> None:
 
 def _first() -> bool:
     """Tell whether this is the first of several processes to fail."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
         return True
     stopping.finish()  # the launcher's signal would cut the message off
     try:

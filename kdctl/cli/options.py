@@ -94,6 +94,27 @@ def _launched(variable: str, alone: int) -> int:
     return int(found)
 
 
+def check_launch(divided: bool) -> None:
+    """Raise PresetError for what no launcher sets, before anything waits for processes that are not there.
+
+    divided: several processes do this command together.
+    """
+    rank, count = process_rank(), process_count()
+    for variable in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        _launched(variable, 0)
+    if rank >= max(count, 1):
+        raise PresetError(
+            f"the environment has RANK={rank} and WORLD_SIZE={count}, and ranks are numbers from 0 to WORLD_SIZE - 1; "
+            "start kdctl by accelerate launch or torchrun, or unset both"
+        )
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if divided and count > 1 and lacking:
+        raise PresetError(
+            f"the environment has WORLD_SIZE={count} and no {lacking[0]}, which a launcher sets too; start kdctl by "
+            "accelerate launch or torchrun, or unset WORLD_SIZE"
+        )
+
+
 @contextmanager
 def guarded(divided: bool = False) -> Iterator[None]:
     """End a command that raises as ``boundary.py`` says: one message and an exit code.
@@ -101,6 +122,7 @@ def guarded(divided: bool = False) -> Iterator[None]:
     divided: several processes do this command together; any other is left to the main one.
     """
     try:
+        check_launch(divided)
         if process_rank() and not divided:
             raise typer.Exit
         yield

@@ -303,6 +303,11 @@ class DistillSection(Section):
             raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
         if self.train_norms and self.train != "scales":
             raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"lr={self.lr:g} times weight_decay={self.weight_decay:g} is 1 or more, the share of every weight that "
+                "a step takes away; lower distill.weight_decay"
+            )
         if self.rows_per_step > MOST_ROWS:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} times gradient_accumulation={self.gradient_accumulation} "

@@ -128,12 +128,21 @@ def explain(error: ValidationError, origin: str, overrides: Mapping[str, Any] | 
     return "; ".join(f"{blamed}: {'; '.join(reasons)}" for blamed, reasons in lines.items())
 
 
+KINDS = {
+    "string_too_short": "must not be empty",
+    "tuple_type": 'is a list, as in ["a", "b"]',
+    "model_type": "is a section, whose fields are set one by one, as in section.field=value",
+}
+
+
 def _reason(key: str, item: ErrorDetails) -> str:
     """Say what is wrong with one key."""
     if item["type"] == "extra_forbidden":
         return f"unknown key {key:.200}{suggest(key, [*Preset.model_fields, *known_keys()])}"
     if item["type"] == "missing":
         return f"{key} is missing"
+    if item["type"] in KINDS:
+        return f"{key} {KINDS[item['type']]}; this is {item['input']!r:.200}"
     value = "" if isinstance(item["input"], dict | BaseModel) else f"={item['input']!r:.200}"
     return f"{key}{value}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 

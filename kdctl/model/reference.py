@@ -51,6 +51,8 @@ def locate(
         return _checked(path)
     if path.is_symlink():
         raise ModelError(f"{path} is a link to {path.readlink()}, where nothing is")
+    if "://" in reference:
+        raise ModelError(f"{reference!r:.300} is an address; give the Hub id, owner/name, or a folder or file here")
     if path.is_absolute() or reference.startswith((".", "~")) or not HUB_ID.match(reference):
         raise ModelError(
             f"no model at {path.absolute()}; give a Hub id, a model folder, a .gguf file or pkg:PACKAGE/FILE"
@@ -77,6 +79,8 @@ def _inside_package(reference: str) -> Path:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):  # __main__ has no place, and a broken finder says so
         spec = None
+    if not package:
+        raise ModelError(f"{reference!r:.300} names no package; write pkg:PACKAGE/FILE")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"{reference}: no package {package!r} in this Python environment; "

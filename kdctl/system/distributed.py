@@ -207,7 +207,7 @@ def leave() -> None:
 
 def first_to_report() -> bool:
     """Tell whether this process is the first of all that has an error to show; what follows it is noise."""
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)).add("kdctl/reported", 1) == 1
     except RuntimeError:

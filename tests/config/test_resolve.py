@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -273,3 +274,17 @@ def test_a_variant_is_one_folder_whatever_its_settings(targets: tuple[str, ...])
     assert "/" not in name
     assert len(name) < 100
     assert name != variant_name(base.model_copy(update={"lora_targets": (*targets, "y/z")}), base)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("eval.tasks", "arc", 'eval.tasks is a list, as in ["a", "b"]'),
+        ("quantize", 4, "quantize is a section"),
+        ("prompts.train", "", "prompts.train must not be empty"),
+        ("distill.weight_decay", 1e9, "lower distill.weight_decay"),
+    ],
+)
+def test_the_way_out_is_said_where_a_value_is_of_another_kind(key: str, value: object, says: str) -> None:
+    with pytest.raises(PresetError, match=re.escape(says)):
+        load_preset("smoke", {key: value})

@@ -60,13 +60,15 @@ def only_variant(run: Path) -> VariantDir:
 
 def test_other_processes_leave_commands_that_are_not_divided_to_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for command in (["presets"], ["report"], ["export"], ["verify"]):
         result = CliRunner().invoke(app, command)
         assert (result.exit_code, result.output) == (0, ""), command
 
 
 def test_a_sweep_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "first_to_report", lambda: True)
     result = CliRunner().invoke(app, ["sweep", "quickstart_grid", "--dry-run"])
     assert result.exit_code == 2
