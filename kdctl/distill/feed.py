@@ -149,7 +149,7 @@ class Live:
         for interval in range(-(-step // self.settings.refresh_every)):
             if not self._slots(interval):
                 continue
-            entry = self.store.kept_shard(interval, self.identity)
+            entry = self._kept(interval)
             if entry is None:
                 raise StoreError(
                     f"{self.store.shard_path(interval)} is missing or damaged, and the checkpoint at step {step} was "
@@ -173,9 +173,18 @@ class Live:
             if drawn
         ]
 
+    def _items(self, interval: int) -> list[Item]:
+        """List the prompts of an interval's slots, each with its slot."""
+        count, seed = len(self.prompts), self.settings.seed
+        return [(self.prompts[slot_index(slot, count, seed, "live")], slot) for slot in self._slots(interval)]
+
+    def _kept(self, interval: int) -> ShardEntry | None:
+        """Return the entry of an interval's shard, if it is whole."""
+        places = [(prompt.index, slot) for prompt, slot in self._items(interval)]
+        return self.store.kept_shard(interval, self.identity, places)
+
     def _write(self, interval: int) -> None:
-        slots, processes = self._slots(interval), self.processes
-        items = [(self.prompts[slot_index(s, len(self.prompts), self.settings.seed, "live")], s) for s in slots]
+        items, processes = self._items(interval), self.processes
         if items:
             rollouts = self._generate(items, self._first(interval))
             entry = processes.on_main(lambda: self.store.write_shard(interval, rollouts, self.identity))
@@ -190,7 +199,7 @@ class Live:
         return self.processes.merge(self.engine.complete(mine, self.sampling, step, self.progress) if mine else [])
 
     def _reload(self, interval: int) -> None:
-        entry = self.store.kept_shard(interval, self.identity) if self._slots(interval) else None
+        entry = self._kept(interval) if self._slots(interval) else None
         if entry is not None:
             self._take(entry, self.store.read_shard(entry))
 

@@ -98,7 +98,7 @@ def fill(
     total, done = sum(len(block) for _, block in blocks) * longest, 0
     with reporter.task(f"generating {store.path.name} completions", "tokens") as advance:
         for index, block in blocks:
-            entry = store.kept_shard(index, plan.identity)
+            entry = store.kept_shard(index, plan.identity, [(prompt.index, sample) for prompt, sample in block])
             if entry is None:
                 drawn = _Counter(done, total, advance)
                 entry = store.write_shard(index, engine.complete(block, sampling, progress=drawn), plan.identity)

@@ -40,6 +40,9 @@ SCHEMA = pa.schema(
     ]
 )
 IDENTITY = b"kdctl.identity"
+PLACE = ("prompt_index", "sample_index")
+Place = tuple[int, int]
+"""What tells a row from the others of its store: its prompt's index and its sample's."""
 SHARD = re.compile(r"shard-\d{5,}\.parquet")
 
 
@@ -103,8 +106,8 @@ class RolloutStore:
             policy_step=table["policy_step"][0].as_py(),
         )
 
-    def kept_shard(self, index: int, identity: str) -> ShardEntry | None:
-        """Return the entry of a whole shard with this identity left by an earlier run, if there is one.
+    def kept_shard(self, index: int, identity: str, places: Sequence[Place]) -> ShardEntry | None:
+        """Return the entry of a whole shard with this identity and these rows left by an earlier run, if there is one.
 
         Damage that its rows do not show, in the description behind them, is mended.
         """
@@ -114,6 +117,8 @@ class RolloutStore:
         except (OSError, pa.ArrowException):
             return None
         if not table.schema.equals(SCHEMA.with_metadata({IDENTITY: identity.encode()}), check_metadata=True):
+            return None
+        if list(zip(*(table[name].to_pylist() for name in PLACE), strict=True)) != list(places):
             return None
         data = encoded(table)
         if data != found:

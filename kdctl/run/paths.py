@@ -101,6 +101,11 @@ def require_free_space(folder: Path, needed_bytes: int, what: str, option: str =
     folder, free = disk_of(folder)
     if free < needed_bytes:
         raise StoreError(
-            f"{what} needs {needed_bytes / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free; "
+            f"{what} needs {_size(needed_bytes)} and {folder.resolve()} has {_size(free)} free; "
             f"free some space or choose another place with {option}"
         )
+
+
+def _size(size: int) -> str:
+    """Write a number of bytes in GiB, or in KiB where that would be next to nothing."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**10:,.0f} KiB"

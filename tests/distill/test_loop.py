@@ -298,7 +298,7 @@ def test_too_little_disk_is_refused_before_the_first_step(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, used=9, free=1))
     trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4)
     outputs = Outputs(tmp_path, lambda step: pytest.fail("trained"), "x", lambda done, total: None, lambda text: None)
-    with pytest.raises(StoreError, match="GiB free"):
+    with pytest.raises(StoreError, match="KiB free"):
         train(trainer, make_yardstick(teacher, rollouts(2)), outputs)
 
 
@@ -430,7 +430,7 @@ def test_checkpoints_that_are_there_do_not_need_their_room_again(
     train(trainer, make_yardstick(teacher, rollouts(2)), outputs)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=9 * size, used=8 * size, free=size + 9))
     require_room(outputs.checkpoints, size, 1)
-    with pytest.raises(StoreError, match="GiB free"):
+    with pytest.raises(StoreError, match="KiB free"):
         require_room(tmp_path / "elsewhere", size, 1)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -54,6 +55,11 @@ def write(path: Path, blocks=BLOCKS, identity: str = IDENTITY) -> RolloutStore:
 
 def manifest_of(shards=(), identity: str = IDENTITY) -> StoreManifest:
     return StoreManifest(source="student", identity=identity, writer="w" * 64, sampling=SAMPLING, shards=tuple(shards))
+
+
+def kept(store: RolloutStore, index: int, identity: str = IDENTITY):
+    """Ask for the shard of a block."""
+    return store.kept_shard(index, identity, [(one.prompt_index, one.sample_index) for one in BLOCKS[index]])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,14 +184,14 @@ def test_manifest_comes_after_everything_else(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     store.write_shard(9, BLOCKS[0], IDENTITY)
-    kept = [store.kept_shard(index, IDENTITY) for index in range(3)]
+    found = [kept(store, index) for index in range(3)]
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_record", crash)
         with pytest.raises(KeyboardInterrupt):
-            store.finish(manifest_of(kept))
+            store.finish(manifest_of(found))
     assert not store.manifest_path.exists()
     assert not store.shard_path(9).exists()
-    store.finish(manifest_of(kept))
+    store.finish(manifest_of(found))
     assert len(store.read()) == 9
 
 
@@ -206,26 +212,32 @@ def test_shard_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
 def test_finishing_removes_unnamed_shards_and_half_written_files(tmp_path):
     write(tmp_path / "clean", BLOCKS[:2])
     store = write(tmp_path / "s")
-    kept = [store.kept_shard(index, IDENTITY) for index in range(2)]
+    found = [kept(store, index) for index in range(2)]
     for name in ("shard-00002.parquet", "manifest.json"):
         left_by(dead_process(), store.path / name).write_bytes(b"half")
-    store.finish(manifest_of(kept))
+    store.finish(manifest_of(found))
     assert contents(store.path) == contents(tmp_path / "clean")
 
 
 def test_shard_of_another_identity_is_not_kept(tmp_path):
     store = RolloutStore(tmp_path / "s")
     entry = store.write_shard(0, BLOCKS[0], IDENTITY)
-    assert store.kept_shard(0, IDENTITY) == entry
-    assert store.kept_shard(0, IDENTITY[::-1]) is None
-    assert store.kept_shard(1, IDENTITY) is None
+    assert kept(store, 0) == entry
+    assert kept(store, 0, IDENTITY[::-1]) is None
+    assert kept(store, 1) is None
+
+
+def test_shard_of_another_block_is_not_kept(tmp_path):
+    store = write(tmp_path / "s")
+    os.replace(store.shard_path(1), store.shard_path(0))
+    assert kept(store, 0) is None
 
 
 def test_foreign_parquet_file_is_not_kept(tmp_path):
     store = RolloutStore(tmp_path)
     table = pa.table({"prompt_id": ["x"]}).replace_schema_metadata({b"kdctl.identity": IDENTITY.encode()})
     pq.write_table(table, store.shard_path(0))
-    assert store.kept_shard(0, IDENTITY) is None
+    assert kept(store, 0) is None
 
 
 def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
@@ -235,7 +247,7 @@ def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
     lost = 0
     for position in range(0, len(whole), 11):
         flip(path, position)
-        entry = store.kept_shard(0, IDENTITY)
+        entry = kept(store, 0)
         if entry is None:
             lost += 1
         else:
@@ -245,7 +257,7 @@ def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
     assert lost > 50
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
-        assert store.kept_shard(0, IDENTITY) is None
+        assert kept(store, 0) is None
 
 
 def test_store_can_be_moved(tmp_path):

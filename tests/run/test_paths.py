@@ -51,12 +51,12 @@ def test_only_finished_variants_are_listed_by_name(tmp_path: Path) -> None:
     assert [variant.name for variant in run.variants()] == ["a", "b"]
 
 
-@pytest.mark.parametrize("free", [0, 2**30 - 1])
+@pytest.mark.parametrize(("free", "said"), [(0, "0 KiB"), (3 * 2**20, "3,072 KiB"), (2**30 - 1, "1.00 GiB")])
 def test_too_little_space_is_refused_with_both_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, said: str
 ) -> None:
     monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - free, free))
-    with pytest.raises(StoreError, match=rf"training needs 1\.00 GiB .* {free / 2**30:.2f} GiB free"):
+    with pytest.raises(StoreError, match=rf"training needs 1\.00 GiB .* {said} free"):
         require_free_space(tmp_path, 2**30, "training")
 
 
