@@ -33,6 +33,16 @@ SAID: Mapping[str, tuple[str, ...]] = {
     "logit_scale": ("logit_scale",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
+REQUIRED = (
+    ("context_length",),
+    ("embedding_length",),
+    ("block_count",),
+    ("feed_forward_length",),
+    ("attention.head_count",),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
+IMPLYING = ("attention.head_count", "embedding_length", "attention.key_length")
+DEFAULT_THETA = 10000.0
 GIVEN: Mapping[str, Any] = {"attention.causal": True, "expert_count": 0, "rope.scaling.type": "none"}
 WITHOUT_EFFECT = {"rope.scaling.finetuned"}
 SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
@@ -95,13 +105,27 @@ def _amended(words: dict[str, Any], file: GgufFile) -> dict[str, Any]:
 
 def _check_fields(file: GgufFile, config: PretrainedConfig) -> None:
     prefix, said = f"{file.architecture}.", config.to_dict()
-    for key, value in file.fields.items():
+    for choices in REQUIRED:
+        if not any(prefix + name in file.fields for name in choices):
+            raise ModelError(f"{file.path} does not say {prefix}{choices[0]}, without which it is no model")
+    for key, value in (_implied(file, said) | file.fields).items():
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and name not in WITHOUT_EFFECT and not _computed(name, value, said):
             raise ModelError(
                 f"{file.path}: {key}={value!r:.80} is not what transformers computes for a {file.architecture} file, "
                 "so the converted model would be another one; use the model's own safetensors"
             )
+
+
+def _implied(file: GgufFile, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what llama.cpp takes where a file does not say it, which need not be transformers' own default."""
+    own = {name: file.fields.get(f"{file.architecture}.{name}") for name in IMPLYING}
+    heads, width = own["attention.head_count"], own["embedding_length"]
+    found = {"attention.head_count_kv": heads} if said.get("num_key_value_heads") is not None else {}
+    if "rope_theta" in (said.get("rope_parameters") or {}) and type(heads) is type(width) is int and heads:
+        turned = own["attention.key_length"] or width // heads
+        found |= {"rope.freq_base": DEFAULT_THETA, "rope.dimension_count": turned}
+    return {f"{file.architecture}.{name}": value for name, value in found.items()}
 
 
 def _computed(name: str, value: Any, said: Mapping[str, Any]) -> bool:

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kdctl.base.errors import ModelError, brief
+from kdctl.model.absent import check_no_adapter
 from kdctl.model.architecture import check_architecture
 from kdctl.model.configuration import read_config, reason
+from kdctl.model.folder import open_tensors, weight_files
 from kdctl.model.sound import check_network, check_weights
 from kdctl.system.cpu_products import widen_products
 
@@ -56,9 +58,12 @@ def load_model(
     Raises ModelError if tensors are missing, left over or not finite, and if the network gives other numbers for
     sequences laid end to end or continued from a cache than for each alone.
     """
+    check_no_adapter(folder)
     model, found = open_weights(AutoModelForCausalLM, folder, read_config(folder), dtype, how)
     check_complete(folder, found)
     check_tied(folder, model)
+    if how is None:
+        check_stored(folder, model)
     check_weights(model)
     model = ready(model, device)
     check_network(model)
@@ -103,6 +108,20 @@ def check_complete(folder: Path, found: Mapping[str, Any]) -> None:
             f"({', '.join(extra[:3])}), so what is loaded would not be the model that was saved; correct config.json, "
             "or open the model with transformers and save it again without them"
         )
+
+
+def check_stored(folder: Path, model: PreTrainedModel) -> None:
+    """Raise ModelError if a weight is stored as whole numbers: codes of a quantized model, which need a scale."""
+    weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for path in weight_files(folder):
+        with open_tensors(path) as file:
+            for name in weights.intersection(file.keys()):
+                kind = file.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    raise ModelError(
+                        f"{path}: {name} is stored as {kind}, whole numbers, where the network has a weight: codes of "
+                        "a quantized model without the scales that they need; fetch the full-precision model"
+                    )
 
 
 def check_tied(folder: Path, model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -207,6 +208,31 @@ def without(*names: str) -> Change:
             del fields[name]
 
     return change
+
+
+FOREIGN: dict[str, tuple[Change, str]] = {
+    "no context": (without("starcoder2.context_length"), "does not say starcoder2.context_length"),
+    "no epsilon": (without("starcoder2.attention.layer_norm_epsilon"), "does not say starcoder2.attention.layer_norm"),
+    "as many heads of keys": (without("starcoder2.attention.head_count_kv"), "head_count_kv=4"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_foreign_file_leaves_out_is_what_llama_cpp_takes_or_refused(tmp_path: Path, cache: Path, name: str):
+    change, message = FOREIGN[name]
+    config, _ = NETWORKS["starcoder2"]
+    file = written(tmp_path / "m.gguf", network(config), change)
+    with pytest.raises(ModelError, match=message):
+        convert_gguf(file, torch.float32)
+    assert not list(cache.rglob("config.json"))
+
+
+def test_a_part_that_turns_by_transformers_default_only_is_refused(tmp_path: Path):
+    model = network(StableLmConfig(**SIZES, norm_epsilon=1e-5))
+    with pytest.raises(ModelError, match=r"stablelm\.rope\.dimension_count=16"):
+        foreign_config(open_gguf(written(tmp_path / "m.gguf", model)))
+    told = put("stablelm.rope.dimension_count", 4, Type.UINT32)
+    assert foreign_config(open_gguf(written(tmp_path / "told.gguf", model, told))).rope_parameters
 
 
 BAD: dict[str, tuple[Change, str]] = {

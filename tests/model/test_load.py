@@ -158,6 +158,23 @@ def test_tensors_that_the_network_does_not_use_are_refused_unless_it_makes_them_
         load_model(tmp_path, torch.bfloat16, CPU)
 
 
+def test_weights_that_are_codes_are_refused(tiny_dir, tmp_path):
+    folder = shutil.copytree(tiny_dir, tmp_path / "codes")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (100 * tensors[name]).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} is stored as I8"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_an_adapter_beside_a_model_is_refused(tiny_dir, tmp_path):
+    folder = shutil.copytree(tiny_dir, tmp_path / "adapted")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load_model(folder, torch.float32, CPU)
+
+
 def test_a_head_of_its_own_beside_tied_embeddings_is_refused_unless_they_are_equal(tiny_dir, tmp_path):
     tensors = altered(tiny_dir, tmp_path)
     embeddings = tensors["model.embed_tokens.weight"]
