@@ -18,11 +18,12 @@ from kdctl.system.limits import limited
 PROCESSOR = "chat_template.json"
 AS_PARTS = (
     "{%- set as_parts = namespace(messages=[]) -%}{%- for message in messages -%}"
-    "{%- set parts = [{'type': 'text', 'text': message['content']}] -%}"
+    "{%- set said = message['content'] -%}"
+    "{%- set parts = [{'type': 'text', 'text': said}] if said is string else said -%}"
     "{%- set as_parts.messages = as_parts.messages + [dict(message, content=parts)] -%}"
     "{%- endfor -%}{%- set messages = as_parts.messages -%}{{ '' }}"
 )
-"""What makes a template of parts one of text; the empty text keeps a line break that the template begins with."""
+"""What lets a template of parts take text as well; the empty text keeps a line break that the template begins with."""
 SAID = ("kdctl asks", "kdctl answers", "kdctl thanks")
 SECONDS, BYTES = 5.0, 1 << 30
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kdctl.base.errors import StoreError
 from kdctl.run.files import sha256
+from kdctl.run.names import inside
 from kdctl.run.paths import cache_dir
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import Record
@@ -58,7 +59,8 @@ class FilesNote(Record):
 
 def note_files(folder: Path) -> None:
     """Write beside the files of a folder of the cache what they are."""
-    files = {path.name: written_sha256(path) for path in sorted(folder.iterdir())}
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): written_sha256(path) for path in found}
     write_record(folder / FILES_NOTE, FilesNote(files=files))
 
 
@@ -66,7 +68,7 @@ def is_whole(folder: Path) -> bool:
     """Tell whether a folder of the cache is there and holds what was written."""
     try:
         files = read_record(folder / FILES_NOTE, FilesNote).files
-        return all(known_sha256(folder / Path(name).name) == found for name, found in files.items())
+        return all(known_sha256(inside(folder, name)) == found for name, found in files.items())
     except (OSError, StoreError):
         return False
 

@@ -196,8 +196,9 @@ def gguf_cache(path: Path, dtype: torch.dtype) -> Path:
 def text_cache(path: Path, dtype: torch.dtype) -> Path:
     """Name the cache folder of a composite model's text part: by its weights, and all that may say how to read them."""
     total = hashlib.sha256(fingerprint(path).encode())
-    for file in sorted(file for kind in HUB_FILES if kind != "*.safetensors" for file in path.glob(kind)):
-        total.update(f"{file.name}:{known_sha256(file)}\n".encode())
+    kinds = [kind for kind in (*HUB_FILES, "additional_chat_templates/*.jinja") if kind != "*.safetensors"]
+    for file in sorted(file for kind in kinds for file in path.glob(kind)):
+        total.update(f"{file.relative_to(path)}:{known_sha256(file)}\n".encode())
     made_by = f"{str(dtype).removeprefix('torch.')}-v{TEXT_CONVERSION}"
     return cache_dir() / "text" / f"{total.hexdigest()[:16]}-{made_by}"
 

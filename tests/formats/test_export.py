@@ -47,6 +47,7 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.gguf_file import open_gguf as open_gguf_file
 from kdctl.model.gguf_names import rope_factors, row_order
 from kdctl.model.gguf_tokenizer import gguf_tokenizer
+from kdctl.model.hashes import is_whole
 from kdctl.model.load import load_model
 from kdctl.model.reference import convert_gguf
 from kdctl.model.stops import stop_ids
@@ -366,6 +367,11 @@ def test_several_chat_templates_are_written_and_read(tmp_path: Path, student_of:
     tokenizer.chat_template = {"default": tiny.TEMPLATE, "tool_use": "with tools"}  # pyright: ignore
     export.export_gguf(load_student(student_of(), CPU), tokenizer, tmp_path / "m.gguf", False)
     assert gguf_tokenizer(open_gguf_file(tmp_path / "m.gguf")).chat_template == tokenizer.chat_template
+    again = convert_gguf(tmp_path / "m.gguf", torch.bfloat16)
+    assert load_tokenizer(again).chat_template == tokenizer.chat_template
+    assert is_whole(again)
+    (again / "additional_chat_templates" / "tool_use.jinja").write_text("others")
+    assert not is_whole(again)
 
 
 def test_rope_without_scaling_writes_no_factors(student_of: Callable[..., Path]):

@@ -224,7 +224,13 @@ def test_a_conversion_is_kept_until_a_file_changes(tmp_path: Path) -> None:
     load_model(model_folder(str(place), torch.float32), torch.float32, CPU)
     assert cache_of(place, torch.bfloat16) != first
     changed(place / "tokenizer_config.json", eos_token="<|endoftext|>")
-    assert model_folder(str(place), torch.float32) != first
+    second = model_folder(str(place), torch.float32)
+    assert second != first
+    (place / "additional_chat_templates").mkdir()
+    (place / "additional_chat_templates" / "other.jinja").write_text(tiny.TEMPLATE)
+    third = model_folder(str(place), torch.float32)
+    assert third != second
+    assert load_tokenizer(third).chat_template == {"default": tiny.TEMPLATE, "other": tiny.TEMPLATE}
 
 
 def test_what_is_left_out_is_said(smoke: Preset, tmp_path: Path) -> None:
@@ -262,6 +268,7 @@ def test_a_template_of_parts_takes_text(tmp_path: Path, processor: bool) -> None
     own = AutoTokenizer.from_pretrained(tmp_path)
     wanted = own.apply_chat_template(listed, chat_template=template, tokenize=False)
     assert found.apply_chat_template(asked, tokenize=False) == wanted
+    assert found.apply_chat_template(listed, tokenize=False) == wanted
     assert " a\nb " in str(wanted)
 
 
