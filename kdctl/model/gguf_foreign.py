@@ -108,7 +108,7 @@ def _check_fields(file: GgufFile, config: PretrainedConfig) -> None:
     for choices in REQUIRED:
         if not any(prefix + name in file.fields for name in choices):
             raise ModelError(f"{file.path} does not say {prefix}{choices[0]}, without which it is no model")
-    for key, value in (_implied(file, said) | file.fields).items():
+    for key, value in {**_implied(file, said), **file.fields}.items():
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and name not in WITHOUT_EFFECT and not _computed(name, value, said):
             raise ModelError(

@@ -228,7 +228,8 @@ def test_what_a_foreign_file_leaves_out_is_what_llama_cpp_takes_or_refused(tmp_p
 
 
 def test_a_part_that_turns_by_transformers_default_only_is_refused(tmp_path: Path):
-    model = network(StableLmConfig(**SIZES, norm_epsilon=1e-5))
+    named: dict[str, Any] = SIZES | {"norm_epsilon": 1e-5}
+    model = network(StableLmConfig(**named))
     with pytest.raises(ModelError, match=r"stablelm\.rope\.dimension_count=16"):
         foreign_config(open_gguf(written(tmp_path / "m.gguf", model)))
     told = put("stablelm.rope.dimension_count", 4, Type.UINT32)
