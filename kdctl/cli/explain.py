@@ -6,6 +6,7 @@ Kinds of libraries are known by name, so that nothing needs to be imported to lo
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +125,10 @@ def _import_failed(error: BaseException) -> str | None:
         package = str(error.filename)
     if package in ("", "kdctl", "__main__"):
         return None
+    said = first_line(error)
+    blamed = [name for name, value in os.environ.items() if len(value) > 2 and value in said]
+    if isinstance(error, ValueError) and blamed:
+        return f"the environment variable {blamed[0]} keeps the package {package} from being imported: {said}; unset it"
     return (
         f"the package {package} is missing or broken ({type(error).__name__}: {first_line(error)}); install kdctl and "
         "what it needs again, in a new environment if that does not help"

@@ -43,6 +43,8 @@ MEANT = {
     "BatchSize must be greater than 0": "it has no rows",
     "OfflineModeIsEnabled": "it is not in the cache, and the Hub may not be asked, because runtime.offline or "
     "HF_HUB_OFFLINE says so; run once without, or name a file",
+    "LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached; check the network, or name "
+    "a file",
     "zstd not supported": "it needs the package zstandard, which is not installed; pip install zstandard, or unpack it",
 }
 """What datasets says, and what it means."""
@@ -261,6 +263,12 @@ def _named_errors(name: str, split: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - whatever reads a format raises its own kinds, StopIteration among them
         cause = error.__cause__ or error
+        place = Path(str(getattr(cause, "filename", None) or name)).absolute()
+        if isinstance(cause, OSError) and not place.is_relative_to(Path(name).expanduser().absolute()):
+            raise DataError(
+                f"data set {name!r:.300} cannot be kept for reading in {place}: {cause.strerror}; HF_HOME or "
+                "HF_DATASETS_CACHE says where, and must be a folder to write in"
+            ) from None
         reason = (str(cause).strip() or f"it is damaged or empty ({type(cause).__name__})").splitlines()[0]
         raise DataError(f"data set {name!r:.300} (split {split!r}) cannot be read: {_in_words(reason):.600}") from None
 

@@ -121,8 +121,15 @@ def _why_not(error: Exception, offline: bool) -> str:
         return f"that is no name of the Hugging Face Hub: {brief(error)}"
     return (
         "the Hugging Face Hub cannot be reached, while the local Hub cache does not have it whole "
-        f"({type(error).__name__}: {brief(error)}); check the network, or name a folder"
+        f"({_innermost(error)}); check the network, or name a folder"
     )
+
+
+def _innermost(error: BaseException) -> str:
+    """Return what began a chain of errors, in few words."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {brief(error):.150}"
 
 
 def model_folder(reference: str, dtype: torch.dtype, revision: str | None = None, offline: bool = False) -> Path:

@@ -14,6 +14,10 @@ def stays_inside(name: str) -> bool:
 
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a name in a folder. Raises StoreError for one that leads elsewhere, or nowhere."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise StoreError(
+            f"the name {name!a} in {folder} is not UTF-8, or the locale is another; set LC_ALL=C.UTF-8, or rename it"
+        )
     if not stays_inside(name):
         raise StoreError(
             f"{name!r} cannot be the name of a file in {folder}: it leads elsewhere, and what a file says is read "

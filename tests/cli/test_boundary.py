@@ -1,5 +1,6 @@
 """Every start and end of the command line, as whoever started it sees it: streams, signals, what is missing."""
 
+import importlib
 import json
 import os
 import signal
@@ -108,3 +109,12 @@ def test_the_file_that_is_damaged_is_named(tmp_path: Path) -> None:
 
 def test_anything_else_is_a_bug() -> None:
     assert explain(AttributeError("x")).code == explain(RuntimeError("a bug")).code == 70
+
+
+def test_a_variable_that_a_package_cannot_read_is_blamed_and_not_the_package(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "odd_package.py").write_text("import os\nint(os.environ['ODD'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ODD", "nonsense")
+    with pytest.raises(ValueError, match="nonsense") as caught:
+        importlib.import_module("odd_package")
+    assert "the environment variable ODD keeps the package odd_package" in explain(caught.value).message

@@ -183,3 +183,11 @@ def test_a_file_without_rows_says_so(tmp_path: Path, name: str) -> None:
         path.write_text("\n \n")
     with pytest.raises(DataError, match="no rows"):
         read_rows(str(path), "train")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) -> None:
+    (path := tmp_path / "a.jsonl").write_bytes(LINES)
+    (cache := tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    with pytest.raises(DataError, match=f"cannot be kept for reading in {cache}.*HF_HOME"):
+        read_rows(str(path), "train")

@@ -46,3 +46,8 @@ def test_sums_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "student" / "SHA256SUMS").write_text(f"{'0' * 64}  ../secret\n")
     with pytest.raises(StoreError, match=r"\.\./secret"):
         check_sums(tmp_path / "student")
+
+
+def test_a_name_that_is_no_text_is_not_said_to_lead_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not UTF-8, or the locale is another"):
+        inside(tmp_path, "\udcc3\udca9")
