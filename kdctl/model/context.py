@@ -14,6 +14,8 @@ from transformers import PretrainedConfig
 from kdctl.base.errors import ModelError, PresetError
 
 YARN, LONGROPE, DYNAMIC = "yarn", "longrope", "dynamic"
+POSITIONS = ("max_position_embeddings", "max_target_positions")
+"""What a configuration calls the positions that a network was made for."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def reach_of(config: PretrainedConfig) -> Reach:
 
 def _trained(config: PretrainedConfig) -> Reach:
     """Return the positions that a network was made for; YaRN reaches farther than the training it started from."""
-    stated = _natural(getattr(config, "max_position_embeddings", None))
+    found = ((name, _natural(getattr(config, name, None))) for name in POSITIONS)
+    name, stated = next(((name, value) for name, value in found if value is not None), ("", None))
     if stated is None:
         return UNLIMITED
     farther = [
@@ -70,7 +73,7 @@ def _trained(config: PretrainedConfig) -> Reach:
         if rope.get("rope_type") == YARN and rope.get("original_max_position_embeddings") and rope.get("factor")
     ]
     tokens = max([stated, *farther])
-    return Reach(tokens, f"the network's context is {tokens} tokens (max_position_embeddings in config.json)")
+    return Reach(tokens, f"the network's context is {tokens} tokens ({name} in config.json)")
 
 
 def _exact(config: PretrainedConfig) -> Iterator[Reach]:

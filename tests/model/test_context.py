@@ -52,13 +52,14 @@ LONGROPE: dict[str, Any] = {
         ({"rope_parameters": DYNAMIC | {"notes": {}}}, 32, "dynamic"),
         ({"kind": "qwen2", "rope_parameters": YARN}, 128, "context"),
         ({"kind": "gpt2", "n_positions": 24}, 24, "context"),
+        ({"kind": "whisper", "max_target_positions": 24}, 24, "max_target_positions"),
         ({"kind": "bloom"}, None, ""),
     ],
 )
 def test_reach_is_the_context_or_where_rotary_factors_begin_to_depend_on_the_longest(
     config: dict[str, Any], tokens: int | None, word: str
 ) -> None:
-    if config.get("kind") in ("gpt2", "bloom"):
+    if config.get("kind") in ("gpt2", "bloom", "whisper"):
         found = reach_of(AutoConfig.for_model(config["kind"], **{k: v for k, v in config.items() if k != "kind"}))
     else:
         found = reach_of(config_of(**config))
