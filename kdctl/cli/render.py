@@ -6,7 +6,7 @@ from typing import Any
 from kdctl.cli import console
 from kdctl.cost.records import CostPlan, Part, Phase, Room
 from kdctl.formats.records import ExportReport, VerifyReport
-from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, TokenMeasure, Unit, column_measures
+from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, TokenMeasure, Unit, column_measures, fixed
 from kdctl.run.records import (
     DistillReport,
     DistributionMetrics,
@@ -29,7 +29,7 @@ def interval(estimate: Estimate, digits: int = 4) -> str:
 UNITS: dict[Unit, Callable[[Estimate], str]] = {
     "nats": interval,
     "share": lambda found: f"{100 * found.value:.1f} %",
-    "perplexity": lambda found: f"{found.value:.2f}",
+    "perplexity": lambda found: fixed(found.value, 2),
 }
 
 
@@ -45,7 +45,7 @@ def gib(size: float) -> str:
 
 def distribution_pairs(found: DistributionMetrics) -> list[tuple[str, str]]:
     """List the held-out numbers of a student."""
-    teacher = {PERPLEXITY.name: f" (teacher {found.teacher_perplexity:.2f})"}
+    teacher = {PERPLEXITY.name: f" (teacher {fixed(found.teacher_perplexity, 2)})"}
     pairs = [
         (one.label, measured(found, one) + teacher.get(one.name, ""))
         for one in TOKEN_MEASURES.values()
@@ -74,7 +74,10 @@ def show_quantized(report: QuantizeReport) -> None:
             f"parameters in {len(report.layers)} layers, {report.seconds_s:.1f} s",
         ),
         *distribution_pairs(report.distribution),
-        ("text perplexity", f"{report.text.perplexity.value:.2f} (teacher {report.teacher_text.perplexity.value:.2f})"),
+        (
+            "text perplexity",
+            f"{fixed(report.text.perplexity.value, 2)} (teacher {fixed(report.teacher_text.perplexity.value, 2)})",
+        ),
     ]
     console.show_pairs("student", pairs)
     rows = [(one.name, *_error(one)) for one in report.layers[:WORST]]
@@ -97,7 +100,7 @@ def show_compared(results: Sequence[MethodResult]) -> None:
             one.method,
             f"{one.seconds_s:.1f}",
             *(measured(one.distribution, measure) for measure in column_measures()),
-            f"{one.text.perplexity.value:.2f}",
+            fixed(one.text.perplexity.value, 2),
             f"{one.sqnr_db:.2f}",
         )
         for one in results

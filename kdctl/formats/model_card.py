@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from kdctl.config.preset import DistillSection
-from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, Unit
+from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, Unit, fixed
 from kdctl.run.records import DistributionMetrics, Estimate, QuantizeReport, TextMetrics
 
 LICENSE = re.compile(r"[\w.-]+")
@@ -97,7 +97,7 @@ def _settings(report: QuantizeReport, training: Training | None) -> str:
 
 def _numbers(report: QuantizeReport, training: Training | None) -> str:
     found = report.distribution
-    teacher = {PERPLEXITY.name: f"; teacher {found.teacher_perplexity:.2f}"}
+    teacher = {PERPLEXITY.name: f"; teacher {fixed(found.teacher_perplexity, 2)}"}
     rows = [
         (one.label, _interval(estimate, DIGITS[one.unit]) + teacher.get(one.name, ""))
         for one in TOKEN_MEASURES.values()
@@ -106,7 +106,7 @@ def _numbers(report: QuantizeReport, training: Training | None) -> str:
     rows += [
         (
             "text perplexity",
-            f"{_text(report.text)}; teacher {report.teacher_text.perplexity.value:.2f}",
+            f"{_text(report.text)}; teacher {fixed(report.teacher_text.perplexity.value, 2)}",
         ),
     ]
     if training:
@@ -150,11 +150,14 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _text(found: TextMetrics) -> str:
     """Give perplexity on plain text; one document has no interval over documents."""
-    return _interval(found.perplexity, 2) if found.documents > 1 else f"{found.perplexity.value:.2f} (one document)"
+    return (
+        _interval(found.perplexity, 2) if found.documents > 1 else f"{fixed(found.perplexity.value, 2)} (one document)"
+    )
 
 
 def _interval(estimate: Estimate, digits: int = 4) -> str:
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    value, low, high = (fixed(one, digits) for one in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kdctl.run.measures import fixed
+
 TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
 Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share"]
 ABSENT = "–"
@@ -19,7 +21,7 @@ FORMATS: dict[Style, Callable[[float], str]] = {
     "points": lambda value: f"{100 * value:+.2f}",
     "share": lambda value: f"{100 * value:.0f} %",
     "kl": lambda value: f"{value:.4f}",
-    "perplexity": lambda value: f"{value:.2f}",
+    "perplexity": lambda value: fixed(value, 2),
     "mib": lambda value: f"{value / 2**20:.1f}",
     "p": lambda value: "<0.001" if value < 0.001 else f"{value:.3f}",
 }

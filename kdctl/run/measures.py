@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 Better = Literal["lower", "higher"]
 Unit = Literal["nats", "share", "perplexity"]
+LONGEST = 1e7
+"""From here on a number is written as a power of ten: perplexities have no bound."""
+
+
+def fixed(value: float, digits: int) -> str:
+    """Write a number with so many digits after the point, or as a power of ten where that is long."""
+    return f"{value:.3g}" if abs(value) >= LONGEST else f"{value:.{digits}f}"
 
 
 class Predictions:

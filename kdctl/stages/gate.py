@@ -9,6 +9,7 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.report.samples import read_items
 from kdctl.run.documents import PerDocument
+from kdctl.run.measures import fixed
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record
 from kdctl.run.records import DistributionMetrics, EvalResult
@@ -48,7 +49,7 @@ def gap_lines(found: DistributionMetrics, accuracy: Comparison | None) -> list[s
     kl, perplexity = found.forward_kl, found.perplexity.value
     lines = [
         f"PTQ gap: KL to the teacher {kl.value:.4g} [{kl.low:.4g}, {kl.high:.4g}] nats a token, all there is to win; "
-        f"with it held-out perplexity would go from {perplexity:.2f} to {found.teacher_perplexity:.2f}"
+        f"with it held-out perplexity would go from {fixed(perplexity, 2)} to {fixed(found.teacher_perplexity, 2)}"
     ]
     if kl.low <= KL_NOISE:
         lines.append(f"warning: this KL is within noise: bfloat16 arithmetic alone makes about {KL_NOISE:g}")
