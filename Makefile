@@ -34,6 +34,7 @@ coverage: $(STAMP)  ## all tests, and which lines none of them runs (half as lon
 docs: $(VENV)/.docs  ## write the reference from the code, then build the site into build/site; a broken link is an error
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical build --strict
+	rm -f build/site/*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

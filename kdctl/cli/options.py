@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from kdctl.base.errors import PresetError
 from kdctl.base.progress import Silent
+from kdctl.base.sums import SumError
 from kdctl.cli import boundary, console
+from kdctl.cli.edited import edited_settings
 from kdctl.cli.fields import Flags
 from kdctl.config import resolve
 from kdctl.config.preset import Preset
@@ -142,7 +144,12 @@ def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | 
     if name is None:
         own = (folder or Path("runs") / DEFAULT_PRESET) / "preset.json"
         name = str(own) if own.is_file() else DEFAULT_PRESET
-    return resolve.load_preset(name, overrides)
+    try:
+        return resolve.load_preset(name, overrides)
+    except PresetError as error:
+        if isinstance(error.__context__, SumError) and (what := edited_settings(Path(name).parent)):
+            raise PresetError(str(error).replace("was edited", f"was edited{what}", 1)) from None
+        raise
 
 
 def run_folder(name: str | None, folder: Path | None) -> Path:
