@@ -88,7 +88,7 @@ def _error(layer: LayerError) -> tuple[str, str]:
     """Write a layer's error and its SQNR; a layer of zeros has nothing that an error could be relative to."""
     if layer.relative_error is None or layer.sqnr_db is None:
         return "–", "–"
-    return f"{100 * layer.relative_error:.2f} %", f"{layer.sqnr_db:.1f}"
+    return f"{100 * layer.relative_error:.2f} %", f"{layer.sqnr_db:.1f}" if layer.relative_error else "inf"
 
 
 def show_compared(results: Sequence[MethodResult]) -> None:

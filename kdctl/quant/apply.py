@@ -100,10 +100,10 @@ def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> 
 
 
 def sqnr(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> float:
-    """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB."""
+    """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB; ∞ where nothing was lost."""
     norms = [_norms(teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
     signal, noise = (sum(norm**2 for norm in column) for column in zip(*norms, strict=True))
-    return 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300 * signal, 1e-300))
+    return 10 * math.log10(max(signal, 1e-300) / noise) if noise else math.inf
 
 
 def _norms(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:

@@ -211,3 +211,12 @@ def test_a_layer_of_zeros_has_no_relative_error(capsys: pytest.CaptureFixture[st
     zero = LayerError(name="layers.zero", relative_error=None, sqnr_db=None)
     render.show_quantized(quantize_report(symmetric=True).model_copy(update={"layers": (zero,)}))
     assert [cell.strip() for cell in capsys.readouterr().out.split("layers.zero")[1].split("│")[1:3]] == ["–", "–"]
+
+
+def test_a_layer_that_lost_nothing_has_no_ratio_of_decibels(capsys: pytest.CaptureFixture[str]) -> None:
+    exact = LayerError(name="layers.exact", relative_error=0.0, sqnr_db=600.0)
+    render.show_quantized(quantize_report(symmetric=True).model_copy(update={"layers": (exact,)}))
+    assert [cell.strip() for cell in capsys.readouterr().out.split("layers.exact")[1].split("│")[1:3]] == [
+        "0.00 %",
+        "inf",
+    ]
