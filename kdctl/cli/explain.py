@@ -55,6 +55,7 @@ TEXTS = {
     "can't start new thread": "the system allows no further thread; raise ulimit -u, or set OMP_NUM_THREADS",
     "Could not determine home directory": "no home folder is known; set HOME, or KDCTL_CACHE to where a cache may lie",
     "NVIDIA driver": "the GPU cannot be used: {why}; runtime.device=cpu does without",
+    "integer string conversion": "a whole number in the input has thousands of digits; nothing here counts so far",
     "no kernel image": "this torch was not built for this GPU: {why}; runtime.device=cpu does without",
 }
 """What libraries say in a RuntimeError, which is no kind of its own."""
@@ -100,7 +101,7 @@ def _of_kind(error: BaseException) -> str | None:
     """Look an error up by its class, or by what it says where its class says nothing."""
     kinds = [f"{each.__module__}.{each.__qualname__}" for each in type(error).__mro__]
     found = next((KINDS[kind] for kind in kinds if kind in KINDS), None)
-    if found is None and isinstance(error, RuntimeError):
+    if found is None and isinstance(error, RuntimeError | ValueError):
         found = next((words for text, words in TEXTS.items() if text in str(error)), None)
     return found.format(why=first_line(error), file=_file_of(error)) if found else None
 

@@ -45,6 +45,7 @@ MEANT = {
     "HF_HUB_OFFLINE says so; run once without, or name a file",
     "LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached; check the network, or name "
     "a file",
+    "Not enough disk space": "the disk of its cache is full; free some space, or set HF_HOME to another place",
     "zstd not supported": "it needs the package zstandard, which is not installed; pip install zstandard, or unpack it",
 }
 """What datasets says, and what it means."""

@@ -173,7 +173,7 @@ def read_sweep(name: str) -> Sweep:
     path = find_sweep(name)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PresetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise PresetError(f"{path} holds {tree!r:.40}, not a wandb sweep with method and parameters")
@@ -253,6 +253,8 @@ def _parameter(key: str, entry: ParameterEntry, where: str) -> Parameter:
         raise PresetError(f"{where}: {kind} needs min above 0; min is {entry.min}")
     if kind == "int_uniform" and not _both_integers(entry):
         raise PresetError(f"{where}: {kind} needs whole numbers; min is {entry.min}, max is {entry.max}")
+    if kind == "q_uniform" and entry.q is not None and not 0 < entry.q <= entry.max - entry.min:
+        raise PresetError(f"{where}: {kind} needs q above 0 and no wider than the range; q is {entry.q}")
     step = {"int_uniform": 1, "q_uniform": entry.q or 1}.get(kind)
     return Interval(key, entry.min, entry.max, step, kind == "log_uniform_values")
 

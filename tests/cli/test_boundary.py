@@ -46,6 +46,7 @@ def test_what_an_encoding_has_not_is_replaced_and_json_stays_what_it_is(encoding
         ("$K presets $'a\\nb'", 2, "no preset 'a\\nb'"),
         ("RANK=x $K presets", 2, "RANK is 'x'"),
         ("RANK=5 WORLD_SIZE=2 $K quantize", 2, "RANK=5 and WORLD_SIZE=2, and ranks are"),
+        ("$K run --set distill.steps=0x$(printf 'f%.0s' {1..5000})", 2, "has thousands of digits"),
         ("$K quantize --run ''", 2, "--run names no folder"),
         ("$K report --out=", 2, "--out= names no folder"),
         ("PYTHONPATH=broken:$PYTHONPATH $K presets", 2, "broken/rich/__init__.py is missing or broken (SyntaxError"),

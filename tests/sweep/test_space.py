@@ -126,3 +126,19 @@ def test_a_sweep_file_is_plain_yaml(tmp_path: Path, value: str) -> None:
     with pytest.raises(PresetError, match=r"mine\.yaml"):
         read_sweep(str(path))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "9" * 5000])
+def test_yaml_whose_values_cannot_be_read_is_one_message(tmp_path: Path, value: str) -> None:
+    (path := tmp_path / "s.yaml").write_text(f"method: grid\nparameters:\n  distill.seed: {{values: [{value}, 1]}}\n")
+    with pytest.raises(PresetError, match="is not valid YAML"):
+        read_sweep(str(path))
+
+
+@pytest.mark.parametrize("q", [0, -1, 2])
+def test_a_step_that_does_not_fit_its_range_is_refused(tmp_path: Path, q: float) -> None:
+    (path := tmp_path / "s.yaml").write_text(
+        f"method: random\nparameters:\n  distill.lr: {{distribution: q_uniform, min: 0.1, max: 0.2, q: {q}}}\n"
+    )
+    with pytest.raises(PresetError, match="needs q above 0"):
+        read_sweep(str(path))
