@@ -128,7 +128,7 @@ def _ended(ended: Ended, where: Path, out: object, what: str) -> str:
         return "done without it"
     check_message(ended, what)
     words = [word.strip("'\":;,.") for word in ended.err.split()]
-    expect(any(word == "r" or "/" in word for word in words), f"{what}: names no path: {ended.err[-600:]}")
+    expect(any(word in ("r", "s.gguf") or "/" in word for word in words), f"{what}: names no path: {ended.err[-600:]}")
     return "exit code 2"
 
 

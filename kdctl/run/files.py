@@ -18,12 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 import pyarrow as pa
 from safetensors import SafetensorError
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^/]*)-(?P<pid>\d+)\.(?P<kind>tmp|old)")
 LIBRARY = re.compile(r"os error (?P<errno>\d+)|PytorchStreamWriter|inline_container")
 """What Rust and PyTorch say of a disk that fails, in exceptions that are no OSError."""
+CLOCK_S = 2.0
+"""How far the times of processes and of files may be apart."""
 
 
 def before(operation: str, path: Path) -> None:
@@ -258,7 +261,7 @@ def _clear(path: Path) -> None:
 
 def _settle_dead(folder: Path, name: str) -> None:
     found = TEMPORARY.fullmatch(name)
-    if found and found["host"] == socket.gethostname() and _dead(int(found["pid"])):
+    if found and found["host"] == socket.gethostname() and _dead(int(found["pid"]), folder / name):
         with suppress(OSError):  # it costs space only
             _settle(folder, found)
 
@@ -273,11 +276,11 @@ def _settle(folder: Path, found: "re.Match[str]") -> None:
         left.unlink()
 
 
-def _dead(pid: int) -> bool:
+def _dead(pid: int, left: Path) -> bool:
+    """Tell whether the process that left something is gone; one that began later only has its number."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).create_time() > left.lstat().st_ctime + CLOCK_S
+    except psutil.NoSuchProcess:
         return True
-    except (OSError, OverflowError):
+    except (psutil.Error, OSError, OverflowError):
         return False
-    return False

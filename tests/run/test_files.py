@@ -126,6 +126,14 @@ def test_only_what_dead_processes_of_this_host_left_is_swept_up(tmp_path: Path) 
     assert set(everything(tmp_path)) == kept
 
 
+def test_a_later_process_of_the_same_number_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = left_by(os.getppid(), tmp_path / "file")
+    write_text(left, "half")
+    monkeypatch.setattr("psutil.Process.create_time", lambda _: left.stat().st_ctime + 10)
+    sweep_up(tmp_path)
+    assert not everything(tmp_path)
+
+
 def test_writing_a_file_or_a_folder_again_clears_away_what_dead_processes_left_of_it(tmp_path: Path) -> None:
     dead = dead_process()
     for name in ("note.json", "folder", "note"):
