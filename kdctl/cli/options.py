@@ -1,6 +1,5 @@
 """What every command has in common: options, finding the preset and the run folder, errors as messages."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 
 from kdctl.base.errors import PresetError
 from kdctl.base.progress import Silent
+from kdctl.base.strict_json import write_json
 from kdctl.base.sums import SumError
 from kdctl.cli import boundary, console
 from kdctl.cli.edited import edited_settings
@@ -217,4 +217,4 @@ def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> Non
 
 def show_json(results: Mapping[str, BaseModel]) -> None:
     """Print several results as one JSON object."""
-    console.show_json(json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=2))
+    console.show_json(write_json({name: result.model_dump(mode="json") for name, result in results.items()}))

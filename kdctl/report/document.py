@@ -1,9 +1,9 @@
 """A study's whole report: verdicts, tables, settings and commands, for people and for programs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kdctl.base.strict_json import write_json
 from kdctl.base.version import __version__
 from kdctl.report.charts import Chart
 from kdctl.report.columns import BASELINES, Results
@@ -87,7 +87,7 @@ def as_json(report: Report) -> str:
         "models": [_model(model) for model in report.study.models],
         "tables": [document(table) for table in report.tables],
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return write_json(content) + "\n"
 
 
 def _comparisons(results: Results) -> list[dict[str, object]]:

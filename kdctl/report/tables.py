@@ -3,12 +3,12 @@
 import csv
 import html
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kdctl.base.strict_json import write_json
 from kdctl.run.measures import fixed
 
 TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
@@ -247,7 +247,7 @@ def _csv(table: Table) -> str:
 
 def as_json(tables: Sequence[Table]) -> str:
     """Lay tables out for programs: a list of tables, each with its rows as objects."""
-    return json.dumps([document(table) for table in tables], indent=2, ensure_ascii=False) + "\n"
+    return write_json([document(table) for table in tables]) + "\n"
 
 
 def document(table: Table) -> dict[str, object]:
