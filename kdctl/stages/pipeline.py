@@ -41,7 +41,7 @@ def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool =
     store = RolloutStore(context.paths.rollouts(source))
     if source == "student":
         ensure_student(context, teacher)
-    if not fill_source(context, teacher, source, store, force):
+    if not fill_source(context, teacher, source, store, force=force):
         context.reporter.note(f"rollout: {store.path} is complete, skipped")
     ensure_teacher_states(context, teacher, [store])
     return store.manifest()

@@ -46,10 +46,22 @@ def quantize(
     recipe = recipe_of(context, teacher, context.preset.quantize)
     if not force and context.ranks.on_main(path.exists):
         return context.on_main(lambda main: _finished(main, recipe, path))
-    found = measuring or ensure_measuring(context, teacher)
+    return _make_once(context, teacher, measuring, force=force)
+
+
+def _make_once(
+    context: Context, teacher: Teacher, measuring: Measuring | None, *, force: bool = False, why: str = ""
+) -> QuantizeReport:
+    """Make ``student/`` unless another process has done so meanwhile. why: said by the one that makes it."""
+    path = context.paths.student / "quantize.json"
     with context.claimed("student"):
-        if not force and context.ranks.on_main(path.exists):
+        there = not force and context.ranks.on_main(path.exists)
+        if why and not there:
+            context.reporter.note(why)
+        recipe = recipe_of(context, teacher, context.preset.quantize)
+        if there:
             return context.on_main(lambda main: _finished(main, recipe, path))
+        found = measuring or ensure_measuring(context, teacher)
         return context.on_main(lambda main: _make(main, teacher, found, recipe, path))
 
 
@@ -195,8 +207,7 @@ def ensure_student(context: Context, teacher: Teacher, measuring: Measuring | No
     """Make ``student/`` where it is missing. Raises StoreError if the one there is damaged, or made otherwise."""
     path, settings = context.paths.student / "quantize.json", context.preset.quantize
     if not context.ranks.on_main(path.exists):
-        context.reporter.note("no student yet: quantizing first")
-        quantize(context, teacher, measuring)
+        _make_once(context, teacher, measuring, why="no student yet: quantizing first")
         return
     context.on_main(lambda main: check_sums(main.paths.student))
     if not settings.calibrated or RolloutStore(context.paths.rollouts(settings.calibration_source)).finished:

@@ -70,16 +70,16 @@ def engine_of(context: Context, teacher: Teacher, model: PreTrainedModel, source
 def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> RolloutStore:
     """Return a finished store, filling it first where it is missing."""
     store = RolloutStore(context.paths.rollouts(source))
-    if not store.manifest_path.exists():
-        context.reporter.note(f"no {source} rollouts yet: making them first")
-    fill_source(context, teacher, source, store)
+    fill_source(context, teacher, source, store, why=f"no {source} rollouts yet: making them first")
     return store
 
 
-def fill_source(context: Context, teacher: Teacher, source: Source, store: RolloutStore, force: bool = False) -> bool:
+def fill_source(
+    context: Context, teacher: Teacher, source: Source, store: RolloutStore, *, force: bool = False, why: str = ""
+) -> bool:
     """Fill a store unless it is complete; tell whether anything was done. A student must be there to write its own.
 
-    force: write it anew.
+    force: write it anew; why: said where it is filled.
     """
     plan = plan_of(context, teacher, source)
     if not force and is_usable(context, store, plan):
@@ -89,6 +89,8 @@ def fill_source(context: Context, teacher: Teacher, source: Source, store: Rollo
             context.on_main(lambda _: remove(store.path))
         elif is_usable(context, store, plan):
             return False
+        if why:
+            context.reporter.note(why)
         _fill(context, teacher, source, store, plan)
     return True
 

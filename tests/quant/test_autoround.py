@@ -121,7 +121,7 @@ def test_a_missing_package_is_one_message_before_any_work(tmp_path: Path) -> Non
     done = absent("quantize", "--preset", "smoke", "--method", "autoround", "--run", tmp_path / "run")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: quantize.method=autoround needs the package auto-round, which is not installed; install it:\n"
+        "error: quantize.method=autoround needs the package auto-round, which is not installed; install it: "
         'pip install "kdctl[autoround]"\n'
     )
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
