@@ -1,5 +1,6 @@
 """The tokenizer that a GGUF file describes, or a refusal that names the part which is missing or not known."""
 
+import json
 from typing import Any
 
 from gguf import TokenType
@@ -15,6 +16,7 @@ from kdctl.model.tokenizer import check_templates
 from kdctl.run.files import alone
 
 PREFIX = "tokenizer.ggml."
+MERGES = f"{PREFIX}merges"
 HF_JSON = "tokenizer.huggingface.json"
 TEMPLATE = "tokenizer.chat_template"
 SPECIALS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
@@ -51,7 +53,9 @@ def _checked_tokens(file: GgufFile) -> list[tuple[str, int]]:
     types = _part(file, "token_type", list)
     if len(types) != len(tokens):
         raise ModelError(f"{file.path}: {len(tokens)} tokens and {len(types)} token types; the file is damaged")
-    _part(file, "merges" if kind == BYTE_LEVEL or f"{PREFIX}merges" in file.fields else "scores", list)
+    unmerged = kind == BYTE_LEVEL and HF_JSON in file.fields and not file.fields.get(MERGES)
+    if not unmerged:
+        _part(file, "merges" if kind == BYTE_LEVEL or MERGES in file.fields else "scores", list)
     split = file.field(f"{PREFIX}pre", str)
     if kind == BYTE_LEVEL and split not in GPT2_SPLITS | DIGIT_SPLITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
         raise ModelError(
@@ -73,8 +77,14 @@ def _part(file: GgufFile, name: str, kind: type) -> Any:
 
 
 def _exact(file: GgufFile, control: list[tuple[str, int]]) -> PreTrainedTokenizerBase:
-    """Build the tokenizer from its tokenizer.json, if that has the vocabulary which llama.cpp reads."""
+    """Build the tokenizer from its tokenizer.json, if that has the vocabulary which llama.cpp reads.
+
+    The gguf package leaves empty lists out of a file, so that one without merges is whole if tokenizer.json has none.
+    """
     backend = Tokenizer.from_str(file.fields[HF_JSON])
+    unmerged = file.fields.get(f"{PREFIX}model") == BYTE_LEVEL and not file.fields.get(MERGES)
+    if unmerged and json.loads(backend.to_str())["model"].get("merges"):
+        raise ValueError(f"there is no {MERGES}, and {HF_JSON} has merges")
     tokens = file.fields[f"{PREFIX}tokens"]
     other = [text for text, index in backend.get_vocab().items() if index >= len(tokens) or tokens[index] != text]
     if other:

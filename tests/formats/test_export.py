@@ -344,6 +344,10 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, monkeypatch: py
 
 def test_a_file_that_was_changed_after_it_was_written_is_refused(tmp_path: Path, student_of: Callable[..., Path]):
     export.export(student_of(), "gguf", tmp_path / "m.gguf")
+
+    def unmerged(fields: gguf_files.Fields, _: object) -> None:
+        del fields["tokenizer.ggml.merges"]
+
     changes: dict[str, tuple[gguf_files.Change, str]] = {
         "rope": (
             lambda fields, _: fields.update({"llama.rope.freq_base": (5.0, gguf_files.Type.FLOAT32, None)}),
@@ -355,11 +359,20 @@ def test_a_file_that_was_changed_after_it_was_written_is_refused(tmp_path: Path,
         ),
         "head": (lambda _, tensors: tensors.update({"output.weight": tensors["token_embd.weight"]}), "holds.*output"),
         "tokens": (lambda fields, _: fields["tokenizer.ggml.tokens"][0].reverse(), "tokenizer cannot be built"),
+        "merges": (unmerged, r"no tokenizer\.ggml\.merges, and"),
     }
     for name, (change, message) in changes.items():
         file = gguf_files.rewritten(tmp_path / "m.gguf", tmp_path / f"{name}.gguf", change)
         with pytest.raises(ModelError, match=message):
             convert_gguf(file, torch.float32)
+
+
+def test_a_tokenizer_without_merges_is_written_and_read(tmp_path: Path, student_of: Callable[..., Path]):
+    tokenizer = tiny.byte_tokenizer()
+    export.export_gguf(load_student(student_of(), CPU), tokenizer, tmp_path / "m.gguf", False)
+    again = load_tokenizer(convert_gguf(tmp_path / "m.gguf", torch.bfloat16))
+    assert differences(again, tokenizer) == []
+    assert spec_of(again) == spec_of(tokenizer)
 
 
 def test_several_chat_templates_are_written_and_read(tmp_path: Path, student_of: Callable[..., Path]):
