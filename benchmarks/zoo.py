@@ -8,6 +8,7 @@ With model types only those are tried and nothing is written. Ends with exit cod
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,11 +24,23 @@ from parts.base import Broken
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "networks.md"
 LIMIT_S = 7200.0
 WORDS = {
-    "works": "quantize, two steps of training, eval, verify and export; its rollouts' log-probabilities are "
-    "transformers' own for each sequence alone",
-    "refused": "one message and exit code 2 before any work, with the reason below",
-    "not built": "the reason is that of its configuration alone: the network cannot be made so small",
+    "works": "quantize, two steps of training, eval, verify and export to safetensors end well, and rollouts have the "
+    "log-probabilities that transformers gives to each sequence alone",
+    "refused": "one message and exit code 2 before any work",
+    "not built": "no network of this type could be made so small; the reason is what its configuration alone gets",
 }
+SHORTER = (
+    (r" \(not built at this size: .*", ""),
+    (r"the configuration of model type '[^']*'", "its configuration"),
+    (r"^model type '[^']*' ", ""),
+    (r"^the model's configuration", "its configuration"),
+    (r"its text part '[^']*'", "its text part"),
+    (r" \([\w.]+\.[\w.]+\)", ""),
+    (r"by \S+ nats on average, (\S+) is what rounding explains", r"by more than the \1 nats that rounding explains"),
+    (r"(tensor [ab]) \(\d+\)", r"\1"),
+    (r"\. .*", ""),
+)
+"""What differs between the same reasons of two networks, and what is left of it."""
 
 
 def visited(kind: str, work: Path) -> dict[str, Any]:
@@ -39,7 +52,7 @@ def visited(kind: str, work: Path) -> dict[str, Any]:
     try:
         return vars(zoo.visit(kind, where))
     except Broken as error:
-        return {"kind": kind, "word": "BROKEN", "reason": str(error)}
+        return {"kind": kind, "word": "BROKEN", "reason": str(error), "composite": False}
     finally:
         shutil.rmtree(where, ignore_errors=True)
 
@@ -50,11 +63,11 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     meaning = "\n".join(f"- **{counts[word]} {word}**: {text}." for word, text in WORDS.items())
     worked = table(
         ("model type", "GGUF", "largest difference, nats"),
-        ((f"`{one['kind']}`", one["gguf"], f"{float(one['gap']):.0e}") for one in found if one["word"] == "works"),
+        ((marked(one), one["gguf"], f"{float(one['gap']):.0e}") for one in found if one["word"] == "works"),
     )
     others = table(
-        ("model type", "", "reason"),
-        ((f"`{one['kind']}`", one["word"], one["reason"]) for one in found if one["word"] != "works"),
+        ("types", "reason", "model types"),
+        ((str(len(names)), reason, ", ".join(names)) for reason, names in grouped(found).items()),
     )
     return (
         "\n\n".join(
@@ -62,13 +75,14 @@ def page(found: Sequence[dict[str, Any]]) -> str:
                 "<!-- Made by benchmarks/zoo.py: run it again rather than change this. -->",
                 "# Networks",
                 f"All {len(found)} model types that transformers {version('transformers')} opens as causal language "
-                "models, each built tiny with random weights in float32 and taken through every stage:",
+                "models. Each was built tiny, with random weights in float32, and taken through every stage:",
                 meaning,
-                "Of a composite model, with parts for pictures or sound, the text part is tried.",
-                "What is checked is the network's code, not a published model. Every network is checked again on its "
-                "own weights when it is loaded: two short sequences, packed and continued from a cache, have to give "
-                "the log-probabilities of each alone.",
+                "What is tried is the network's code, not a published model: each model is checked on its own weights "
+                "when it is loaded.",
                 "## Works",
+                'GGUF: "no" means that `kdctl export --to gguf` is not possible. Largest difference: of a rollout\'s '
+                "log-probabilities from those of transformers. Text part: the model also has parts for pictures or "
+                "sound, which are left out.",
                 worked,
                 "## Refused",
                 others,
@@ -76,6 +90,27 @@ def page(found: Sequence[dict[str, Any]]) -> str:
         )
         + "\n"
     )
+
+
+def marked(one: dict[str, Any]) -> str:
+    """Name a network, and what was special about it."""
+    return f"`{one['kind']}`" + (" (text part)" if one["composite"] else " (not built)" * (one["word"] == "not built"))
+
+
+def grouped(found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """List by reason the networks that do not work, the most frequent reason first."""
+    groups: dict[str, list[str]] = {}
+    for one in found:
+        if one["word"] != "works":
+            groups.setdefault(shortened(one["reason"]), []).append(marked(one))
+    return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
+
+
+def shortened(reason: str) -> str:
+    """Leave out of a reason what belongs to one network alone."""
+    for what, left in SHORTER:
+        reason = re.sub(what, left, reason)
+    return reason
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -21,13 +21,17 @@ NEAR = 1e-3
 
 @dataclass(frozen=True)
 class Visit:
-    """What became of a network. word: works, refused, or not built (its configuration alone is refused)."""
+    """What became of a network. word: works, refused, or not built (its configuration alone is refused).
+
+    composite: of a model that works, the text part was used. gguf: whether it can be exported to GGUF.
+    """
 
     kind: str
     word: str
     reason: str = ""
     gguf: str = ""
     gap: float = 0.0
+    composite: bool = False
 
 
 def case(seed: int, index: int, where: Path) -> str:
@@ -51,7 +55,15 @@ def visit(kind: str, where: Path) -> Visit:
     passed(kind, kdctl(["verify", "run/student"], where))
     passed(kind, kdctl(["export", "run/student", "--to", "dense", "--out", "dense"], where))
     gguf = kdctl(["export", "run/student", "--to", "gguf", "--out", "model.gguf"], where)
-    return Visit(kind, "works", gguf="yes" if gguf.code == 0 else "no", gap=gap)
+    part = in_child(lambda: composite(where / "model"), where)
+    return Visit(kind, "works", gguf="yes" if gguf.code == 0 else "no", gap=gap, composite=part)
+
+
+def composite(model: Path) -> bool:
+    """Tell whether the text part of a model is used."""
+    from kdctl.model.composite import has_text_part
+
+    return has_text_part(model)
 
 
 def kdctl(words: Sequence[str], where: Path) -> Ended:
