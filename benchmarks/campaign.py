@@ -80,13 +80,15 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(part_names())}, or the path of a module")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="what cases are drawn by; default 0")
     parser.add_argument("--short", action="store_true", help="the few cases of each part that the tests run")
-    parser.add_argument("--budget", type=float, help="stop starting cases after so many seconds")
-    parser.add_argument("--only", type=int, action="append", help="this case; repeatable")
-    parser.add_argument("--state", type=Path, help="file of finished cases, which are skipped")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time")
-    parser.add_argument("--work", type=Path, help="folder to work in, where broken cases are left")
+    parser.add_argument("--budget", type=float, help="start no case after so many seconds; default no limit")
+    parser.add_argument("--only", type=int, action="append", help="this case; repeatable; default all")
+    parser.add_argument("--state", type=Path, help="JSON lines of finished cases, which are skipped; default none")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="cases at a time; default one a core"
+    )
+    parser.add_argument("--work", type=Path, help="folder that keeps broken cases; default a temporary one")
     found = parser.parse_args(words)
     if unknown := {name for name in found.parts if not Path(name).is_file()} - set(part_names()):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(part_names())}")
