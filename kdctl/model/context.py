@@ -46,12 +46,14 @@ def check_completions(reach: Reach, prompt: int, completion: int, setting: str) 
     """Raise PresetError if the longest prompt with a completion of ``setting`` tokens is out of reach."""
     if reach.tokens is None or reach.has(prompt + completion):
         return
-    ways = [("prompts.max_prompt_tokens", reach.tokens - completion), (setting, reach.tokens - prompt)]
+    room, prompts = reach.tokens - prompt, "prompts.max_prompt_tokens (longer prompts are left out)"
     way = (
-        " or ".join(f"{name} to {room}" for name, room in ways if room > 0) or f"both {ways[0][0]} and {setting} lower"
+        f"lower {setting} to {room}, or {prompts}, or both"
+        if room > 0
+        else f"lower {prompts}, and {setting} if need be"
     )
     raise PresetError(
-        f"a prompt of {prompt} tokens and {setting}={completion} make {prompt + completion}, and {reach.why}; set {way}"
+        f"a prompt of {prompt} tokens and {setting}={completion} make {prompt + completion}, and {reach.why}; {way}"
     )
 
 

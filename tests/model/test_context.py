@@ -97,11 +97,13 @@ def test_completions_out_of_reach_are_refused_with_the_settings_that_help() -> N
     reach = Reach(100, "the network's context is 100 tokens")
     check_completions(reach, 60, 40, "rollout.max_new_tokens")
     check_completions(Reach(None), 10**9, 10**9, "rollout.max_new_tokens")
-    with pytest.raises(PresetError, match=r"max_prompt_tokens to 59 or rollout\.max_new_tokens to 40"):
+    with pytest.raises(
+        PresetError, match=r"lower rollout\.max_new_tokens to 40, or prompts\.max_prompt_tokens .*, or both$"
+    ):
         check_completions(reach, 60, 41, "rollout.max_new_tokens")
-    with pytest.raises(PresetError, match=r"max_prompt_tokens to 60$"):
+    with pytest.raises(PresetError, match=r"lower prompts\.max_prompt_tokens .*, and rollout\.max_new_tokens if"):
         check_completions(reach, 100, 40, "rollout.max_new_tokens")
-    with pytest.raises(PresetError, match=r"rollout\.max_new_tokens to 40$"):
+    with pytest.raises(PresetError, match=r"lower rollout\.max_new_tokens to 40, or prompts\.max_prompt_tokens"):
         check_completions(reach, 60, 100, "rollout.max_new_tokens")
 
 
