@@ -82,11 +82,16 @@ def explain(error: BaseException) -> Ending:
     return Ending(text, 2)
 
 
+def _placed(name: str) -> str:
+    """Say where a file lies that is named without its folder."""
+    return name if os.sep in name else os.path.abspath(name)
+
+
 def of_system(error: OSError) -> str:
     """Put an error of the operating system in words, with its path."""
     if error.errno is None:
         return f"{first_line(error)}; {DONE}"
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    names = [_placed(str(name)) for name in (error.filename, error.filename2) if name is not None]
     hint = {errno.EMFILE: " (ulimit -n raises the limit)", errno.ENOSPC: " (free some space, or use another place)"}
     what = " → ".join(names) or "a file or a connection"
     return f"cannot read or write {what}: {error.strerror}{hint.get(error.errno, '')}; {DONE}"

@@ -40,11 +40,11 @@ from kdctl.quant.affine import (
     pack,
     unpack,
 )
-from kdctl.run.files import atomic_folder, naming, read_bytes, write_text, writing
+from kdctl.run.files import atomic_folder, naming, write_text, writing
 from kdctl.run.record_files import remedy, write_record
 from kdctl.run.records import QuantizeReport
+from kdctl.run.sums import SUMS, listed_sums
 
-SUMS = "SHA256SUMS"
 HELDOUT = "heldout.parquet"
 REPORT = "quantize.json"
 CARD = "README.md"
@@ -192,20 +192,6 @@ def check_sums(folder: Path) -> None:
     needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
     for name in sorted(needed | listed.keys()):
         _check_sum(folder, name, listed)
-
-
-def listed_sums(folder: Path) -> dict[str, str]:
-    """Return what SHA256SUMS says of each file. Raises StoreError if it is missing, or names a file elsewhere."""
-    sums = folder / SUMS
-    if not sums.is_file():
-        raise StoreError(f"{folder} has no {SUMS}: it is unfinished or not a student folder; {remedy(sums)}")
-    lines = read_bytes(sums).decode(errors="replace").splitlines()
-    listed = {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
-    for name in listed:
-        inside = name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not inside or not Path(name).name:
-            raise StoreError(f"{sums} is damaged: it names {name!r}, which is no file of the folder; {remedy(sums)}")
-    return listed
 
 
 def _check_sum(folder: Path, name: str, listed: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from kdctl.report.samples import Items, document_differences, item_differences, 
 from kdctl.run.documents import PerDocument
 from kdctl.run.paths import RunDir
 from kdctl.run.records import DistillReport, DistributionMetrics, EvalResult, MethodResult, QuantizeReport, TextMetrics
+from kdctl.run.sums import SUMS, listed_sums
 from kdctl.run.tracking import read_metrics
 
 Kind = Literal["teacher", "ptq", "variant", "foreign"]
@@ -120,7 +121,9 @@ class Model:
         found = read_documents(self.run.samples(self.key, HELDOUT), self.result.samples) if self.result else None
         if found is not None or self.kind not in ("ptq", "variant"):
             return found
-        return read_documents(student_folder(self.run, self.key) / f"{HELDOUT}.parquet")
+        folder = student_folder(self.run, self.key)
+        sums = listed_sums(folder) if (folder / SUMS).exists() else {}
+        return read_documents(folder / f"{HELDOUT}.parquet", sums)
 
     @property
     def teacher_weights(self) -> str:

@@ -1,14 +1,16 @@
 """Models of a study: what is read of them, and when two may be compared."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_up import answers, evaluated, make_run
 
-from kdctl.base.errors import DataError
+from kdctl.base.errors import DataError, StoreError
 from kdctl.report.study import Model, Score, Settings, Study, differences, require_comparable
 from kdctl.report.study_reader import read_study
+from kdctl.run.files import sha256
 
 TASKS = ("alpha", "beta")
 
@@ -115,3 +117,14 @@ def test_settings_differ_by_key() -> None:
 def test_scores_are_those_of_the_evaluation(tmp_path: Path) -> None:
     score = named(read_study([make_run(tmp_path / "run", {})]))["ptq"].scores["alpha"]
     assert (score.value, score.items) == (pytest.approx(answers(0.6, 1).mean()), 200)
+
+
+def test_documents_of_a_student_that_its_sums_name_are_missed_where_they_are_gone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"v": {}}, [])
+    final = run.variant("v").final
+    shutil.rmtree(run.eval("v"))
+    (final / "SHA256SUMS").write_text(f"{sha256(final / 'heldout.parquet')}  heldout.parquet\n")
+    assert named(read_study([run]))["v"].documents is not None
+    (final / "heldout.parquet").unlink()
+    with pytest.raises(StoreError, match=r"final/heldout\.parquet"):
+        _ = named(read_study([run]))["v"].documents
