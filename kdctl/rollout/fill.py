@@ -18,7 +18,10 @@ from kdctl.system.distributed import ALONE, Processes
 
 @dataclass(frozen=True)
 class Plan:
-    """What a store will hold. writer: fingerprint of the model or data set behind the completions."""
+    """What a store will hold. writer: fingerprint of the model or data set behind the completions.
+
+    whose: what progress calls the completions where the store's own name does not tell.
+    """
 
     source: str
     identity: str
@@ -26,6 +29,7 @@ class Plan:
     prompts: PromptSet
     prompts_per_block: int
     num_generations: int = 1
+    whose: str = ""
 
     def blocks(self) -> list[list[Item]]:
         """Cut (prompt, sample index) pairs into blocks of whole prompts."""
@@ -96,7 +100,7 @@ def fill(
     longest = sampling.max_new_tokens
     blocks, shards = processes.share(list(enumerate(plan.blocks()))), []
     total, done = sum(len(block) for _, block in blocks) * longest, 0
-    with reporter.task(f"generating {store.path.name} completions", "tokens") as advance:
+    with reporter.task(f"generating {plan.whose or store.path.name} completions", "tokens") as advance:
         for index, block in blocks:
             entry = store.kept_shard(index, plan.identity, [(prompt.index, sample) for prompt, sample in block])
             if entry is None:

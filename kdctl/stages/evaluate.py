@@ -191,8 +191,7 @@ def _distances(context: Context, measuring: Measuring, one: Candidate, model: Pr
     if settings.student_written and one.name == "teacher":
         found["student_written"] = found["heldout"]
     elif settings.student_written:
-        place = context.paths.eval(one.name) / "rollouts"
-        own = ensure_student_written(context, measuring.teacher, model, one.weights, place).read()
+        own = ensure_student_written(context, measuring.teacher, model, one.weights, one.name).read()
         found["student_written"] = (measuring.measure(model, one.name, measuring.yardstick_of(own)), _prompt_ids(own))
     return found | {"text": (distribution.compare(model, measuring.text_yardstick()), ())}
 

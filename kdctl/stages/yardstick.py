@@ -1,7 +1,7 @@
 """The yardstick of a run: held-out completions by the teacher and plain text, on which every student is measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -98,10 +98,14 @@ def ensure_heldout(context: Context, teacher: Teacher) -> RolloutStore:
 
 
 def ensure_student_written(
-    context: Context, teacher: Teacher, model: PreTrainedModel, writer: str, folder: Path
+    context: Context, teacher: Teacher, model: PreTrainedModel, writer: str, name: str
 ) -> RolloutStore:
-    """Return held-out completions by a model itself, written first where ``folder`` does not hold this model's."""
-    store, plan = RolloutStore(folder), heldout_plan(context, teacher, "student", writer)
+    """Return held-out completions by a model itself, written first where its evaluation does not hold this model's.
+
+    name: what the run folder calls the model. writer: its fingerprint.
+    """
+    store = RolloutStore(context.paths.eval(name) / "rollouts")
+    plan = replace(heldout_plan(context, teacher, "student", writer), whose=f"{name}'s")
     if not store.complete(plan.identity):
         write_heldout(context, teacher, store, plan, model)
     return store

@@ -61,10 +61,12 @@ class Counting(Silent):
 
     def __init__(self):
         self.seen: list[tuple[int, int]] = []
+        self.labels: list[str] = []
 
     @contextmanager
     def task(self, label: str, unit: str = "") -> Iterator[Advance]:
-        """Note (done, total)."""
+        """Note the label and (done, total)."""
+        self.labels.append(label)
         yield lambda done, total: self.seen.append((done, total))
 
 
@@ -179,6 +181,13 @@ def test_progress_ends_at_its_total_and_never_goes_back(tmp_path, engine):
     assert done == sorted(done)
     assert len(set(done)) > 8
     assert reporter.seen[-1] == (14 * 6, 14 * 6)
+
+
+def test_progress_names_whose_completions_they_are(tmp_path, engine):
+    reporter = Counting()
+    fill(RolloutStore(tmp_path / "teacher"), PLAN, engine, SAMPLING, reporter)
+    fill(RolloutStore(tmp_path / "rollouts"), dataclasses.replace(PLAN, whose="ptq's"), engine, SAMPLING, reporter)
+    assert reporter.labels == ["generating teacher completions", "generating ptq's completions"]
 
 
 def test_dataset_store_holds_the_answers(tmp_path):
