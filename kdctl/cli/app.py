@@ -43,6 +43,12 @@ app = typer.Typer(
 
 def with_methods(preset: Preset, methods: Sequence[str]) -> list[QuantizeSection]:
     """Return the quantize section once for each method. Raises PresetError for one that does not exist."""
+    for method in methods:
+        if method not in QUANTIZERS:
+            raise PresetError(
+                f"--compare: no method {method!r:.80}{resolve.suggest(method[:80], QUANTIZERS)}; it takes {METHODS}, "
+                "with commas between them"
+            )
     tree = preset.model_dump()
     return [resolve.build_preset(tree, {"quantize.method": method}, "--compare").quantize for method in methods]
 

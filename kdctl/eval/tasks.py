@@ -68,8 +68,13 @@ def build_tasks(settings: EvalSection, offline: bool) -> dict[str, LoadedTask]:
 
 def _manager(names: Iterable[str]) -> TaskManager:
     """Index the bundled tasks, and lm-eval's thousands only where a name asks for them."""
-    bundled = TaskManager(include_path=BUNDLED, include_defaults=False)
+    bundled = _own()
     return TaskManager(include_path=BUNDLED) if set(names) - set(bundled.all_tasks) else bundled
+
+
+def _own() -> TaskManager:
+    """Index the tasks that come with kdctl."""
+    return TaskManager(include_path=BUNDLED, include_defaults=False)
 
 
 def _is_bundled(manager: TaskManager, name: str) -> bool:
@@ -86,7 +91,11 @@ def _needs_hub(manager: TaskManager, names: Iterable[str]) -> bool:
 def _check_name(manager: TaskManager, name: str) -> None:
     """Refuse what is unknown or of the wrong kind before anything is downloaded."""
     if name not in manager.task_index:
-        raise DataError(f"unknown task {name!r}{suggest(name, manager.all_tasks)}")
+        own = ", ".join(_own().all_tasks)
+        raise DataError(
+            f"unknown task {name!r:.200}{suggest(name[:200], manager.all_tasks)}; the command lm-eval ls tasks lists "
+            f"those of lm-eval, and these need no network: {own}"
+        )
     config = manager.task_index[name].cfg or {}
     if name in manager.all_subtasks and "class" not in config:
         _check_kind(name, config.get("output_type", "generate_until"))

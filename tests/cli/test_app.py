@@ -369,9 +369,9 @@ def test_a_folder_of_another_teacher_or_quantizer_is_refused_with_both_values(
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("--compare minmax,gtpq", ("quantize.method='gtpq'", "gptq")),
+        ("--compare minmax,gtpq", ("--compare: no method 'gtpq' (did you mean 'gptq'?)", "it takes autoround,")),
         ("--compare minmax --method hqq", ("--compare", "--method")),
-        ("--compare ''", ("quantize.method=''",)),
+        ("--compare ''", ("--compare: no method ''; it takes autoround, ",)),
     ],
 )
 def test_a_comparison_of_unknown_methods_is_refused(

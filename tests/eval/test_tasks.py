@@ -234,6 +234,11 @@ def test_unknown_task_is_named_with_the_nearest_one(indexed):
         build_tasks(settings("arc_esy"), offline=True)
 
 
+def test_an_unknown_task_near_to_none_says_where_tasks_are_listed(indexed):
+    with pytest.raises(DataError, match=r"lm-eval ls tasks.*arc_easy_offline"):
+        build_tasks(settings("qqqqqq"), offline=True)
+
+
 def test_a_task_is_a_name_and_no_file_whose_functions_would_run(indexed, tmp_path):
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (tmp_path / "own.yaml").write_text("task: own\noutput_type: multiple_choice\ndoc_to_text: !function own.run\n")
