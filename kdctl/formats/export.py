@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import ModelError, StoreError
 from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
 from kdctl.formats.records import ExportFormat, ExportReport
-from kdctl.formats.student import Student, load_student, save_description, stored_grid
+from kdctl.formats.student import Student, load_student, no_student, save_description, stored_grid
 from kdctl.model.configuration import read_config
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.stops import stop_ids
@@ -67,10 +67,7 @@ def _export(folder: Path, to: ExportFormat, place: Path, exact: bool) -> ExportR
 
 def _check_places(folder: Path, place: Path) -> None:
     if not (folder / "config.json").is_file():
-        way = "kdctl quantize makes student/ in a run folder, kdctl distill distill/VARIANT/final/"
-        for inside in (folder / "student", folder / "final"):
-            way = f"did you mean {inside}?" if (inside / "config.json").is_file() else way
-        raise StoreError(f"{folder} is not a student folder: it has no config.json; {way}")
+        raise no_student(folder, "it has no config.json")
     if place.exists() and not _looks_exported(place):
         raise _taken(place)
 

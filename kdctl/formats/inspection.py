@@ -27,6 +27,7 @@ from kdctl.formats.student import (
     Student,
     check_sums,
     folder_bytes,
+    no_student,
     read_student,
     stored_grid,
 )
@@ -79,8 +80,7 @@ class Inspection:
 
     def __init__(self, folder: Path, teacher: Teacher, device: torch.device):
         if not (folder / REPORT).is_file() and not (folder / SUMS).is_file():
-            found = "has neither" if folder.is_dir() else "is no folder, so it has neither"
-            raise StoreError(f"{folder} {found} {REPORT} nor {SUMS}; a student folder that kdctl wrote has both")
+            raise no_student(folder, f"it has neither {REPORT} nor {SUMS}, and kdctl writes both")
         self.folder = folder
         self.teacher = teacher
         self.device = device

@@ -207,11 +207,24 @@ def read_heldout(folder: Path) -> pa.Table:
         return pq.read_table(folder / HELDOUT)
 
 
+def no_student(folder: Path, reason: str, what: str = "a student folder") -> StoreError:
+    """Make the error of a folder that is none of a student: why, and where there is one."""
+    if not folder.is_dir():
+        reason = "that is no folder" if folder.exists() else "there is no such folder"
+    way = "kdctl quantize makes student/ in a run folder, kdctl distill distill/VARIANT/final/"
+    for inside in (folder / "student", folder / "final"):
+        way = f"did you mean {inside}?" if (inside / "config.json").is_file() else way
+    return StoreError(f"{folder} is not {what}: {reason}; {way}")
+
+
 def stored_grid(config: PretrainedConfig, folder: Path) -> Grid:
     """Read the grid from a student folder's configuration."""
     stored = config.to_dict().get("quantization_config")
-    if not stored or stored.get("format") != "pack-quantized":
-        raise StoreError(f"{folder} is not a pack-quantized student folder")
+    if not stored:
+        raise no_student(folder, "by its config.json its weights are not quantized", "a pack-quantized student folder")
+    if stored.get("format") != "pack-quantized":
+        found = stored.get("format") or stored.get("quant_method")
+        raise no_student(folder, f"its weights are quantized as {found!r:.80}", "a pack-quantized student folder")
     weights = stored["config_groups"]["group_0"]["weights"]
     return Grid(weights["num_bits"], weights["group_size"], weights["symmetric"])
 

@@ -603,9 +603,11 @@ def test_scale_beyond_half_precision_is_refused(student_of: Callable[..., Path])
 
 
 def test_folder_that_is_no_student_is_refused(tiny_dir: Path, tmp_path: Path):
-    with pytest.raises(StoreError, match=r"no config\.json"):
+    with pytest.raises(StoreError, match="there is no such folder; kdctl quantize makes"):
         export.export(tmp_path / "nothing", "dense")
-    with pytest.raises(StoreError, match="not a pack-quantized student folder"):
+    with pytest.raises(StoreError, match=r"no config\.json; kdctl quantize makes"):
+        export.export(tmp_path, "dense")
+    with pytest.raises(StoreError, match=r"not a pack-quantized student folder: .* not quantized; kdctl quantize"):
         export.export(tiny_dir, "dense", tmp_path / "out")
 
 
@@ -700,7 +702,7 @@ def test_command_writes_beside_the_student_and_reports(student_of: Callable[...,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-folder"], "no config.json"),
+        (["no-such-folder"], "there is no such folder"),
         (["no-such-folder", "--to", "hqq", "--exact"], "leave it out"),
         (["no-such-folder", "--to", "onnx"], "onnx"),
     ],

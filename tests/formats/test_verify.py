@@ -369,6 +369,14 @@ def test_the_command_ends_with_1_without_sums(student: Path, invoke: Callable[..
     assert "NOT verified; unknown: integrity" in done.stdout
 
 
+def test_what_is_no_student_folder_is_named_with_the_way_to_one(student: Path, tmp_path: Path) -> None:
+    run, teacher = tmp_path / "another", verify.find_teacher(student)
+    shutil.copytree(student, run / "student")
+    for folder, words in ((run, f"SHA256SUMS.*did you mean {run / 'student'}"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(StoreError, match=words):
+            verify.verify(folder, teacher, torch.device("cpu"))
+
+
 def test_wrong_input_ends_with_2(student: Path, tiny_dir: Path, tmp_path: Path, invoke: Callable[..., Result]) -> None:
     for arguments in (("verify", tmp_path / "none"), ("verify", tiny_dir), ("verify", student, "--teacher", "./none")):
         done = invoke(*arguments)
