@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
-from kdctl.data.text_files import check_text_file
+from kdctl.data.text_files import check_text_file, why_not_json
 from kdctl.run.files import sha256
 from kdctl.system.patches import archives_packed, hub_offline
 
@@ -46,6 +46,8 @@ MEANT = {
     "LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached; check the network, or name "
     "a file",
     "Not enough disk space": "the disk of its cache is full; free some space, or set HF_HOME to another place",
+    "EOF inside string": "a quote is not closed, so that the rest of the file is one field; close it, or double a "
+    "quote that is text",
     "zstd not supported": "it needs the package zstandard, which is not installed; pip install zstandard, or unpack it",
 }
 """What datasets says, and what it means."""
@@ -123,7 +125,7 @@ class LocalFile:
         path: Any = glob.escape(str(self.path))  # because datasets takes a path for a pattern
         if kind != "parquet":
             check_text_file(self.path, kind)  # first, because datasets takes any bytes and fails at the row, or crashes
-        with _named_errors(self.name, self.split):
+        with _named_errors(self.name, self.split, self.path if kind == "json" else None):
             return datasets.load_dataset(kind, data_files=path, split="train", **options)  # pyright: ignore
 
     def _check(self) -> None:
@@ -255,8 +257,11 @@ def row_of(rows: Sequence[Row], index: int, name: str = "") -> Row:
 
 
 @contextmanager
-def _named_errors(name: str, split: str) -> Iterator[None]:
-    """Turn what datasets raises into one line that names the data set, and keep it from unpacking archives."""
+def _named_errors(name: str, split: str, lines: Path | None = None) -> Iterator[None]:
+    """Turn what datasets raises into one line that names the data set, and keep it from unpacking archives.
+
+    lines: a file of JSON, whose broken line is looked for.
+    """
     try:
         with archives_packed():
             yield
@@ -270,6 +275,8 @@ def _named_errors(name: str, split: str) -> Iterator[None]:
                 f"data set {name!r:.300} cannot be kept for reading in {place}: {cause.strerror}; HF_HOME or "
                 "HF_DATASETS_CACHE says where, and must be a folder to write in"
             ) from None
+        if lines and isinstance(cause, ValueError) and (found := why_not_json(lines)):
+            raise DataError(found) from None
         reason = (str(cause).strip() or f"it is damaged or empty ({type(cause).__name__})").splitlines()[0]
         raise DataError(f"data set {name!r:.300} (split {split!r}) cannot be read: {_in_words(reason):.600}") from None
 

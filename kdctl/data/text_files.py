@@ -2,10 +2,11 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MAGIC = {
     b"PAR1": "Parquet; give it the ending .parquet",
     b"ARROW1": "Arrow; save it as Parquet",
 }
+
+KINDS = {str: "text", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def check_text_file(path: Path, kind: str) -> None:
@@ -66,3 +69,44 @@ def _depth_after(line: bytes, depth: int) -> int:
         if depth > DEEPEST:
             break
     return max(0, depth)
+
+
+def why_not_json(path: Path) -> str | None:
+    """Say where a file of JSON is broken, None if it is not; parsers count rows of a block, from zero."""
+    opened = OPENERS.get(path.suffix.lower())
+    if path.suffix.lower() == ".zst":
+        return None
+    with opened(path) if opened else open(path, "rb") as file:
+        content = file.read()
+    found = _broken_line(content.splitlines())
+    if "json" in path.name.lower().split("."):  # one value over all lines, or one in each
+        try:
+            _parsed(content)
+            return None
+        except json.JSONDecodeError as error:
+            found = found if error.msg == "Extra data" else (error.lineno, _reason(error))
+    return found and f"the prompt file {path.absolute()} cannot be read in line {found[0]}: {found[1]}"
+
+
+def _broken_line(lines: Iterable[bytes]) -> tuple[int, str] | None:
+    """Find the first line that is not JSON, else the first with a value of another kind than the lines before it."""
+    kinds: dict[str, str] = {}
+    found = None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = _parsed(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            return number, _reason(error)
+        for key, value in {"the row": row, **(row if isinstance(row, dict) else {})}.items():
+            kind = KINDS.get(type(value))
+            if kind and kinds.setdefault(key, kind) != kind:
+                found = found or (number, f"{key:.80} is {kind}, and in the lines before {kinds[key]}")
+    return found
+
+
+def _parsed(content: bytes) -> Any:
+    return json.loads(content, parse_int=float)  # because int takes 4300 digits, and Arrow any number
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return f"this is no JSON: {error.msg} (column {error.colno})"

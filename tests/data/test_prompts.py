@@ -233,7 +233,7 @@ BAD_FILES = {
     "empty.jsonl": (b"", "is empty"),
     "empty.parquet": (b"", "is empty"),
     "blank.jsonl": (b"\n\n", "cannot be read"),
-    "garbage.jsonl": (b"not json\n", "JSON parse error"),
+    "garbage.jsonl": (b"not json\n", "line 1: this is no JSON"),
     "garbage.parquet": (b"PAR1 not parquet", "cannot be read"),
     "columns.jsonl": (b'{"text": "x", "id": 1}\n', r"needs a column 'messages' or 'prompt', has \['id', 'text'\]"),
     "hole.jsonl": (b'{"prompt": "x"}\n{"prompt": null}\n', "neither messages nor a prompt"),

@@ -135,6 +135,16 @@ def test_files_are_read_by_their_ending(tmp_path: Path, name: str, content: byte
         ("a.txt", LINES, "of no kind that is read: .jsonl"),
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "cannot be unpacked"),
         ("a.parquet", b"PAR1" + bytes(40), "cannot be read"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt" "b"}\n', "a.jsonl cannot be read in line 3: this is no JSON"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"\n{}', mtime=0),
+            "cannot be read in line 2: this",
+        ),
+        ("a.json", b'[\n{"prompt": "a"},\n{"prompt" "b"}\n]', "a.json cannot be read in line 3: this is no JSON"),
+        ("a.json", b'{"prompt": "a"}\n{"prompt" "b"}\n', "a.json cannot be read in line 2: this is no JSON"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": 5}\n', "line 3: prompt is a number, and in the lines before text"),
+        ("a.csv", b'prompt\na\n"b\nc\n', "a.csv' (split 'train') cannot be read: a quote is not closed"),
     ],
 )
 def test_what_cannot_be_read_is_one_message_with_the_file(
