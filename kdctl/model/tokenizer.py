@@ -25,6 +25,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises ModelError if it is missing or damaged."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is several tokenizers in one")
         tokenizer(list(PROBES))  # a vocabulary without the token for what it does not know fails here, not later
         return tokenizer
     except Exception as error:  # noqa: BLE001 - the Rust library raises no narrower kind for a damaged file

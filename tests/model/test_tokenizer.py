@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,13 @@ def test_no_class_of_the_folder_is_imported(tiny_dir: Path, tmp_path: Path) -> N
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_several_tokenizers_in_one_are_refused(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = SimpleNamespace(chat_template="x")
+    monkeypatch.setattr("kdctl.model.tokenizer.AutoTokenizer.from_pretrained", lambda *_, **__: pair)
+    with pytest.raises(ModelError, match="SimpleNamespace is several tokenizers in one"):
+        load_tokenizer(tiny_dir)
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_one_message(tiny_dir: Path, tmp_path: Path) -> None:
