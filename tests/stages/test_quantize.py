@@ -50,7 +50,7 @@ def test_compare_continues_in_a_folder_that_has_a_student(smoke: Preset, tmp_pat
 
 
 def test_an_unknown_method_is_named(smoke: Preset) -> None:
-    with pytest.raises(PresetError, match=r"quantize\.method='minmix'"):
+    with pytest.raises(PresetError, match=r"no method 'minmix'"):
         app.with_methods(smoke, ["minmax", "minmix"])
 
 
