@@ -136,6 +136,6 @@ def _import_failed(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and blamed:
         return f"the environment variable {blamed[0]} keeps the package {package} from being imported: {said}; unset it"
     return (
-        f"the package {package} is missing or broken ({type(error).__name__}: {first_line(error)}); install kdctl and "
+        f"the package {package} is missing or broken ({type(error).__name__}: {said}); install kdctl and "
         "what it needs again, in a new environment if that does not help"
     )

@@ -43,10 +43,10 @@ def quantize(
 ) -> QuantizeReport:
     """Make ``student/`` from the teacher by post-training quantization, unless it is complete."""
     path = context.paths.student / "quantize.json"
+    if force or not context.ranks.on_main(path.exists):
+        return _make_once(context, teacher, measuring, force=force)
     recipe = recipe_of(context, teacher, context.preset.quantize)
-    if not force and context.ranks.on_main(path.exists):
-        return context.on_main(lambda main: _finished(main, recipe, path))
-    return _make_once(context, teacher, measuring, force=force)
+    return context.on_main(lambda main: _finished(main, recipe, path))
 
 
 def _make_once(
