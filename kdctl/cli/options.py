@@ -157,6 +157,13 @@ def run_folder(name: str | None, folder: Path | None) -> Path:
     return folder or Path("runs") / Path(name or DEFAULT_PRESET).stem
 
 
+def from_default(name: str | None, folder: Path) -> str:
+    """Return what to say of a run folder that is new and gets the default preset: its name may be misspelled."""
+    if name is not None or (folder / "preset.json").exists():
+        return ""
+    return f"new run folder {folder}, from preset {DEFAULT_PRESET}"
+
+
 def prepare_libraries(offline: bool, verbose: bool) -> None:
     """Import the heavy libraries after setting what they read: offline mode and, unless verbose, silence."""
     if offline:
@@ -181,6 +188,7 @@ class Stage:
     def __init__(self, preset: str | None, options: RunOptions, dry_run: bool = False, flags: Flags | None = None):
         self.preset = resolve_preset(preset, options.run, options.settings, flags or {})
         self.folder = run_folder(preset, options.run)
+        self.news = from_default(preset, self.folder)
         self.verbose = options.verbose
         boundary.Known.folder, boundary.Known.preset = self.folder, self.preset.model_dump_json(indent=2)
         if dry_run:
@@ -204,7 +212,10 @@ class Stage:
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
-        return open_run(self.preset, self.folder, reporter=reporter, ranks=processes)
+        opened = open_run(self.preset, self.folder, reporter=reporter, ranks=processes)
+        if self.news:
+            reporter.note(self.news)
+        return opened
 
 
 def show(result: BaseModel, as_json: bool, render: Callable[[Any], None]) -> None:

@@ -19,6 +19,7 @@ from kdctl.cli.options import (
     PresetOption,
     SetOption,
     VerboseOption,
+    from_default,
     guarded,
     prepare_libraries,
     process_count,
@@ -189,6 +190,8 @@ def run_here(request: Request, board: "Board", jobs: int, shard: str | None) -> 
     from kdctl.sweep.local import run_shard
 
     with watched(board, reporter):
+        if news := from_default(request.preset or board.plan.sweep.preset, board.run.path):
+            reporter.note(news)
         run_shard(board, part, reporter)
 
 

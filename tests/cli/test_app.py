@@ -287,6 +287,16 @@ def test_the_folder_is_named_after_the_preset(
     assert (tmp_path / folder / "preset.json").is_file()
 
 
+def test_a_new_folder_without_a_preset_is_told_once(invoke: Invoke, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "run_all", lambda context, _: Excerpt(("ran",)))
+    settings = ("--set", "teacher.model=pkg:kdctl/data/tiny", "--set", "quantize.group_size=32")
+    first = invoke("run", "--run", tmp_path / "typo", *settings)
+    assert (first.exit_code, first.stdout) == (0, "ran\n"), first.stderr
+    assert first.stderr == f"new run folder {tmp_path / 'typo'}, from preset quickstart\n"
+    assert invoke("run", "--run", tmp_path / "typo").stderr == ""
+    assert invoke("run", "smoke", "--run", tmp_path / "told").stderr == ""
+
+
 # --- mistakes that need a look at models and files --------------------------------------------------------------------
 
 

@@ -152,6 +152,16 @@ def test_the_folder_is_named_after_the_sweep(
     ]
 
 
+def test_a_new_folder_without_a_preset_is_told(invoke: Invoke, grid: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(local, "run_shard", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    assert invoke(grid, "--run", "named", "--json").stderr == ""
+    grid.write_text(grid.read_text().replace("  preset: {value: smoke}\n", ""))
+    done = invoke(grid, "--run", "new", "--json")
+    assert done.stderr == "new run folder new, from preset quickstart\n"
+    assert len(json.loads(done.stdout)["trials"]) == 6
+
+
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
 
 
