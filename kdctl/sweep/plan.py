@@ -11,7 +11,7 @@ from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset, identity, load_preset, parse_value, variant_name
 from kdctl.run.measures import ITEM_MEASURES, pair_measures
 from kdctl.sweep.journal import Values, grid, random_values
-from kdctl.sweep.space import PRESET, Choice, Foreign, Sweep, field_of
+from kdctl.sweep.space import PRESET, Choice, Foreign, Parameter, Sweep, field_of
 
 MAX_TRIALS = 64
 CORNERS = 4096
@@ -112,9 +112,9 @@ def plan_sweep(sweep: Sweep, preset: str, overrides: Values, max_trials: int | N
 def parse_trial(sweep: Sweep, assignments: Iterable[str]) -> Values:
     """Read ``field=value`` texts, as a wandb agent writes them, to one trial's values.
 
-    Raises PresetError unless every swept field is there and nothing differs from the file's settings.
+    Raises PresetError unless every swept field has a value of the file's and nothing differs from its settings.
     """
-    fixed = {**sweep.settings, PRESET: sweep.preset}
+    fixed = sweep.settings | ({PRESET: sweep.preset} if sweep.preset else {})
     swept = {parameter.key: parameter for parameter in sweep.parameters}
     values: Values = {}
     for text in assignments:
@@ -123,16 +123,30 @@ def parse_trial(sweep: Sweep, assignments: Iterable[str]) -> Values:
             raise PresetError(f"{text!r} is not of the form field=value")
         key = field_of(name, f"trial {text}")
         if key in swept:
-            parameter = swept[key]
-            declared = {str(value): value for value in parameter.values} if isinstance(parameter, Choice) else {}
-            values[key] = declared[raw] if raw in declared else parse_value(raw)
-        elif raw != str(fixed.get(key)):
+            values[key] = _value_of(sweep, swept[key], text, raw)
+        elif key not in fixed or raw != str(fixed[key]):
+            sets = f" and sets it to {fixed[key]!r}" if key in fixed else ""
             raise PresetError(
-                f"{text}: {sweep.origin} does not sweep {key} and sets it to {fixed.get(key)!r}; leave it out"
+                f"{text}: {sweep.origin} does not sweep {key}{sets}, only {', '.join(swept)}; leave it out "
+                "(--set and --preset say what all trials share)"
             )
     if missing := swept.keys() - values:
         raise PresetError(f"{sweep.origin} also sweeps {', '.join(sorted(missing))}; a trial needs a value of each")
     return values
+
+
+def _value_of(sweep: Sweep, parameter: Parameter, text: str, raw: str) -> Any:
+    """Read one value of a trial. Raises PresetError for one that is no trial of the sweep."""
+    if not isinstance(parameter, Choice):
+        return parse_value(raw)
+    declared = {str(value): value for value in parameter.values}
+    value = declared[raw] if raw in declared else parse_value(raw)
+    if value not in parameter.values:
+        raise PresetError(
+            f"{text}: {sweep.origin} sweeps {parameter.key} over {', '.join(declared)}, so this would be a trial of "
+            "another sweep; give one of those, or add it to a sweep file of your own"
+        )
+    return value
 
 
 def base_plan(sweep: Sweep, preset: str, overrides: Values, evaluate: bool) -> SweepPlan:

@@ -163,11 +163,19 @@ def test_a_trial_is_read_as_an_agent_writes_it(tmp_path: Path) -> None:
     assert base_plan(sweep, "smoke", {}, True).trial_preset(values).distill.train_norms is True
 
 
+@pytest.mark.parametrize("written", ["0.00001", "1e-5", "1e-05"])
+def test_a_value_may_be_written_in_any_way(tmp_path: Path, written: str) -> None:
+    assert parse_trial(sweep_of(tmp_path, {"lr": {"values": [1e-5, 1e-4]}}), [f"lr={written}"]) == {"distill.lr": 1e-5}
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["beta"], "field=value"),
-        (["beta=0", "lr=1"], "does not sweep distill.lr"),
+        (["beta=0", "lr=1"], "does not sweep distill.lr, only distill.beta"),
+        (["beta=0", "lr=None"], "does not sweep distill.lr, only distill.beta"),
+        (["beta=0.5"], "sweeps distill.beta over 0, 1,"),
+        (["beta=zero"], "sweeps distill.beta over 0, 1,"),
         (["beta=0", "preset=onpolicy"], "preset"),
         ([], "distill.beta"),
         (["bta=1"], "'bta'"),
