@@ -65,7 +65,7 @@ def report(
 
         form = table_format(table) if table is not None else None
         runs = [RunDir(folder) for folder in folders or [run_folder(None, run)]]
-        found = write_report(runs, layout, margin / 100, out, figures=figures)
+        found = write_report(runs, layout, margin / 100, out, figures=figures, say=console.ConsoleReporter().note)
         if form is None:
             show_report(found, wide)
         else:

@@ -38,7 +38,7 @@ def export(
         prepare_libraries(True, verbose)
         from kdctl.formats.export import export as export_student
 
-        show(export_student(folder, to, out, exact), as_json, render.show_exported)
+        show(export_student(folder, to, out, exact, console.ConsoleReporter().note), as_json, render.show_exported)
 
 
 def verify(

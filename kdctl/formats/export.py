@@ -20,6 +20,7 @@ from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
 from kdctl.run.files import atomic_folder, atomic_path, scratch_folder, writing
+from kdctl.run.locks import Say, holding, lock_of
 from kdctl.run.paths import require_free_space
 
 GGUF_FILE = "model.gguf"
@@ -27,22 +28,25 @@ HQQ_BYTE_CODES = {8: 1, 4: 2, 2: 4}  # codes in a byte; 3-bit codes are padded t
 Writer = Callable[[Student, PreTrainedTokenizerBase, Path], dict[str, Any]]
 
 
-def export(folder: Path, to: ExportFormat, out: Path | None = None, exact: bool = False) -> ExportReport:
+def export(
+    folder: Path, to: ExportFormat, out: Path | None = None, exact: bool = False, say: Say = lambda _: None
+) -> ExportReport:
     """Write a student folder in another format. exact: let GGUF blocks take 10 % more space rather than round.
 
-    Where the place holds the very same export, as after a kill at the last moment, that is reported. Raises StoreError
-    for a folder that is no whole student or a place that is taken by anything else, ModelError for a model or a grid
-    that the format does not hold.
+    Where the place holds the very same export, as after a kill at the last moment, that is reported. ``say`` is told of
+    another process that writes there, which is waited for. Raises StoreError for a folder that is no whole student or a
+    place that is taken by anything else, ModelError for a model or a grid that the format does not hold.
     """
     place = out or folder.parent / f"{folder.name}-{to}"
     _check_places(folder, place)
-    if not place.exists():
-        return _export(folder, to, place, exact)
-    with scratch_folder(place) as beside:
-        found = _export(folder, to, beside / place.name, exact)
-        if not _same_bytes(beside / place.name, place):
-            raise _taken(place)
-    return found.model_copy(update={"path": str(place)})
+    with holding(lock_of(place), f"the export {place}", say):
+        if not place.exists():
+            return _export(folder, to, place, exact)
+        with scratch_folder(place) as beside:
+            found = _export(folder, to, beside / place.name, exact)
+            if not _same_bytes(beside / place.name, place):
+                raise _taken(place)
+        return found.model_copy(update={"path": str(place)})
 
 
 def _export(folder: Path, to: ExportFormat, place: Path, exact: bool) -> ExportReport:

@@ -63,7 +63,8 @@ class Teacher:
             return path
         if path.is_dir():
             self.reporter.note(f"using the text part of {name}; the parts for pictures or sound are left out")
-        with holding(cached.with_name(f".{cached.name}.lock"), f"the conversion of {name}", self.reporter.note):
+        what = f"the conversion of {name} in {cached.parent}"
+        with holding(cached.with_name(f".{cached.name}.lock"), what, self.reporter.note):
             if not cached.is_dir():
                 self.reporter.note(f"converting {name} to safetensors, once")
             return model_folder(reference, self.dtype, revision, self.offline)

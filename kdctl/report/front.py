@@ -18,6 +18,7 @@ from kdctl.report.short import Headline, headlines, shortened
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import RENDERERS, Table, TableFormat, as_csv, records
 from kdctl.run.files import read_bytes, write_text
+from kdctl.run.locks import Say, holding, lock_of
 from kdctl.run.paths import RunDir
 from kdctl.run.tracking import log_tables
 
@@ -82,22 +83,33 @@ def write_report(
     out: Path | None = None,
     tracking: TrackingSection | None = None,
     figures: bool = True,
+    say: Say = lambda _: None,
 ) -> Excerpt:
     """Write the report of one or several run folders and return its verdicts and a layout's tables.
 
     ``margin`` is a fraction of 1. The report goes to ``out``, else to a run's own ``report/``, else to ``report/``
     beside the first of several. The run's preset says whether wandb gets the tables too, unless ``tracking`` does.
-    Without ``figures`` nothing is drawn and nothing refers to a figure. Raises PresetError for an option that does not
-    exist and for a layout that the folders cannot fill, and what ``read_study`` raises.
+    Without ``figures`` nothing is drawn and nothing refers to a figure. A report is read and written by one process at
+    a time; ``say`` is told of one that is waited for. Raises PresetError for an option that does not exist and for a
+    layout that the folders cannot fill, and what ``read_study`` raises.
     """
     check_options(layout, margin)
     if out is not None:
         check_place(out)
+    folder = out or (runs[0].report if len(runs) == 1 else runs[0].path.parent / "report")
+    own = folder == runs[0].report and runs[0].path.is_dir()
+    with holding(runs[0].lock("report") if own else lock_of(folder), f"the report {folder}", say):
+        return _made(runs, layout, margin, folder, tracking, figures)
+
+
+def _made(
+    runs: Sequence[RunDir], layout: str, margin: float, folder: Path, tracking: TrackingSection | None, figures: bool
+) -> Excerpt:
+    """Read run folders and write their report to a folder."""
     study = read_study(runs)
     report = make_report(study, margin)
     made = report.layouts if layout == "auto" else [table for table in report.layouts if table.name == layout]
     tables = made or lay_out(layout, study, report.results.contrasts)
-    folder = out or (runs[0].report if len(runs) == 1 else runs[0].path.parent / "report")
     preset = study.sources[0].preset
     settings = tracking or (preset.tracking if preset else TrackingSection())
     if _write(report, folder, figures_of(report.results) if figures else []):

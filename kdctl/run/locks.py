@@ -6,6 +6,7 @@ a volume that has no locks, or does not share them between hosts, they are advic
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kdctl.run.files import make_folder
+from kdctl.run.paths import cache_dir
 
 LOOK_EVERY_S = 0.1
 HELD = {errno.EAGAIN, errno.EACCES}
@@ -28,9 +30,17 @@ class Busy(Exception):
     """Another process holds a lock; the text says which."""
 
 
+def lock_of(place: Path) -> Path:
+    """Return the file that is locked while something is written at a place of the user's: none that lies beside it."""
+    return cache_dir() / ".locks" / f"{hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]}.lock"
+
+
 @contextmanager
 def holding(path: Path, what: str, say: Say, longest_s: float | None = None) -> Iterator[None]:
-    """Hold a lock, waiting for whoever has it and saying so once. longest_s: raise Busy after so many seconds."""
+    """Hold a lock, waiting for whoever has it and saying so once.
+
+    what: what is guarded, and where it lies; longest_s: raise Busy after so many seconds.
+    """
     handle = _open(path)
     try:
         if handle is not None:
@@ -58,7 +68,7 @@ def _wait(handle: int, path: Path, what: str, say: Say, longest_s: float | None)
             raise Busy(holder(path))
         time.sleep(LOOK_EVERY_S)
         if not told:
-            say(f"waiting: {holder(path)} is at work on {what} in {path.parent}".replace(f"{os.sep}.locks", ""))
+            say(f"waiting: {holder(path)} is at work on {what}")
             told = True
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     try:

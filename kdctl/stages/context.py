@@ -56,7 +56,7 @@ class Context:
         made of: variants are made of stores and the student, those of stores, so nobody waits in a circle.
         """
         with ExitStack() as held:
-            lock = holding(self.paths.lock(result), result, self.reporter.note)
+            lock = holding(self.paths.lock(result), f"{result} in {self.paths.path}", self.reporter.note)
             self.ranks.on_main(lambda: held.enter_context(lock))
             yield
 

@@ -70,8 +70,7 @@ def report(context: Context) -> Excerpt:
 
     def written(main: Context) -> Excerpt:
         try:
-            with main.claimed("report"):
-                return write_report([main.paths], tracking=main.preset.tracking)
+            return write_report([main.paths], tracking=main.preset.tracking, say=main.reporter.note)
         except DataError as error:
             return Excerpt((f"no report: {error}",))
 

@@ -1,9 +1,11 @@
 """A student in other formats: what is read back is the student, and what a format cannot hold is refused beforehand."""
 
 import json
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import gguf
@@ -54,6 +56,7 @@ from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import differences, load_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.run.locks import holding, lock_of
 from kdctl.run.records import QuantizeReport
 
 CPU = torch.device("cpu")
@@ -678,6 +681,27 @@ def test_groups_that_hqq_cannot_pack_are_refused():
     weight = QuantizedWeight(torch.zeros(3, 32, dtype=torch.uint8), qparams, grid)
     with pytest.raises(ModelError, match="x: hqq packs 4-bit codes of 2 groups into a byte, and 3 groups"):
         hqq_state("x", weight, None)
+
+
+def test_a_second_export_to_a_place_waits_and_finds_it_made(student_of: Callable[..., Path], tmp_path: Path):
+    place, said, found = tmp_path / "out.gguf", [], []
+
+    def work() -> None:
+        found.append(export.export(student_of(), "gguf", place, say=said.append))
+
+    student_of()
+    with holding(lock_of(place), "it", print):
+        others = [Thread(target=work) for _ in range(2)]
+        for other in others:
+            other.start()
+        while len(said) < 2:
+            time.sleep(0.01)
+        assert list(tmp_path.iterdir()) == []
+    for other in others:
+        other.join()
+    assert found[0] == found[1]
+    assert all(f"at work on the export {place}" in text for text in said)
+    assert list(tmp_path.iterdir()) == [place]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

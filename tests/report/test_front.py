@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from made_up import answers, evaluated, make_run
@@ -11,6 +13,7 @@ from kdctl.base.errors import DataError, PresetError, StoreError
 from kdctl.config.preset import TrackingSection
 from kdctl.report.front import table_format, write_report
 from kdctl.report.tables import TableFormat
+from kdctl.run.locks import holding, lock_of
 from kdctl.run.paths import RunDir
 
 FIGURES = ("accuracy", "training", "recovery", "cost")
@@ -109,6 +112,23 @@ def test_an_empty_folder_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"is no run folder; .* with --run .*/run first"):
         write_report([RunDir(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", [None, "else"])
+def test_two_reports_at_once_are_made_one_after_the_other(tmp_path: Path, place: str | None) -> None:
+    run, said = make_run(tmp_path / "run", {}, ["alpha"]), []
+    out = tmp_path / place if place else None
+    lock = lock_of(out) if out else run.lock("report")
+    other = Thread(target=write_report, args=[[run]], kwargs={"out": out, "figures": False, "say": said.append})
+    with holding(lock, "it", print):
+        other.start()
+        while not said:
+            time.sleep(0.01)
+        assert not (out or run.report).exists()
+    other.join()
+    assert (out or run.report / "report.json").exists()
+    assert [f"at work on the report {out or run.report}" in text for text in said] == [True]
+    assert not (tmp_path / ".locks").exists()
 
 
 def test_a_place_that_holds_no_folder_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_who_waits_says_once_for_whom_and_the_lock_of_the_dead_is_free(tmp_path:
         assert other.poll() is None
     with pytest.raises(Busy, match=str(other.pid)), holding(lock, "it", print, 0.1):
         raise AssertionError("two at once")
-    with holding(lock, "it", say):
+    with holding(lock, f"it in {tmp_path}", say):
         assert str(os.getpid()) in lock.read_text()
     other.wait()
     (text,) = said
