@@ -23,7 +23,7 @@ WORST = 5
 
 def interval(estimate: Estimate, digits: int = 4) -> str:
     """Write a value with its interval."""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{fixed(estimate.value, digits)} [{fixed(estimate.low, digits)}, {fixed(estimate.high, digits)}]"
 
 
 UNITS: dict[Unit, Callable[[Estimate], str]] = {
@@ -198,7 +198,7 @@ def sweep_table(report: SweepReport) -> tuple[str, list[str], list[list[str]]]:
     """Return title, header and rows of a sweep that is under way or done."""
     header, rows = trial_rows(report.trials)
     for trial, row in zip(report.trials, rows, strict=True):
-        metric = "" if trial.metric is None else f"{trial.metric:.4f}"
+        metric = "" if trial.metric is None else fixed(trial.metric, 4)
         left = "" if trial.left_s is None else duration(trial.left_s)
         steps = f"{trial.step}/{trial.steps}" if trial.steps else ""
         row += [trial.status + (" (best)" if metric and trial.variant == report.best else ""), steps, left, metric]

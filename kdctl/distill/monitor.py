@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection
+from kdctl.run.measures import fixed
 from kdctl.run.records import Rollout, StopReason
 
 WINDOW = 64
@@ -99,8 +100,9 @@ class Monitor:
         self.since_best += 1
         if self.since_best == self.settings.patience:
             yield (
-                f"held-out KL has found no new low in {self.since_best} measurements: {self.best_kl:.4f} after step "
-                f"{self.best_step}, {kl:.4f} now; lower distill.lr, or let distill.stop_early keep the lowest"
+                f"held-out KL has found no new low in {self.since_best} measurements: "
+                f"{fixed(self.best_kl, 4)} after step {self.best_step}, {fixed(kl, 4)} now; lower distill.lr, or let "
+                "distill.stop_early keep the lowest"
             )
 
     def _completions(self) -> Iterator[str]:

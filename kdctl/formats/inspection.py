@@ -43,7 +43,7 @@ from kdctl.quant.apply import layer_errors
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import from_table
 from kdctl.run.files import naming
-from kdctl.run.measures import FORWARD_KL
+from kdctl.run.measures import FORWARD_KL, fixed
 from kdctl.run.paths import enclosing_run
 from kdctl.run.record_files import read_record
 from kdctl.run.records import QuantizeReport
@@ -289,10 +289,10 @@ def _heldout(folder: Path) -> pa.Table:
 def _same(what: str, found: float | None, recorded: float | None, tolerance: float) -> str:
     """Compare a number with its record. Raises StoreError if they differ by more than rounding."""
     if found == recorded:
-        return f"{what} is {found if found is None else format(found, '.6f')}, equal to its record"
+        return f"{what} is {found if found is None else fixed(found, 6)}, equal to its record"
     if found is None or recorded is None or not abs(found - recorded) <= tolerance * max(abs(recorded), 1e-6):
         raise StoreError(f"{what} is {found!r}, and {REPORT} says {recorded!r}")
-    return f"{what} is {found:.6f}, its record {recorded:.6f}: the same but for rounding on other hardware"
+    return f"{what} is {fixed(found, 6)}, its record {fixed(recorded, 6)}: the same but for rounding on other hardware"
 
 
 def _refill(name: str, packed: Tensor, stored: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from kdctl.report.contrasts import Judged, Row, baseline, differs, per_token_dif
 from kdctl.report.details import NAMES, removed
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.run.measures import FORWARD_KL, column_measures
+from kdctl.run.measures import FORWARD_KL, column_measures, fixed
 
 VERDICT = Column("verdict", "verdict")
 PHRASES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "the teacher"}
@@ -117,5 +117,5 @@ def _distance(results: Results, row: Row) -> list[str]:
     if not differs(difference):
         return ["KL not distinguishable from PTQ's"]
     if difference.value > 0:
-        return [f"KL {difference.value:.4f} more than PTQ's"]
+        return [f"KL {fixed(difference.value, 4)} more than PTQ's"]
     return [f"{100 * share.value:.0f} % of PTQ's KL removed"]

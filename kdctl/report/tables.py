@@ -20,7 +20,7 @@ FORMATS: dict[Style, Callable[[float], str]] = {
     "percent": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.2f}",
     "share": lambda value: f"{100 * value:.0f} %",
-    "kl": lambda value: f"{value:.4f}",
+    "kl": lambda value: fixed(value, 4),
     "perplexity": lambda value: fixed(value, 2),
     "mib": lambda value: f"{value / 2**20:.1f}",
     "p": lambda value: "<0.001" if value < 0.001 else f"{value:.3f}",

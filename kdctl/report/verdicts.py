@@ -4,7 +4,7 @@ from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Row, baseline, per_token, per_token_difference
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.study import Kind
-from kdctl.run.measures import FORWARD_KL
+from kdctl.run.measures import FORWARD_KL, fixed
 from kdctl.run.records import Estimate
 
 PHRASES: dict[Kind, str] = {"ptq": "the PTQ student", "teacher": "the teacher"}
@@ -68,9 +68,8 @@ def _distance(results: Results, row: Row) -> str:
     if difference.low <= 0 <= difference.high:
         return text + f", not distinguishable from the PTQ student's (difference {_interval(difference)})."
     verb = "less" if difference.value < 0 else "more"
-    text += (
-        f", {abs(difference.value):.4f} {verb} than the PTQ student's ({difference.low:+.4f} to {difference.high:+.4f})"
-    )
+    low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
+    text += f", {fixed(abs(difference.value), 4)} {verb} than the PTQ student's ({low} to {high})"
     if difference.value > 0:
         return text + "."
     return text + f": {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of it was removed."
@@ -92,4 +91,4 @@ def _recovered(results: Results, row: Row) -> str:
 
 
 def _interval(found: Estimate) -> str:
-    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+    return f"{fixed(found.value, 4)} [{fixed(found.low, 4)}, {fixed(found.high, 4)}]"

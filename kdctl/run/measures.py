@@ -18,9 +18,15 @@ LONGEST = 1e7
 """From here on a number is written as a power of ten: perplexities have no bound."""
 
 
-def fixed(value: float, digits: int) -> str:
-    """Write a number with so many digits after the point, or as a power of ten where that is long."""
-    return f"{value:.3g}" if abs(value) >= LONGEST else f"{value:.{digits}f}"
+def fixed(value: float, digits: int, sign: str = "-") -> str:
+    """Write a number with so many digits after the point, or as a power of ten where that is long or only zeros.
+
+    sign: "+" where positive numbers have one too.
+    """
+    if abs(value) >= LONGEST:
+        return f"{value:{sign}.3g}"
+    text = f"{value:{sign}.{digits}f}"
+    return f"{value:{sign}.1e}".replace("e-0", "e-") if value and float(text) == 0 else text
 
 
 class Predictions:

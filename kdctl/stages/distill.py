@@ -28,7 +28,7 @@ from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.documents import PerDocument
 from kdctl.run.files import remove, sha256
-from kdctl.run.measures import FORWARD_KL
+from kdctl.run.measures import FORWARD_KL, fixed
 from kdctl.run.paths import VariantDir
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
@@ -274,8 +274,9 @@ def _write_trained(
     summary, removed = distribution.summarize(before), stats.removed(after[FORWARD_KL], before[FORWARD_KL])
     if removed.high < 0:
         context.reporter.note(
-            f"warning: the student is farther from the teacher than before training, KL {summary.forward_kl.value:.4f} "
-            f"→ {described.distribution.forward_kl.value:.4f}; lower distill.lr"
+            "warning: the student is farther from the teacher than before training, KL "
+            f"{fixed(summary.forward_kl.value, 4)} → {fixed(described.distribution.forward_kl.value, 4)}; lower "
+            "distill.lr"
         )
     training = Training(plan.variant.name, context.preset.distill, outcome.kept_step, summary, removed)
     said = Described(described, after, training)

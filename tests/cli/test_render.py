@@ -147,6 +147,7 @@ def test_a_distilled_student_shows_what_was_removed(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(("digits", "text"), [(4, "0.1235 [0.1135, 0.1335]"), (1, "0.1 [0.1, 0.1]")])
 def test_an_interval_has_the_asked_digits(digits: int, text: str) -> None:
     assert render.interval(estimate(0.12345), digits) == text
+    assert "0.0000" not in render.interval(estimate(3.2e-5))
 
 
 def trial(number: int, status: Any, **more: Any) -> TrialRecord:

@@ -40,6 +40,7 @@ TABLE = Table("name", "Title, 5 %", COLUMNS, (Block("λ = 0", ROWS[:1]), Block("
 def test_cells_are_shown_with_their_uncertainty() -> None:
     assert show(ROWS[0][1], "percent") == "12.3 ± 1.0"
     assert show(ROWS[1][2], "kl") == "0.2500 [0.2000, 0.3000]"
+    assert show(Cell(3.2e-5, low=0.0, high=1e-4), "kl") == "3.2e-5 [0.0000, 0.0001]"
     assert show(Cell(0.0213), "points") == "+2.13"
     assert show(Cell(3 * 2**20), "mib") == "3.0"
     assert show(Cell(1e-05), "number") == "1e-05"

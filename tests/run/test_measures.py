@@ -1,4 +1,4 @@
-"""Numbers are written so that they can be read, however large they are."""
+"""Numbers are written so that they can be read, however large or small they are."""
 
 import pytest
 
@@ -11,3 +11,18 @@ from kdctl.run.measures import fixed
 )
 def test_long_numbers_are_powers_of_ten(value: float, text: str) -> None:
     assert fixed(value, 2) == text
+
+
+@pytest.mark.parametrize("value", [4.99e-5, 3.2e-5, 1e-12, 5e-324])
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_a_number_that_is_not_zero_is_not_written_as_zeros(value: float, sign: str) -> None:
+    for found in (value, -value):
+        assert f"{found:{sign}.4f}".strip("+-") == "0.0000"
+        assert float(fixed(found, 4, sign)) == pytest.approx(found, rel=0.05)
+    assert (fixed(3.2e-5, 4, sign), fixed(-3.2e-5, 4)) == (f"{3.2:{sign}}e-5", "-3.2e-5")
+
+
+@pytest.mark.parametrize("value", [0.0, 5.1e-5, 0.0001, 0.1234, 12.0, -0.5])
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_a_number_whose_digits_are_seen_is_written_with_them(value: float, sign: str) -> None:
+    assert fixed(value, 4, sign) == f"{value:{sign}.4f}"
