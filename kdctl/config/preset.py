@@ -13,8 +13,6 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -179,13 +177,9 @@ class RolloutSection(Section):
     keep_states: Literal["no", "exact", "int8"] = "no"
     """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
 
-    @model_serializer(mode="wrap")
-    def _without_own_engine(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave what stores and variants are identified by as it was before there was a choice."""
-        values = handler(self)
-        if self.engine == "transformers":
-            values.pop("engine", None)
-        return values
+    def decisive(self) -> dict[str, Any]:
+        """Return what stores and variants are identified by; kdctl's own engine is no part of it, once the only one."""
+        return self.model_dump(mode="json", exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -155,7 +155,7 @@ def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
     inputs = {"student": fingerprint(context.paths.student), "teacher": teacher.fingerprint()}
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
     if preset.distill.live:
-        sections["rollout"] = preset.rollout
+        sections["rollout"] = preset.rollout.decisive()
         inputs |= {"prompts": train_prompts(context, teacher).fingerprint(), **teacher.new_stops()}
     if preset.distill.replay is not None:
         inputs["replay"] = recorded(context, preset.distill.replay).fingerprint()

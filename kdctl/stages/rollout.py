@@ -119,7 +119,8 @@ def plan_of(context: Context, teacher: Teacher, source: Source) -> Plan:
         "dataset": prompts.fingerprint,
     }[source]()
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source, **teacher.new_stops()}
-    name = identity("rollout", {"rollout": settings.model_dump(exclude={"keep_states"})}, inputs)
+    decisive = {name: value for name, value in settings.decisive().items() if name != "keep_states"}
+    name = identity("rollout", {"rollout": decisive}, inputs)
     return Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
 
 

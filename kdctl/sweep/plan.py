@@ -79,6 +79,7 @@ class SweepPlan:
         """Hash what decides the trials and their results; the number of trials does not."""
         space = self.sweep.file.model_dump(mode="json", include={"method", "parameters", "metric", "early_terminate"})
         preset = self.preset.model_dump(mode="json", exclude={"description", "tracking", "runtime"})
+        preset["rollout"] = self.preset.rollout.decisive()
         return identity("sweep", {"preset": preset, "sweep": space}, {})
 
 

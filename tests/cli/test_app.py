@@ -31,7 +31,7 @@ from kdctl.base.errors import StoreError
 from kdctl.base.version import __version__
 from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
-from kdctl.config.resolve import load_preset
+from kdctl.config.resolve import known_keys, load_preset
 from kdctl.report.front import Excerpt, write_report
 from kdctl.run.paths import RunDir
 from kdctl.stages import distill, evaluate, pipeline, rollout
@@ -124,6 +124,8 @@ def test_presets_lists_every_one_with_its_purpose(light: Kdctl) -> None:
 def test_one_preset_is_shown_resolved(light: Kdctl) -> None:
     done = light("presets", "smoke", "--set", "distill.lr=0.25")
     assert Preset.model_validate_json(done.stdout) == load_preset("smoke", {"distill.lr": 0.25})
+    shown = json.loads(done.stdout)
+    assert [f"{name}.{key}" for name in shown if name != "description" for key in shown[name]] == known_keys()[1:]
 
 
 def test_the_schema_is_json_and_describes_fields(light: Kdctl) -> None:

@@ -188,6 +188,13 @@ def test_an_identity_changes_with_every_field_of_a_section(section: Section) -> 
     assert identity("stage", {"section": section}, INPUTS) not in names
 
 
+def test_what_a_store_is_identified_by_says_of_engines_only_another_than_kdctls_own() -> None:
+    own = RolloutSection().model_dump(mode="json")
+    assert own.pop("engine") == "transformers"
+    assert RolloutSection().decisive() == own
+    assert RolloutSection(engine="mine").decisive() == own | {"engine": "mine"}
+
+
 def test_an_identity_changes_with_stage_inputs_and_their_names() -> None:
     sections = {"distill": DistillSection()}
     names = [
