@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kdctl.base.errors import PresetError
 from kdctl.cli import console
 from kdctl.cli.options import SetOption, VerboseOption, guarded
 from kdctl.config import resolve
@@ -22,6 +23,11 @@ def presets(
     Example: kdctl presets quickstart
     """
     with guarded():
+        if settings and (name is None or schema):
+            raise PresetError(
+                "--set changes the preset that is shown, and this shows none; name one without --schema, as in "
+                f"kdctl presets quickstart --set {settings[0]}"
+            )
         if schema:
             console.show_json(json.dumps(Preset.model_json_schema(), indent=2, ensure_ascii=False))
         elif name is not None:

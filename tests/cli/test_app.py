@@ -160,6 +160,8 @@ MISTAKES = [
     ("report --run nowhere --margin -1", ("--margin -1",)),
     ("report somewhere --run nowhere", ("--run",)),
     ("report --run nowhere", ("nowhere", "--run")),
+    ("presets --set distill.lr=1", ("--set", "kdctl presets quickstart --set distill.lr=1")),
+    ("presets smoke --schema --set distill.lr=1", ("--set", "name one")),
 ]
 REFUSE = f"""
 import json, sys
