@@ -19,6 +19,8 @@ from kdctl.run.records import (
 from kdctl.sweep.records import SweepReport, TrialRecord
 
 WORST = 5
+SMALL = 2**30 / 100
+"""Bytes. Less is written in MiB."""
 
 
 def interval(estimate: Estimate, digits: int = 4) -> str:
@@ -38,9 +40,9 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def gib(size: float) -> str:
-    """Write a size in GiB."""
-    return f"{size / 2**30:.2f} GiB"
+def gib(size: float, unit: str = " GiB") -> str:
+    """Write a size in GiB, or in MiB where that would be next to nothing."""
+    return f"{size / 2**30:.2f}{unit}" if size >= SMALL else f"{size / 2**20:.2g} MiB"
 
 
 def distribution_pairs(found: DistributionMetrics) -> list[tuple[str, str]]:
@@ -274,7 +276,7 @@ def _phase(phase: Phase) -> str:
 
 
 def _sizes(parts: Sequence[Part]) -> str:
-    return ", ".join(f"{part.name} {part.size_bytes / 2**30:.2f}" for part in parts)
+    return ", ".join(f"{part.name} {gib(part.size_bytes, unit='')}" for part in parts)
 
 
 def _pace(plan: CostPlan) -> list[tuple[str, str]]:

@@ -22,6 +22,9 @@ from kdctl.run.tracking import read_metrics
 from kdctl.system.distributed import Processes
 from kdctl.system.memory import machine_bytes
 
+HELPS = 0.99
+"""A setting is advised where it lowers the peak to this share or less: what saves a few bytes changes a run in vain."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -85,7 +88,7 @@ def peak_bytes(phases: tuple[Phase, ...]) -> int:
 
 
 def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1) -> Iterator[Advice]:
-    """Yield settings that lower the peak, each alone and then all together."""
+    """Yield settings that lower the peak, each alone and then all together where that lowers it further."""
     rows = preset.distill.rows_per_step
     candidates: list[dict[str, object]] = [
         {"runtime.activation_checkpointing": "full"},
@@ -103,13 +106,14 @@ def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1) 
         return peak_bytes(Cost(changed, network, machine.cpu, shards).phases())
 
     best, together = peak_with({}), {}
+    lowest = best
     for settings in candidates:
         peak = peak_with(settings)
-        if peak < best:
-            together |= settings
+        if peak < HELPS * best:
+            together, lowest = together | settings, min(lowest, peak)
             yield _advice(preset, settings, peak)
-    if len(together) > 1:
-        yield _advice(preset, together, peak_with(together))
+    if together and (peak := peak_with(together)) < lowest:
+        yield _advice(preset, together, peak)
 
 
 def _advice(preset: Preset, settings: dict[str, object], peak: int) -> Advice:

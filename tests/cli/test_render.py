@@ -193,6 +193,21 @@ def test_the_time_left_is_that_of_the_steps_left() -> None:
     assert render.time_left(SWEEP.model_copy(update={"trials": SWEEP.trials[2:]})) == ""
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 MiB"),
+        (7000, "0.0067 MiB"),
+        (2**20, "1 MiB"),
+        (9 * 2**20, "9 MiB"),
+        (11 * 2**20, "0.01 GiB"),
+        (3 * 2**30, "3.00 GiB"),
+    ],
+)
+def test_sizes_are_not_written_as_zeros(size: int, text: str) -> None:
+    assert render.gib(size) == text
+
+
 def test_durations_are_those_that_people_say() -> None:
     assert [render.duration(seconds) for seconds in (5.4, 89, 600, 7200)] == ["5 s", "89 s", "10 min", "2.0 h"]
 
