@@ -176,8 +176,14 @@ def show_exported(report: ExportReport) -> None:
 
 
 def show_verified(report: VerifyReport) -> None:
-    """Show every check and the verdict."""
-    console.show_pairs(report.folder, [(check.name, f"{check.status}: {check.detail}") for check in report.checks])
+    """Show every check and the verdict; a reason that several checks have is said once."""
+    first: dict[str, str] = {}
+    pairs = []
+    for check in report.checks:
+        name = first.setdefault(check.detail, check.name)
+        reason = check.detail if name == check.name else f"for the same reason as {name}"
+        pairs.append((check.name, f"{check.status}: {reason}"))
+    console.show_pairs(report.folder, pairs)
     unknown = [check.name for check in report.checks if check.status == "unknown"]
     verdict = "verified" if report.passed else "NOT verified"
     console.show_text(verdict + (f"; unknown: {', '.join(unknown)}" if unknown else ""))

@@ -362,6 +362,16 @@ def test_the_command_ends_with_1_when_a_check_fails(student: Path, invoke: Calla
     assert "integrity" in failures(report)
 
 
+def test_a_reason_that_several_checks_have_is_said_once(student: Path, invoke: Callable[..., Result]) -> None:
+    (student / "config.json").write_text("{")
+    done = invoke("verify", student)
+    assert done.exit_code == 1
+    (reason,) = {details(verified(student))[name] for name in ("record", "tensors", "grid")}
+    shown = " ".join(done.stdout.split())
+    assert shown.count(" ".join(reason.split())) == 1
+    assert shown.count("for the same reason as record") >= 2
+
+
 def test_the_command_ends_with_1_without_sums(student: Path, invoke: Callable[..., Result]) -> None:
     (student / "SHA256SUMS").unlink()
     done = invoke("verify", student)
