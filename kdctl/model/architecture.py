@@ -13,7 +13,7 @@ STATEFUL_LAYERS = {"linear_attention", "recurrent", "mamba", "mamba2", "conv", "
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise ModelError for networks with a state, mixtures of experts, and layers of another form than nn.Linear."""
+    """Raise ModelError for mixtures of experts, layers with a state, a shared cache or another form than nn.Linear."""
     kind = f"model type {model.config.model_type!r}"
     names = dict(model.named_modules())
     experts = [name for name in names if EXPERT_PARTS & set(name.split("."))]
@@ -28,6 +28,12 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{kind} is a recurrent network: some of its layers carry a state from token to token (state space, linear "
             "attention or convolution), and kdctl lays sequences end to end, where the state of one would leak into "
             "the next; use a network of attention layers only"
+        )
+    shared = [name for name, module in names.items() if getattr(module, "is_kv_shared_layer", False)]
+    if shared:
+        raise ModelError(
+            f"{kind}: its layers share caches ({shared[0]} reads the keys and values of a layer before it), and kdctl "
+            "continues sequences from a cache that every layer fills itself; use a network without shared layers"
         )
     for name, module in names.items():
         if isinstance(module, Conv1D):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 from transformers import (
     Gemma2Config,
+    Gemma4TextConfig,
     JambaConfig,
     Lfm2Config,
     MambaConfig,
@@ -42,6 +43,10 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "'xlnet' has weights of more than two dimensions",
     ),
     "capped attention": (Gemma2Config(**SIZES, head_dim=16), "'gemma2' computes attention as 'eager'"),
+    "shared caches": (
+        Gemma4TextConfig(**SIZES, layer_types=["full_attention"] * 2, num_kv_shared_layers=1),
+        r"'gemma4_text': its layers share caches \(model\.layers\.1\.self_attn ",
+    ),
     "encoder and decoder": (T5Config(), "'t5': transformers opens no causal language model"),
 }
 
