@@ -51,10 +51,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 @contextmanager
-def naming(path: Path, shown: Path | None = None) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Make every error of a disk, whatever a library raises for it, an OSError with an errno and a path.
 
-    shown: what is named where ``path`` is temporary.
+    A file under a temporary name is named as what it is to become.
     """
     try:
         yield
@@ -63,9 +63,14 @@ def naming(path: Path, shown: Path | None = None) -> Iterator[None]:
         if number is None:
             raise
         named = getattr(error, "filename", None)
-        named = shown or path if named is None or os.fspath(named) == os.fspath(path) else named
         why = os.strerror(number) if number else " ".join(str(error).split())
-        raise OSError(number or errno.EIO, why, os.fspath(named)) from error
+        raise OSError(number or errno.EIO, why, _known(path if named is None else named)) from error
+
+
+def _known(path: Path | str | bytes) -> str:
+    """Return a path with what is under a temporary name under its own."""
+    parts = Path(os.fsdecode(path)).parts
+    return str(Path(*(found["name"] if (found := TEMPORARY.fullmatch(part)) else part for part in parts)))
 
 
 def _errno(error: Exception) -> int | None:
@@ -79,18 +84,19 @@ def _errno(error: Exception) -> int | None:
 
 
 @contextmanager
-def writing(path: Path, shown: Path | None = None) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Let a block write a file, by a library or by itself. Raises OSError with an errno and the path."""
-    before("write", path)
-    with naming(path, shown):
+    with naming(path):
+        before("write", path)
         yield
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, unless it is there."""
     if not path.is_dir():
-        before("mkdir", path)
-        path.mkdir(parents=True, exist_ok=True)
+        with naming(path):
+            before("mkdir", path)
+            path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -158,7 +164,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _clear(path)
     temporary = temporary_name(path)
     try:
-        with writing(temporary, path):
+        with writing(temporary):
             yield temporary
         sync(temporary)
         rename(temporary, path)
@@ -208,8 +214,8 @@ def replace_folder(new: Path, path: Path) -> None:
 
 def rename(path: Path, target: Path) -> None:
     """Give a file or a folder another name, durably."""
-    before("rename", target)
-    with naming(path, target):
+    with naming(path):
+        before("rename", target)
         os.replace(path, target)
     sync(target.parent)
 
@@ -234,16 +240,16 @@ def remove_empty(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file or a folder entry to disk."""
-    before("sync", path)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
+    with naming(path):
+        before("sync", path)
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(handle)
 
 
 def sweep_up(folder: Path) -> None:

@@ -245,6 +245,31 @@ def test_sha256_is_the_known_one(tmp_path: Path) -> None:
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+@pytest.mark.parametrize("operation", ["write", "sync", "rename", "mkdir"])
+def test_a_disk_that_fails_names_the_file_and_not_its_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr(files, "before", failing(operation, errno.EIO))
+    with pytest.raises(OSError, match="Input/output") as single:
+        write_text(tmp_path / "new" / "preset.json", "text")
+    with pytest.raises(OSError, match="Input/output") as inner, atomic_folder(tmp_path / "student") as temporary:
+        write_text(temporary / "weights", "new")
+    assert single.value.filename in (str(tmp_path / "new"), str(tmp_path / "new" / "preset.json"))
+    assert inner.value.filename in (str(tmp_path / "student"), str(tmp_path / "student" / "weights"))
+
+
+def test_a_sync_that_fails_names_the_file_and_not_its_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        write_text(tmp_path / "preset.json", "text")
+    assert caught.value.filename == str(tmp_path / "preset.json")
+
+
 def test_a_rename_that_fails_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
