@@ -12,8 +12,8 @@ import traceback
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from kdctl.base.errors import brief
 from kdctl.base.version import __version__
-from kdctl.cli.explain import first_line
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 SECRET_WORDS = re.compile(r"hf_\w{8,}|\b[0-9a-f]{40}\b|(?<=://)[^/\s@]+(?=@)")
@@ -22,7 +22,7 @@ SHORTEST_SECRET = 6
 
 def bug_message(error: BaseException, folder: Path | None, preset: str) -> str:
     """Write the file, into the run folder or else the temporary one, and return what is said of it."""
-    what = f"this is a bug in kdctl: {type(error).__name__}: {first_line(error)}; "
+    what = f"this is a bug in kdctl: {type(error).__name__}: {brief(error)}; "
     file = _write(bug_report(error, preset), folder)
     if file is None:
         traceback.print_exception(error)

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from kdctl.base.errors import KdctlError
+from kdctl.base.errors import KdctlError, brief
 
 DONE = "what was finished is on disk, and the same command goes on from there"
 MEMORY = (
@@ -78,7 +78,7 @@ def explain(error: BaseException) -> Ending:
     if text is None and isinstance(error, OSError):
         text = of_system(error)
     if text is None:
-        return Ending(f"{type(error).__name__}: {first_line(error)}", 70)
+        return Ending(f"{type(error).__name__}: {brief(error)}", 70)
     return Ending(text, 2)
 
 
@@ -90,16 +90,11 @@ def _placed(name: str) -> str:
 def of_system(error: OSError) -> str:
     """Put an error of the operating system in words, with its path."""
     if error.errno is None:
-        return f"{first_line(error)}; {DONE}"
+        return f"{brief(error)}; {DONE}"
     names = [_placed(str(name)) for name in (error.filename, error.filename2) if name is not None]
     hint = {errno.EMFILE: " (ulimit -n raises the limit)", errno.ENOSPC: " (free some space, or use another place)"}
     what = " → ".join(names) or "a file or a connection"
     return f"cannot read or write {what}: {error.strerror}{hint.get(error.errno, '')}; {DONE}"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _of_kind(error: BaseException) -> str | None:
@@ -108,7 +103,7 @@ def _of_kind(error: BaseException) -> str | None:
     found = next((KINDS[kind] for kind in kinds if kind in KINDS), None)
     if found is None and isinstance(error, RuntimeError | ValueError):
         found = next((words for text, words in TEXTS.items() if text in str(error)), None)
-    return found.format(why=first_line(error), file=_file_of(error)) if found else None
+    return found.format(why=brief(error), file=_file_of(error)) if found else None
 
 
 def _file_of(error: BaseException) -> str:
@@ -131,7 +126,7 @@ def _import_failed(error: BaseException) -> str | None:
         package = str(error.filename)
     if package in ("", "kdctl", "__main__"):
         return None
-    said = first_line(error)
+    said = brief(error)
     blamed = [name for name, value in os.environ.items() if len(value) > 2 and value in said]
     if isinstance(error, ValueError) and blamed:
         return f"the environment variable {blamed[0]} keeps the package {package} from being imported: {said}; unset it"

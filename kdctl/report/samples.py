@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kdctl.base.errors import brief
 from kdctl.run.documents import PerDocument, from_table, item_values
 from kdctl.run.files import sha256
 from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY
@@ -76,7 +77,7 @@ def _read(path: Path, needed: list[str], sums: Mapping[str, str]) -> pa.Table | 
         table.select(needed)
         return table
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise damaged(path, " ".join(str(error).split())) from None
+        raise damaged(path, brief(error)) from None
 
 
 def item_differences(a: Items, b: Items) -> list[str]:

@@ -22,6 +22,8 @@ import psutil
 import pyarrow as pa
 from safetensors import SafetensorError
 
+from kdctl.base.errors import brief
+
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^/]*)-(?P<pid>\d+)\.(?P<kind>tmp|old)")
 LIBRARY = re.compile(r"os error (?P<errno>\d+)|PytorchStreamWriter|inline_container")
 """What Rust and PyTorch say of a disk that fails, in exceptions that are no OSError."""
@@ -63,7 +65,7 @@ def naming(path: Path) -> Iterator[None]:
         if number is None:
             raise
         named = getattr(error, "filename", None)
-        why = os.strerror(number) if number else " ".join(str(error).split())
+        why = os.strerror(number) if number else brief(error)
         raise OSError(number or errno.EIO, why, _known(path if named is None else named)) from error
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdctl.base.errors import PresetError
+from kdctl.base.errors import PresetError, brief
 from kdctl.config.resolve import known_keys, presets_dir, suggest
 
 Method = Literal["grid", "random", "bayes"]
@@ -174,7 +174,7 @@ def read_sweep(name: str) -> Sweep:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise PresetError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise PresetError(f"{path} is not valid YAML: {brief(error)}") from None
     if not isinstance(tree, dict):
         raise PresetError(f"{path} holds {tree!r:.40}, not a wandb sweep with method and parameters")
     try:
