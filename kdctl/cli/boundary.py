@@ -31,6 +31,8 @@ class Known:
     said: bool = False
     unread: bool = False
     """The reader of stdout or stderr has gone, as ``head`` does."""
+    made: Any = None
+    """The context of a run folder that the command made."""
 
 
 def main() -> None:

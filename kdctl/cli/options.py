@@ -121,8 +121,10 @@ def check_launch(divided: bool) -> None:
 def guarded(divided: bool = False) -> Iterator[None]:
     """End a command that raises as ``boundary.py`` says: one message and an exit code.
 
-    divided: several processes do this command together; any other is left to the main one.
+    A run folder that it made for an input that is then refused is taken back. divided: several processes do this
+    command together; any other is left to the main one.
     """
+    boundary.Known.made = None
     try:
         check_launch(divided)
         if process_rank() and not divided:
@@ -135,7 +137,12 @@ def guarded(divided: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - what it means is decided in one place
-        raise typer.Exit(boundary.end(error)) from None
+        code = boundary.end(error)
+        if code == boundary.INPUT and boundary.Known.made is not None:
+            from kdctl.stages.context import take_back
+
+            take_back(boundary.Known.made)
+        raise typer.Exit(code) from None
 
 
 def resolve_preset(name: str | None, folder: Path | None, settings: list[str] | None, flags: Flags) -> Preset:
@@ -212,7 +219,9 @@ class Stage:
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")
+        new = processes.count == 1 and not os.path.lexists(self.folder)
         opened = open_run(self.preset, self.folder, reporter=reporter, ranks=processes)
+        boundary.Known.made = opened.context if new else None
         if self.news:
             reporter.note(self.news)
         return opened

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,6 +49,31 @@ def holding(path: Path, what: str, say: Say, longest_s: float | None = None) -> 
     finally:
         if handle is not None:
             os.close(handle)
+
+
+class Use:
+    """A folder that this process uses, as long as the object lives."""
+
+    def __init__(self, path: Path):
+        self._handle = _open(path)
+        if self._handle is not None:
+            with suppress(OSError):
+                fcntl.flock(self._handle, fcntl.LOCK_SH)
+
+    def sole(self) -> bool:
+        """Tell whether no other process uses the folder; if so none begins to while the object lives."""
+        if self._handle is None:
+            return False
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def __del__(self) -> None:
+        """Let the folder go."""
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 def _open(path: Path) -> int | None:

@@ -21,6 +21,7 @@ class RunDir:
         self.report = self.path / "report"
         self.sweeps = self.path / "sweeps"
         self.heldout = self.path / "rollouts" / "heldout"
+        self.locks = self.path / ".locks"
 
     def rollouts(self, source: str) -> Path:
         """Return the folder of an offline rollout store."""
@@ -49,7 +50,7 @@ class RunDir:
 
     def lock(self, result: str) -> Path:
         """Return the file that is locked while a result is made."""
-        return self.path / ".locks" / f"{result.replace('/', '.')}.lock"
+        return self.locks / f"{result.replace('/', '.')}.lock"
 
     def prepare(self) -> None:
         """Create the run folder and clear away what dead processes left. Raises StoreError if it cannot be written."""

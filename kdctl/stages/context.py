@@ -21,8 +21,8 @@ from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.engine import engine_named
-from kdctl.run.files import remove_empty
-from kdctl.run.locks import holding
+from kdctl.run.files import remove, remove_empty
+from kdctl.run.locks import Use, holding
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import QuantizeReport, Versions
@@ -33,12 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
-    """One preset in one run folder. ranks: the processes that divide the work; ALONE where there is one."""
+    """One preset in one run folder.
+
+    ranks: the processes that divide the work, ALONE where there is one; use: that the folder is opened.
+    """
 
     preset: Preset
     paths: RunDir
     reporter: Reporter = field(default_factory=Silent)
     ranks: Processes = ALONE
+    use: Use | None = None
 
     def alone(self) -> "Context":
         """Return the same without the other processes, for work that is not divided."""
@@ -94,6 +98,8 @@ def open_run(
         teacher = _checked(context, base)
         if base is None:
             check_prompts(preset)
+        context = replace(context, use=Use(paths.lock("open")))
+        if not ranks.on_main(paths.preset.exists):
             settle(context)
     if ranks.count > 1:
         ranks.main_first(teacher.folder)  # downloads and converts once
@@ -125,6 +131,15 @@ def _no_empty_folder(path: Path) -> Iterator[None]:
             for folder in new:
                 remove_empty(folder)
         raise
+
+
+def take_back(context: Context) -> None:
+    """Remove a run folder that holds nothing but what opening it wrote, unless another process has it open too."""
+    paths = context.paths
+    with suppress(OSError):
+        others = [path for path in paths.path.iterdir() if path not in (paths.preset, paths.locks)]
+        if not others and context.use is not None and context.use.sole():
+            remove(paths.path)
 
 
 def day_of(paths: RunDir, base: Preset | None) -> str:

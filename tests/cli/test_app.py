@@ -33,6 +33,7 @@ from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import known_keys, load_preset
 from kdctl.report.front import Excerpt, write_report
+from kdctl.run.locks import Use
 from kdctl.run.paths import RunDir
 from kdctl.stages import distill, evaluate, pipeline, rollout
 from kdctl.stages.context import open_run
@@ -394,6 +395,30 @@ def test_a_comparison_of_unknown_methods_is_refused(
     folder = tmp_path / "run"
     check_refused(invoke("quantize", *shlex.split(arguments), "--preset", "smoke", "--run", folder), *parts)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kept", ["", "result", "user", "folder", "bug"])
+def test_a_folder_made_for_an_input_that_is_refused_is_taken_back(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    folder, others = tmp_path / "run", []
+
+    def fail(context: Any, *_: object, **__: object) -> None:
+        assert context.paths.preset.is_file()
+        if kept == "result":
+            context.paths.student.mkdir()
+        if kept == "user":
+            others.append(Use(context.paths.lock("open")))
+        raise ValueError("a bug") if kept == "bug" else StoreError("no good")
+
+    if kept == "folder":
+        folder.mkdir()
+    monkeypatch.setattr(pipeline, "quantize", fail)
+    done = invoke("quantize", "--preset", "smoke", "--run", folder)
+    assert done.exit_code == (70 if kept == "bug" else 2), done.stderr
+    assert folder.exists() == bool(kept)
+    corrected = invoke("quantize", "--preset", "smoke", "--run", folder, "--group-size", "16")
+    assert ("was made with quantize.group_size=32" in corrected.stderr) == bool(kept)
 
 
 @pytest.mark.parametrize("name", ["quantize", "rollout", "distill", "eval"])

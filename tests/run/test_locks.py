@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdctl.run.locks import Busy, holding
+from kdctl.run.locks import Busy, Use, holding
 
 MAKE = (
     "import sys, time\n"
@@ -47,6 +47,16 @@ def test_who_waits_says_once_for_whom_and_the_lock_of_the_dead_is_free(tmp_path:
     (text,) = said
     for part in (f"process {other.pid} on {socket.gethostname()} (since ", f"is at work on it in {tmp_path}"):
         assert part in text
+
+
+def test_a_folder_has_a_sole_user_once_the_others_are_gone(tmp_path: Path) -> None:
+    lock = tmp_path / ".locks" / "open.lock"
+    mine, other = Use(lock), Use(lock)
+    assert not mine.sole()
+    del other
+    assert mine.sole()
+    (tmp_path / "file").touch()
+    assert not Use(tmp_path / "file" / "open.lock").sole()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
