@@ -24,11 +24,14 @@ from kdctl.run.files import replace_folder
 from kdctl.run.paths import enclosing_run
 from kdctl.run.record_files import read_record
 
-BROKEN = (
+Kinds = tuple[type[Exception], ...]
+BROKEN: Kinds = (
     *(KdctlError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
     *(SafetensorError, pa.ArrowException),
 )
 """What readers of a damaged folder raise."""
+WRONG = tuple(kind for kind in BROKEN if kind is not OSError)
+"""The same without what a disk raises."""
 
 
 def find_teacher(folder: Path, reference: str | None = None) -> Teacher:
@@ -80,14 +83,15 @@ def verify(folder: Path, teacher: Teacher, device: torch.device, reporter: Repor
 def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> None:
     """Give a new folder its place if what it stores is the student in memory, and its records and tokenizer agree.
 
-    Raises StoreError if it does not; then it is kept as ``<name>.failed`` and what was in its place stays.
+    Raises StoreError if it does not; then it is kept as ``<name>.failed`` and what was in its place stays. An OSError
+    says nothing about what was written and is raised as it is.
     """
     found = Inspection(pending, teacher, torch.device("cpu"))
     checks = [
-        check("integrity", found.integrity),
-        check("record", found.record),
-        check("tensors", lambda: prove(pending, student)),
-        check("tokenizer", found.same_tokenizer, needs_teacher=True),
+        check("integrity", found.integrity, broken=WRONG),
+        check("record", found.record, broken=WRONG),
+        check("tensors", lambda: prove(pending, student), broken=WRONG),
+        check("tokenizer", found.same_tokenizer, needs_teacher=True, broken=WRONG),
     ]
     report = _report(folder, checks)
     if report.passed:
@@ -106,14 +110,17 @@ def _report(folder: Path, checks: list[Check]) -> VerifyReport:
     return VerifyReport(folder=str(folder), passed=all(each.acceptable for each in checks), checks=tuple(checks))
 
 
-def check(name: str, look: Callable[[], str], needs_teacher: bool = False) -> Check:
-    """Make one check: it returns what it found, or raises why it failed or is unknown."""
+def check(name: str, look: Callable[[], str], needs_teacher: bool = False, broken: Kinds = BROKEN) -> Check:
+    """Make one check: it returns what it found, or raises why it failed or is unknown.
+
+    broken: the exceptions that mean that it failed; others are raised.
+    """
     try:
         return Check(name=name, status="passed", detail=look(), needs_teacher=needs_teacher)
     except Unknown as reason:
         return Check(name=name, status="unknown", detail=str(reason), needs_teacher=needs_teacher)
     except torch.OutOfMemoryError:
         raise  # says nothing about the folder
-    except BROKEN as error:
+    except broken as error:
         text = str(error) if isinstance(error, KdctlError) else f"{type(error).__name__}: {error}"
         return Check(name=name, status="failed", detail=" ".join(text.split())[:400], needs_teacher=needs_teacher)

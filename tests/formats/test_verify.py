@@ -1,5 +1,6 @@
 """A good student folder is proven; every kind of damage is named, also where SHA256SUMS were written anew over it."""
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from kdctl.config.resolve import load_preset
 from kdctl.formats import verify
 from kdctl.formats.records import VerifyReport
 from kdctl.formats.student import write_sums
+from kdctl.run import files
 from kdctl.stages import pipeline, publish
 from kdctl.stages.context import open_run
 
@@ -415,6 +417,20 @@ def test_the_gate_keeps_a_failed_student_under_another_name(smoke: Preset, tmp_p
         pipeline.quantize(*job)
     assert sorted(path.name for path in tmp_path.glob("*student*")) == ["student.failed"]
     assert (tmp_path / "student.failed" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "quantize.json"])
+def test_a_disk_that_fails_at_the_gate_is_no_verdict(
+    smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(operation: str, path: Path) -> None:
+        if (operation, path.name) == ("read", name) and ".student." in str(path.parent):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(files, "before", fail)
+    with pytest.raises(OSError, match=f"Input/output error.*{name}"):
+        pipeline.quantize(*open_run(smoke, tmp_path))
+    assert list(tmp_path.glob("*student*")) == []
 
 
 def test_a_failed_student_leaves_the_earlier_one_where_it_was(
