@@ -14,6 +14,8 @@ from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Parameter, Sweep, field_of
 
 MAX_TRIALS = 64
+MOST_TRIALS = 10_000
+"""More cannot be asked for: all are laid out and checked before the first one runs."""
 CORNERS = 4096
 
 
@@ -102,7 +104,7 @@ def plan_sweep(sweep: Sweep, preset: str, overrides: Values, max_trials: int | N
         trials = grid_trials(sweep, max_trials)
         total = len(trials)
     else:
-        total = max_trials or sweep.file.run_cap or MAX_TRIALS
+        total = _bounded(max_trials or sweep.file.run_cap or MAX_TRIALS)
         trials = [random_values(sweep, slot) for slot in range(total)] if sweep.method == "random" else []
     _check_trials(base, trials)
     if sweep.method == "grid":
@@ -200,7 +202,7 @@ def check_logged(plan: SweepPlan, who: str) -> None:
 
 def grid_trials(sweep: Sweep, max_trials: int | None) -> list[Values]:
     """List the grid's points. Raises PresetError if there are more than ``max_trials``, 64 without it."""
-    limit = max_trials or MAX_TRIALS
+    limit = _bounded(max_trials or MAX_TRIALS)
     try:
         trials = list(itertools.islice(grid(sweep), sweep.file.run_cap))
     except ValueError as error:
@@ -218,6 +220,16 @@ def _corners(sweep: Sweep) -> Iterator[Values]:
     points = itertools.product(*(parameter.extremes() for parameter in known))
     for point in itertools.islice(points, CORNERS):
         yield {parameter.key: value for parameter, value in zip(known, point, strict=True)}
+
+
+def _bounded(trials: int) -> int:
+    """Return a number of trials. Raises PresetError if they are too many to lay out."""
+    if trials > MOST_TRIALS:
+        raise PresetError(
+            f"{trials} trials are asked for, and all are laid out and checked before the first one runs; ask for at "
+            f"most {MOST_TRIALS} by --max-trials or run_cap"
+        )
+    return trials
 
 
 def _check_trials(plan: SweepPlan, trials: Iterable[Values]) -> None:

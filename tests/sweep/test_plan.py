@@ -122,6 +122,18 @@ def test_a_grid_may_have_as_many_trials_as_allowed(tmp_path: Path) -> None:
     assert plan_of(sweep, max_trials=65).total == 65
 
 
+@pytest.mark.parametrize(
+    ("method", "cap", "most"),
+    [("random", 2**64, None), ("bayes", 2**64, None), ("random", None, 2**64), ("grid", None, 2**64)],
+)
+def test_more_trials_than_can_be_laid_out_are_refused_at_once(
+    tmp_path: Path, method: str, cap: int | None, most: int | None
+) -> None:
+    sweep = sweep_of(tmp_path, {"lr": {"values": [1e-5, 1e-4]}}, method=method, run_cap=cap)
+    with pytest.raises(PresetError, match=r"18446744073709551616 trials .* at most 10000"):
+        plan_of(sweep, max_trials=most)
+
+
 def test_a_swept_field_cannot_be_set(tmp_path: Path) -> None:
     with pytest.raises(PresetError, match=r"distill\.beta is swept"):
         plan_of(sweep_of(tmp_path, {"beta": {"values": [0, 1]}}), distill__beta=0.5)
