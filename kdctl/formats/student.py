@@ -23,11 +23,13 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from huggingface_hub import save_torch_state_dict
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import StoreError
+from kdctl.config.preset import QuantizeSection
 from kdctl.model.configuration import read_config
 from kdctl.model.folder import read_tensors, weight_files
 from kdctl.model.hashes import known_sha256, written_sha256
@@ -37,6 +39,7 @@ from kdctl.quant.affine import (
     QParams,
     QuantizedWeight,
     dequantize,
+    grid_of,
     pack,
     unpack,
 )
@@ -218,15 +221,20 @@ def no_student(folder: Path, reason: str, what: str = "a student folder") -> Sto
 
 
 def stored_grid(config: PretrainedConfig, folder: Path) -> Grid:
-    """Read the grid from a student folder's configuration."""
+    """Read the grid from a student folder's configuration. Raises StoreError if it gives none that kdctl has."""
     stored = config.to_dict().get("quantization_config")
     if not stored:
         raise no_student(folder, "by its config.json its weights are not quantized", "a pack-quantized student folder")
     if stored.get("format") != "pack-quantized":
         found = stored.get("format") or stored.get("quant_method")
         raise no_student(folder, f"its weights are quantized as {found!r:.80}", "a pack-quantized student folder")
-    weights = stored["config_groups"]["group_0"]["weights"]
-    return Grid(weights["num_bits"], weights["group_size"], weights["symmetric"])
+    try:
+        found = stored["config_groups"]["group_0"]["weights"]
+        names = {"bits": "num_bits", "group_size": "group_size", "symmetric": "symmetric"}
+        return grid_of(QuantizeSection.model_validate({name: found[key] for name, key in names.items()}))
+    except (LookupError, TypeError, ValidationError):
+        reason = "the group_0 of its config.json does not give bits, group size and symmetry of a grid that kdctl has"
+        raise no_student(folder, reason, "a pack-quantized student folder") from None
 
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:

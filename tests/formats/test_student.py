@@ -32,6 +32,7 @@ SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
 KINDS = [(bits, symmetric) for bits in (2, 3, 4) for symmetric in (False, True)] + [(8, True)]
 CPU = torch.device("cpu")
+GRID = {"num_bits": 4, "group_size": 16, "symmetric": False}
 SETTINGS = QuantizeSection(group_size=16, method="minmax")
 
 
@@ -277,6 +278,19 @@ def test_failed_save_leaves_the_old_folder(
     with pytest.raises(OSError, match="disk full"):
         save(teacher, SETTINGS, folder.parent / "new")
     assert [path.name for path in folder.parent.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{}, [], {"group_1": {}}, {"group_0": None}]
+    + [{"group_0": {"weights": GRID | bad}} for bad in ({"num_bits": 5}, {"group_size": None}, {"symmetric": "no!"})],
+)
+def test_a_scheme_that_is_no_grid_is_refused(folder: Path, groups: object):
+    config = read_config(folder)
+    stored = config.to_dict()["quantization_config"] | {"config_groups": groups}
+    config.quantization_config = stored  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(StoreError, match="group_0 of its config"):
+        checkpoint.stored_grid(config, folder)
 
 
 def test_stored_scheme_is_the_grid(folder: Path, teacher: PreTrainedModel):
