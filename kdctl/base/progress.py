@@ -8,6 +8,10 @@ Advance = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
+def ignore(done: int, total: int) -> None:
+    """Take notice of no progress."""
+
+
 class Reporter(Protocol):
     """Receives notes and progress. ``console.py`` shows them; a library user may pass ``Silent()``."""
 

@@ -14,6 +14,9 @@ from kdctl.distill.optimizer import TOGETHER
 from kdctl.eval.distribution import BATCH
 from kdctl.model.load import torch_dtype
 from kdctl.quant.calibrate import by_decoder_layer
+from kdctl.quant.fisher import SEQUENCES
+from kdctl.quant.methods import QUANTIZERS
+from kdctl.quant.quantizer import Statistic
 from kdctl.rollout.sampler import PROMPT_TOKENS
 from kdctl.rollout.teacher_states import group_size
 from kdctl.system.cpu_products import packed_bytes
@@ -113,8 +116,25 @@ class Cost:
         codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
         return (
             _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
+            *self._quantizing(always | codes | {"grid": self.grid}),
             _phase("training", training, self._training_moments()),
             _phase("writing a student", always, self._writing()),
+        )
+
+    def _quantizing(self, parts: dict[str, int]) -> Iterator[Phase]:
+        """Yield the phase of a method that reads sequences through a copy of the teacher, if it is one."""
+        settings, method = self.preset.quantize, QUANTIZERS[self.preset.quantize.method]
+        if Statistic.INPUT_HESSIAN not in method.needs:
+            return
+        layers = by_decoder_layer(list(self.network.layers)).values()
+        inputs = max(sum(self.network.layers[name][1] ** 2 for name in names) for names in layers)
+        states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
+        passing = SEQUENCES * self.longest * self.network.activations["none"].peak
+        backward = int(passing) + self.network.loss_bytes(self.cpu) if Statistic.OUTPUT_FISHER in method.needs else 0
+        yield _phase(
+            "quantizing",
+            parts | {"what outputs are worth": method.held(settings, self.network.layers)},
+            {"reading back": backward, "student, its states and inputs": self.model + states + FLOAT32 * inputs},
         )
 
     def _training_moments(self) -> dict[str, int]:

@@ -35,6 +35,16 @@ class Batch:
         """Return the tokens that carry loss, (M,)."""
         return self.input_ids[self.predicting + 1]
 
+    def parts(self, size: int) -> list["Batch"]:
+        """Cut into batches of at most ``size`` sequences, in order."""
+        return [self._part(first, first + size) for first in range(0, len(self.seq_lens), size)]
+
+    def _part(self, first: int, stop: int) -> "Batch":
+        start, before = sum(self.seq_lens[:first]), sum(self.counts[:first])
+        seq_lens, counts = self.seq_lens[first:stop], self.counts[first:stop]
+        tokens, loss = slice(start, start + sum(seq_lens)), slice(before, before + sum(counts))
+        return Batch(self.input_ids[tokens], self.position_ids[tokens], self.predicting[loss] - start, seq_lens, counts)
+
     def to(self, device: torch.device) -> "Batch":
         """Move to a device."""
         ids, position_ids, predicting = (

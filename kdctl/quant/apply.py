@@ -58,10 +58,11 @@ def quantize_layers(teacher: PreTrainedModel, names: Sequence[str], settings: Qu
 def quantize_each(context: QuantizeContext, qparams_of: QParamsOf) -> Weights:
     """Quantize each layer's weight by itself; scales take its dtype."""
     weights: Weights = {}
-    for done, name in enumerate(context.layers):
-        weight = context.teacher.get_parameter(f"{name}.weight").detach()
-        weights[name] = quantize_weight(weight, qparams_of, context.grid, weight.dtype)
-        context.progress(done + 1, len(context.layers))
+    with context.task() as advance:
+        for done, name in enumerate(context.layers):
+            weight = context.teacher.get_parameter(f"{name}.weight").detach()
+            weights[name] = quantize_weight(weight, qparams_of, context.grid, weight.dtype)
+            advance(done + 1, len(context.layers))
     return weights
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kdctl.base.errors import ModelError
+from kdctl.base.progress import Advance, ignore
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.section import Dtype
 from kdctl.model.batch import Batch
@@ -29,7 +30,7 @@ from kdctl.model.tokenizer import open_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, Weights, dequantize, grid_of, quantize
 from kdctl.quant.calibrate import by_decoder_layer
 from kdctl.quant.methods.autoround import INSTALL, AutoroundSettings
-from kdctl.quant.quantizer import QuantizeContext, ignore
+from kdctl.quant.quantizer import QuantizeContext
 from kdctl.run.files import write_text, writing
 
 TASK, TOKENS, RESULT = "task.json", "tokens.safetensors", "result.safetensors"
@@ -67,7 +68,7 @@ def task_of(context: QuantizeContext) -> Task:
     )
 
 
-def autoround(task: Task, batches: Sequence[Batch], progress: Callable[[int, int], None] = ignore) -> Weights:
+def autoround(task: Task, batches: Sequence[Batch], progress: Advance = ignore) -> Weights:
     """Quantize a teacher's layers with AutoRound on calibration batches.
 
     Raises ModelError if it fails, leaves a layer out, or if a weight that
@@ -120,7 +121,7 @@ def on_grid(name: str, weight: Tensor, qparams: QParams, grid: Grid) -> Quantize
     return found
 
 
-def _run(folder: Path, progress: Callable[[int, int], None]) -> None:
+def _run(folder: Path, progress: Advance) -> None:
     """Run auto-round on a task folder, reading its progress bar. Raises ModelError with its last words if it fails."""
     # AR_* would change what is computed; without its progress bar there is nothing to read
     environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE" and key[:3] != "AR_"}

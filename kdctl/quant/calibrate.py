@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import ModelError
+from kdctl.base.progress import Advance, ignore
 from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import Batch
 from kdctl.quant.affine import QuantizedWeight, Weights, dequantize
-from kdctl.quant.quantizer import ignore
 
 FromHessian = Callable[[str, Tensor, Tensor], QuantizedWeight]
 """Maps a layer's name, weight and Hessian to a quantized weight."""
@@ -42,15 +42,21 @@ def quantize_in_order(
     names: Sequence[str],
     batches: Sequence[Batch],
     quantizer: FromHessian,
-    progress: Callable[[int, int], None] = ignore,
+    progress: Advance = ignore,
+    token_weights: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Weights:
-    """Quantize a model's layers in place, first to last, and return their weights on the grid."""
+    """Quantize a model's layers in place, first to last, and return their weights on the grid.
+
+    token_weights: what each token of each batch, (N,), counts in the Hessian of a layer; without them all count one.
+    """
     groups = by_decoder_layer(names)
     hidden, options = first_inputs(model, list(groups), batches)
     weights: Weights = {}
     for done, (prefix, members) in enumerate(groups.items()):
         layer = model.get_submodule(prefix)
-        hessians = collect(layer, {name: model.get_submodule(name) for name in members}, hidden, options[prefix])
+        modules = {name: model.get_submodule(name) for name in members}
+        own = {name: token_weights[name] for name in members} if token_weights else {}
+        hessians = collect(layer, modules, hidden, options[prefix], own)
         for name in members:
             parameter = model.get_parameter(f"{name}.weight")
             weights[name] = quantizer(name, parameter, hessians[name])
@@ -98,18 +104,23 @@ def collect(
     members: Mapping[str, nn.Module],
     hidden: Sequence[Tensor],
     options: Sequence[Mapping[str, Any]],
+    token_weights: Mapping[str, Sequence[Tensor]],
 ) -> dict[str, Tensor]:
-    """Sum x·xᵀ over the tokens that reach each linear layer; layers with one input share one sum."""
+    """Sum x·xᵀ over the tokens that reach each linear layer, each times its weight in that layer if it has one.
+
+    Layers with one input share one sum where nothing is weighted.
+    """
     sums: dict[str, Tensor] = {}
     owners: dict[str, str] = {}
     seen: dict[int, tuple[str, Tensor]] = {}  # holds the inputs too, so that none is freed and its id used again
+    turns = {name: iter(weights) for name, weights in token_weights.items()}
 
     def gather(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            owners[name] = seen.setdefault(id(arguments[0]), (name, arguments[0]))[0]
+            owners[name] = name if turns else seen.setdefault(id(arguments[0]), (name, arguments[0]))[0]
             if owners[name] == name:
                 tokens = arguments[0].flatten(0, -2).float()
-                product = tokens.T @ tokens
+                product = tokens.T @ (tokens * next(turns[name]).unsqueeze(-1) if turns else tokens)
                 sums[name] = sums[name].add_(product) if name in sums else product
 
         return hook

@@ -17,11 +17,17 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch.dtype, dampin
     chosen before, group by group in the stored order and weighted by activation, so nothing is permuted on disk.
     Damping is a share of the mean diagonal. Raises torch.linalg.LinAlgError if the damped Hessian is singular.
     """
-    importance = hessian.diagonal()
-    qparams = weighted_search(weight, importance, grid, dtype)
-    order = importance.argsort(descending=True, stable=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
-    permuted = compensate(weight.float()[:, order], factor, order // grid.group_size, qparams, grid)
+    return by_column(weight.float(), hessian.diagonal(), order, factor, grid, dtype)
+
+
+def by_column(
+    weight: Tensor, importance: Tensor, order: Tensor, factor: Tensor, grid: Grid, dtype: torch.dtype
+) -> QuantizedWeight:
+    """Quantize a weight column by column in an order, given the factor of the Hessian's inverse in that order."""
+    qparams = weighted_search(weight, importance, grid, dtype)
+    permuted = compensate(weight[:, order], factor, order // grid.group_size, qparams, grid)
     codes = torch.empty_like(permuted)
     codes[:, order] = permuted
     return QuantizedWeight(codes, qparams, grid)

@@ -5,11 +5,13 @@ Imported wherever a preset is read, so torch is not imported here, nor at the to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from kdctl.base.progress import Advance, Reporter, Silent
 from kdctl.config.section import Section
 
 if TYPE_CHECKING:
@@ -30,10 +32,8 @@ class Statistic(StrEnum):
     """The sequences themselves."""
     INPUT_HESSIAN = "input_hessian"
     """Σ x·xᵀ over the tokens that reach a linear layer."""
-
-
-def ignore(done: int, total: int) -> None:
-    """Take notice of no progress."""
+    OUTPUT_FISHER = "output_fisher"
+    """Σ g·gᵀ over the tokens that leave a linear layer, g the gradient of the model's own log-probabilities there."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class QuantizeContext:
     folder: Path | None = None
     """The teacher's files, for a quantizer that works in a process of its own."""
     seed: int = 0
-    progress: Callable[[int, int], None] = ignore
+    reporter: Reporter = field(default_factory=Silent)
+
+    def task(self) -> AbstractContextManager[Advance]:
+        """Open the progress bar of the layers."""
+        return self.reporter.task(f"quantizing {len(self.layers)} layers with {self.settings.method}", "layers")
 
     @property
     def grid(self) -> Grid:
@@ -73,6 +77,10 @@ class Quantizer(Protocol):
 
     def check(self, settings: QuantizeSection) -> None:
         """Raise PresetError if a package is missing or the grid is not one that the method can fill."""
+
+    def held(self, settings: QuantizeSection, layers: Mapping[str, tuple[int, int]]) -> int:
+        """Return the bytes that it holds of all layers, (out_features, in_features) each, while it works."""
+        return 0
 
     def quantize(self, context: QuantizeContext) -> Weights:
         """Put each layer's weight on the grid. Leaves the teacher as it is."""

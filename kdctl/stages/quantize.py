@@ -147,17 +147,16 @@ def recipe_of(context: Context, teacher: Teacher, settings: QuantizeSection) -> 
 def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[Student, float]:
     """Quantize the teacher; also return how long it took, in seconds."""
     started, method, names = time.perf_counter(), recipe.settings.method, layers_of(teacher, context.preset)
-    with context.reporter.task(f"quantizing {len(names)} layers with {method}", "layers") as advance:
-        given = QuantizeContext(
-            teacher=teacher.load(),
-            layers=names,
-            settings=recipe.settings,
-            batches=calibration_batches(context, teacher, recipe.calibration) if recipe.calibration else (),
-            folder=teacher.folder(),
-            seed=context.preset.rollout.seed,
-            progress=advance,
-        )
-        weights = QUANTIZERS[method].quantize(given)
+    given = QuantizeContext(
+        teacher=teacher.load(),
+        layers=names,
+        settings=recipe.settings,
+        batches=calibration_batches(context, teacher, recipe.calibration) if recipe.calibration else (),
+        folder=teacher.folder(),
+        seed=context.preset.rollout.seed,
+        reporter=context.reporter,
+    )
+    weights = QUANTIZERS[method].quantize(given)
     seconds = time.perf_counter() - started
     return Student(build_student(teacher.load(), weights), weights), seconds
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kdctl.model.batch import Batch, collate
+from kdctl.model.batch import Batch, collate, split
 from kdctl.run.records import Rollout
 
 EOS = 258
@@ -92,3 +92,14 @@ def test_moving_a_batch_keeps_it():
     for name, value in vars(batch).items():
         same = torch.equal(value, vars(moved)[name]) if isinstance(value, torch.Tensor) else value == vars(moved)[name]
         assert same, name
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_parts_are_what_their_rollouts_alone_make(size: int):
+    found = collate(ROLLOUTS, 12).parts(size)
+    expected = [collate(part, 12) for part in split(ROLLOUTS, size)]
+    for part, alone in zip(found, expected, strict=True):
+        assert torch.equal(part.input_ids, alone.input_ids)
+        assert torch.equal(part.position_ids, alone.position_ids)
+        assert torch.equal(part.predicting, alone.predicting)
+        assert (part.seq_lens, part.counts) == (alone.seq_lens, alone.counts)

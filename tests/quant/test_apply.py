@@ -1,13 +1,15 @@
 """Which layers become a student, and that everything else stays the teacher's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import ModelError, PresetError
+from kdctl.base.progress import Advance, Silent
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats.student import Student
 from kdctl.model.load import skeleton
@@ -141,8 +143,15 @@ def test_a_layer_of_zeros_has_no_relative_error_and_does_not_hide_the_others(
 
 
 def test_progress_counts_every_layer(teacher: PreTrainedModel):
-    seen = []
+    seen: list[tuple[int, int]] = []
+
+    class Listening(Silent):
+        @contextmanager
+        def task(self, label: str, unit: str = "") -> Iterator[Advance]:
+            assert (label, unit) == ("quantizing 14 layers with minmax", "layers")
+            yield lambda done, total: seen.append((done, total))
+
     names = select_layers(teacher, SETTINGS)
-    context = QuantizeContext(teacher, names, SETTINGS, progress=lambda done, total: seen.append((done, total)))
+    context = QuantizeContext(teacher, names, SETTINGS, reporter=Listening())
     QUANTIZERS[SETTINGS.method].quantize(context)
     assert seen == [(done, 14) for done in range(1, 15)]

@@ -51,6 +51,30 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     assert len(set(owners.values())) == len(shared)
 
 
+def test_a_token_counts_in_a_layer_as_much_as_its_weight_there(teacher_fp32: PreTrainedModel) -> None:
+    names = [n for n, m in teacher_fp32.named_modules() if n.endswith("_proj") and ".layers.0." in n]
+    batches, generator = [collate(ROWS[:3], 64), collate(ROWS[3:], 64)], torch.Generator().manual_seed(0)
+    weights = {n: [torch.rand(len(b.input_ids), generator=generator) for b in batches] for n in names}
+    seen: dict[str, Tensor] = {}
+
+    def quantizer(name: str, weight: Tensor, hessian: Tensor):
+        seen[name] = hessian
+        return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
+
+    quantize_in_order(copy.deepcopy(teacher_fp32), names, batches, quantizer, token_weights=weights)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name in names:
+        module = teacher_fp32.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0][0]))
+    with torch.no_grad():
+        for row in ROWS:
+            teacher_fp32(input_ids=torch.tensor([row.prompt_ids + row.completion_ids]))
+    for name in names:
+        tokens, counted = torch.cat(inputs[name]), torch.cat(weights[name])
+        expected = tokens.T @ torch.diag(counted) @ tokens
+        torch.testing.assert_close(seen[name], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_outside_all_decoder_layers_is_refused() -> None:
     with pytest.raises(ModelError, match="projector"):
         by_decoder_layer(["model.layers.0.mlp.up_proj", "projector"])

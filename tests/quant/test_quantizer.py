@@ -96,9 +96,9 @@ def test_its_own_check_stands_before_any_work(preset: Preset, tmp_path: Path) ->
 
 def test_methods_are_those_of_the_dict(smoke: Preset, preset: Preset) -> None:
     schema = Preset.model_json_schema()["$defs"]["QuantizeSection"]["properties"]["method"]
-    assert schema["enum"] == ["autoround", "gptq", "hqq", "minmax"]
+    assert schema["enum"] == ["autoround", "gptq", "hqq", "kl", "minmax"]
     assert all(name == quantizer.name for name, quantizer in QUANTIZERS.items())
-    with pytest.raises(ValidationError, match="there are autoround, gptq, hqq, minmax, clipped"):
+    with pytest.raises(ValidationError, match="there are autoround, gptq, hqq, kl, minmax, clipped"):
         QuantizeSection(method="awq")
 
 
@@ -121,6 +121,8 @@ def test_settings_of_other_methods_decide_nothing(monkeypatch: pytest.MonkeyPatc
 def test_old_spellings_still_reach_the_methods() -> None:
     preset = load_preset("smoke", {"quantize.damping": 0.5, "quantize.autoround_iters": 7})
     found = {name: preset.quantize.of(one.settings).model_dump() for name, one in QUANTIZERS.items()}
+    assert found["kl"].pop("damping") == 0.5
+    del found["kl"]
     assert found == {"autoround": {"autoround_iters": 7}, "gptq": {"damping": 0.5}, "hqq": {}, "minmax": {}}
 
 

@@ -181,15 +181,16 @@ def test_every_mode_and_every_method_trains_and_starts_at_the_student(
 
 
 @pytest.mark.slow
-def test_gptq_comes_closer_to_the_teacher_than_min_max(smoke: Preset, tmp_path: Path) -> None:
+def test_calibrated_methods_come_closer_to_the_teacher_the_more_they_look_at(smoke: Preset, tmp_path: Path) -> None:
     found = {
         method: pipeline.quantize(
             *job_for(with_settings(smoke, quantize__method=method, quantize__bits=3), tmp_path / method)
         )
-        for method in ("minmax", "gptq")
+        for method in ("minmax", "gptq", "kl")
     }
-    gptq, minmax = (found[name].distribution.forward_kl.value for name in ("gptq", "minmax"))
+    kl, gptq, minmax = (found[name].distribution.forward_kl.value for name in ("kl", "gptq", "minmax"))
     assert gptq < 0.9 * minmax
+    assert kl < 0.95 * gptq
 
 
 @pytest.mark.parametrize(

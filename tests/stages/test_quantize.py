@@ -15,7 +15,7 @@ from kdctl.quant.apply import dense, quantize_layers, sqnr
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
 
-METHODS = ("minmax", "hqq", "gptq")
+METHODS = ("minmax", "hqq", "gptq", "kl")
 
 
 @pytest.mark.slow

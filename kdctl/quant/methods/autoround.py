@@ -42,7 +42,8 @@ class Autoround(Quantizer):
         from kdctl.quant.autoround import autoround, task_of
 
         self.check(context.settings)
-        return autoround(task_of(context), context.batches, context.progress)
+        with context.task() as advance:
+            return autoround(task_of(context), context.batches, advance)
 
 
 QUANTIZER = Autoround()

@@ -17,7 +17,7 @@ class GptqSettings(Section):
     """Settings of GPTQ."""
 
     damping: Positive = 0.01
-    """Share of the mean diagonal added to the Hessian by ``gptq``."""
+    """Share of the mean diagonal added to the Hessian by ``gptq`` and ``kl``."""
 
 
 class Gptq(Quantizer):
@@ -41,7 +41,8 @@ class Gptq(Quantizer):
             return gptq(weight, hessian, context.grid, weight.dtype, own.damping)
 
         student = copy.deepcopy(context.teacher)
-        return quantize_in_order(student, context.layers, context.batches, compensated, context.progress)
+        with context.task() as advance:
+            return quantize_in_order(student, context.layers, context.batches, compensated, advance)
 
 
 QUANTIZER = Gptq()

@@ -1,0 +1,101 @@
+"""Rounding with feedback along both axes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
+from kdctl.quant.gptq import gptq
+from kdctl.quant.two_sided import two_sided
+
+GRIDS = [Grid(4, 32, False), Grid(3, 32, True), Grid(2, 64, False), Grid(8, 64, True)]
+DAMPING, OUTPUT_DAMPING = 0.01, 0.1
+
+
+def correlated(seed: int, size: int) -> Tensor:
+    """Return Σ x·xᵀ of correlated vectors of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator) * 0.3 + torch.eye(size)
+    vectors = torch.randn(600, size, generator=generator) @ mixing * torch.logspace(-1, 1, size)
+    return vectors.T @ vectors
+
+
+def data(rows: int = 96, columns: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight, the Hessian of its inputs and the Fisher information of its outputs."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)) * 0.05
+    return weight, correlated(0, columns), correlated(1, rows)
+
+
+def kl_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, fisher: Tensor) -> float:
+    """Return tr(F·D·H·Dᵀ) of the error D."""
+    error = (weight - dequantize(quantized.codes, quantized.qparams, quantized.grid).float()).double()
+    return float(((fisher.double() @ error) * (error @ hessian.double())).sum())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_error_under_both_is_far_below_that_of_feedback_along_columns_alone(grid: Grid) -> None:
+    weight, hessian, fisher = data()
+    found = two_sided(weight, hessian, [fisher], grid, torch.bfloat16, DAMPING, OUTPUT_DAMPING, rows=16)
+    assert int(found.codes.max()) <= grid.max_code
+    alone = gptq(weight, hessian, grid, torch.bfloat16, DAMPING)
+    assert kl_error(weight, found, hessian, fisher) < 0.8 * kl_error(weight, alone, hessian, fisher)
+
+
+def test_outputs_of_equal_worth_leave_gptq() -> None:
+    weight, hessian, _ = data()
+    found = two_sided(weight, hessian, [torch.eye(96)], GRIDS[0], torch.bfloat16, DAMPING, OUTPUT_DAMPING)
+    alone = gptq(weight, hessian, GRIDS[0], torch.bfloat16, DAMPING)
+    assert torch.equal(found.codes, alone.codes)
+    assert torch.equal(found.qparams.scale, alone.qparams.scale)
+    assert torch.equal(found.qparams.zero_point, alone.qparams.zero_point)
+
+
+def test_blocks_of_outputs_know_nothing_of_one_another() -> None:
+    weight, hessian, fisher = data()
+    halves = [fisher[:48, :48], fisher[48:, 48:]]
+
+    def rounded(weight: Tensor, blocks: list[Tensor]) -> Tensor:
+        return two_sided(weight, hessian, blocks, GRIDS[0], torch.bfloat16, DAMPING, OUTPUT_DAMPING, rows=16).codes
+
+    apart = [rounded(weight[:48], halves[:1]), rounded(weight[48:], halves[1:])]
+    assert torch.equal(rounded(weight, halves), torch.cat(apart))
+
+
+def surgeon(weight: Tensor, hessian: Tensor, fisher: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return the optimal brain surgeon's codes on F⊗H in float64, one weight after the other, the inverse whole."""
+
+    def damped(matrix: Tensor, share: float) -> Tensor:
+        return matrix.double() + share * matrix.diagonal().double().mean() * torch.eye(len(matrix))
+
+    qparams, grid = quantized.qparams, quantized.grid
+    rows = fisher.diagonal().argsort(descending=True, stable=True)
+    columns = hessian.diagonal().argsort(descending=True, stable=True)
+    outer, inner = damped(fisher, OUTPUT_DAMPING)[rows][:, rows], damped(hessian, DAMPING)[columns][:, columns]
+    inverse = torch.linalg.inv(torch.kron(outer, inner))
+    left = weight.double()[rows][:, columns].flatten()
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    for place in range(len(left)):
+        row, column = rows[place // len(columns)], columns[place % len(columns)]
+        scale, zero = (each[row, column // grid.group_size].double() for each in (qparams.scale, qparams.zero_point))
+        code = (left[place] / scale + zero).round().clamp(0, grid.max_code)
+        stored = ((code - zero) * scale).to(qparams.scale.dtype).double()
+        left = left - (left[place] - stored) / inverse[place, place] * inverse[place]
+        inverse = inverse - torch.outer(inverse[:, place], inverse[place]) / inverse[place, place]
+        codes[row, column] = code.to(torch.uint8)
+    return codes
+
+
+def test_one_row_at_a_time_is_the_optimal_brain_surgeon_on_the_kronecker_product() -> None:
+    grid = Grid(4, 8, False)
+    weight, hessian, fisher = data(rows=12, columns=32)
+    found = two_sided(weight, hessian, [fisher], grid, torch.bfloat16, DAMPING, OUTPUT_DAMPING, rows=1)
+    assert float((found.codes == surgeon(weight, hessian, fisher, found)).float().mean()) > 0.99
+
+
+def test_outputs_that_do_not_count_and_dead_inputs_are_rounded_too() -> None:
+    weight, hessian, fisher = data()
+    hessian[5], hessian[:, 5], fisher[7], fisher[:, 7] = 0, 0, 0, 0
+    found = two_sided(weight, hessian, [fisher], GRIDS[0], torch.bfloat16, DAMPING, OUTPUT_DAMPING)
+    value = dequantize(found.codes, found.qparams, found.grid).float()
+    assert bool(value.isfinite().all())
+    assert bool((found.qparams.scale > 0).all())
