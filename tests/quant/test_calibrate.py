@@ -65,7 +65,7 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weight_there(teacher_fp32: Pre
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         module = teacher_fp32.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0][0]))
+        module.register_forward_pre_hook(lambda _, given, kept=inputs[name]: kept.append(given[0][0]))
     with torch.no_grad():
         for row in ROWS:
             teacher_fp32(input_ids=torch.tensor([row.prompt_ids + row.completion_ids]))

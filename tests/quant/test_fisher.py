@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kdctl.config.preset import QuantizeSection
 from kdctl.model.batch import collate
 from kdctl.model.head import Head
+from kdctl.model.load import linear_shapes
 from kdctl.quant import fisher
 from kdctl.quant.fisher import output_fisher, probe
 from kdctl.quant.methods.kl import Kl
@@ -86,6 +87,7 @@ def test_it_depends_on_the_seed_alone(teacher: PreTrainedModel) -> None:
 def test_as_much_is_held_as_is_planned(teacher: PreTrainedModel) -> None:
     names = [n for n, m in teacher.named_modules() if n.endswith("_proj")]
     found = output_fisher(teacher, names, [collate(ROWS)], size=96, seed=0)
-    section = QuantizeSection(method="kl", output_block=96)
-    shapes = {name: (one.out_features, one.in_features) for name in names for one in [teacher.get_submodule(name)]}
-    assert Kl().held(section, shapes) == sum(block.nbytes for one in found.values() for block in one.blocks)
+    section = QuantizeSection.model_validate({"method": "kl", "output_block": 96})
+    assert Kl().held(section, linear_shapes(teacher)) == sum(
+        block.nbytes for one in found.values() for block in one.blocks
+    )
