@@ -1,6 +1,7 @@
 """Layer-by-layer calibration."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,9 +64,12 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weight_there(teacher_fp32: Pre
 
     quantize_in_order(copy.deepcopy(teacher_fp32), names, batches, quantizer, token_weights=weights)
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(kept: list[Tensor]) -> Callable[..., None]:
+        return lambda _, given: kept.append(given[0][0])
+
     for name in names:
-        module = teacher_fp32.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, given, kept=inputs[name]: kept.append(given[0][0]))
+        teacher_fp32.get_submodule(name).register_forward_pre_hook(keep(inputs[name]))
     with torch.no_grad():
         for row in ROWS:
             teacher_fp32(input_ids=torch.tensor([row.prompt_ids + row.completion_ids]))
