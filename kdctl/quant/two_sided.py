@@ -24,22 +24,33 @@ def two_sided(
 ) -> QuantizedWeight:
     """Quantize a weight so that tr(F·D·H·Dᵀ) of its error D is small, H over its inputs and F over its outputs.
 
-    weight: (out_features, in_features); hessian: (in_features, in_features) float32; fisher: the blocks of F that lie
-    on its diagonal, (size, size) float32 each. Columns as in GPTQ. Rows of a block, the most sensitive first, ``rows``
-    at a time: their error D moves the targets of those that follow by −U₂ᵀ·U₁⁻ᵀ·D with UᵀU = F⁻¹. With one row at a
-    time these are the optimal brain surgeon's steps on the Kronecker product F⊗H (Tseng et al. 2025, YAQA, section 3).
-    Scales are chosen when a row's turn comes. Damping is a share of each matrix's mean diagonal. Raises
-    torch.linalg.LinAlgError if F or H stays singular.
+    weight: (out_features, in_features); hessian: (in_features, in_features) float32; fisher: the blocks of F that
+    lie on its diagonal, (size, size) float32 each. Columns as in GPTQ. Rows of a block, the most sensitive first,
+    ``rows`` at a time: their error D moves the targets of those that follow by −U₂ᵀ·U₁⁻ᵀ·D with UᵀU = F⁻¹. With one
+    row at a time these are the optimal brain surgeon's steps on the Kronecker product F⊗H (Tseng et al. 2025, YAQA,
+    section 3). Scales are chosen when a row's turn comes, for what ``lasting`` says of its columns. Damping is a
+    share of each matrix's mean diagonal. Raises torch.linalg.LinAlgError if F or H stays singular.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
+    importance = lasting(order, factor)
 
     def round_rows(target: Tensor) -> QuantizedWeight:
-        return by_column(target, hessian.diagonal(), order, factor, grid, dtype)
+        return by_column(target, importance, order, factor, grid, dtype)
 
     sizes = [len(block) for block in fisher]
     blocks = zip(weight.float().split(sizes), fisher, strict=True)
     return joined([_by_row(part, block, output_damping, rows, round_rows) for part, block in blocks])
+
+
+def lasting(order: Tensor, factor: Tensor) -> Tensor:
+    """Return what an error of each column costs once the columns after it have compensated it, (in_features,).
+
+    With UᵀU = H⁻¹ the whole cost of GPTQ's errors e is Σ (e_c / U_cc)²; the diagonal of H counts what is won back too.
+    """
+    found = torch.empty_like(factor.diagonal())
+    found[order] = factor.diagonal().pow(-2)
+    return found
 
 
 def _by_row(

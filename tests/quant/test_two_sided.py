@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
-from kdctl.quant.gptq import gptq
-from kdctl.quant.two_sided import two_sided
+from kdctl.quant.gptq import by_column, gptq, inverse_factor
+from kdctl.quant.two_sided import lasting, two_sided
 
 GRIDS = [Grid(4, 32, False), Grid(3, 32, True), Grid(2, 64, False), Grid(8, 64, True)]
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
@@ -41,13 +41,28 @@ def test_the_error_under_both_is_far_below_that_of_feedback_along_columns_alone(
     assert kl_error(weight, found, hessian, fisher) < 0.8 * kl_error(weight, alone, hessian, fisher)
 
 
-def test_outputs_of_equal_worth_leave_gptq() -> None:
+def test_outputs_of_equal_worth_leave_feedback_along_columns() -> None:
     weight, hessian, _ = data()
     found = two_sided(weight, hessian, [torch.eye(96)], GRIDS[0], torch.bfloat16, DAMPING, OUTPUT_DAMPING)
-    alone = gptq(weight, hessian, GRIDS[0], torch.bfloat16, DAMPING)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], DAMPING)
+    alone = by_column(weight, lasting(order, factor), order, factor, GRIDS[0], torch.bfloat16)
     assert torch.equal(found.codes, alone.codes)
     assert torch.equal(found.qparams.scale, alone.qparams.scale)
     assert torch.equal(found.qparams.zero_point, alone.qparams.zero_point)
+
+
+def test_an_error_costs_what_compensation_leaves_of_it() -> None:
+    """Against the cost of a column's unit error with the best changes of all columns after it, in float64."""
+    _, hessian, _ = data()
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    damped = hessian.double() + DAMPING * hessian.diagonal().double().mean() * torch.eye(128)
+    found = lasting(order, inverse_factor(hessian[order][:, order], DAMPING))
+    for place in (0, 40, 127):
+        column, after = order[place], order[place + 1 :]
+        cross = damped[column, after]
+        cost = damped[column, column] - cross @ torch.linalg.solve(damped[after][:, after], cross)
+        assert float(found[column]) == pytest.approx(float(cost), rel=1e-3)
 
 
 def test_blocks_of_outputs_know_nothing_of_one_another() -> None:
