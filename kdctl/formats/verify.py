@@ -5,6 +5,7 @@ none. ``accept`` is the gate that every new folder passes before it takes its pl
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,12 +87,12 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
     Raises StoreError if it does not; then it is kept as ``<name>.failed`` and what was in its place stays. An OSError
     says nothing about what was written and is raised as it is.
     """
-    found = Inspection(pending, teacher, torch.device("cpu"))
+    found, sure = Inspection(pending, teacher, torch.device("cpu")), partial(check, broken=WRONG)
     checks = [
-        check("integrity", found.integrity, broken=WRONG),
-        check("record", found.record, broken=WRONG),
-        check("tensors", lambda: prove(pending, student), broken=WRONG),
-        check("tokenizer", found.same_tokenizer, needs_teacher=True, broken=WRONG),
+        sure("integrity", found.integrity),
+        sure("record", found.record),
+        sure("tensors", lambda: prove(pending, student)),
+        sure("tokenizer", found.same_tokenizer, needs_teacher=True),
     ]
     report = _report(folder, checks)
     if report.passed:

@@ -34,7 +34,7 @@ def by_column(
 
 
 def weighted_search(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
-    """Choose scales and zero points with the least squared error weighted by activation, from min-max on."""
+    """Choose scales and zero points with the least squared error weighted by importance, from min-max on."""
     weights = (importance / importance.mean().clamp(min=1e-30)).clamp(min=1e-3)
     start = minmax(weight, grid, torch.float32)
     shifts = (0,) if grid.symmetric else ZERO_SHIFTS
