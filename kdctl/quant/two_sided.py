@@ -8,7 +8,7 @@ from torch import Tensor
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.gptq import by_column, inverse_factor
 
-ROWS = 64
+ROWS = 128
 """Rows that are rounded side by side, without feedback among them."""
 
 

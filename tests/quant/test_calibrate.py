@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 from kdctl.base.errors import ModelError
 from kdctl.model.batch import collate
 from kdctl.quant.affine import Grid, dequantize
-from kdctl.quant.calibrate import by_decoder_layer, quantize_in_order
+from kdctl.quant.calibrate import by_decoder_layer, gram, quantize_in_order
 from kdctl.quant.scales import minmax, quantize_weight
 from kdctl.run.records import Rollout
 
 ROWS = [Rollout("", i, 0, [65 + i] * (3 + i), [70] * 5, None, "length", 0, 0, "teacher") for i in range(4)]
+
+FAMILIES = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+"""Linear layers that share an input."""
 
 
 def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrainedModel) -> None:
@@ -47,12 +50,22 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     tokens = torch.cat([given.flatten(0, 1) for given in inputs])
     torch.testing.assert_close(seen[target], tokens.T @ tokens, rtol=1e-4, atol=1e-4)
     owners = {name.rpartition(".")[2]: id(hessian) for name, hessian in seen.items() if ".layers.0." in name}
-    shared = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    assert [len({owners[name] for name in members}) for members in shared] == [1, 1, 1, 1]
-    assert len(set(owners.values())) == len(shared)
+    assert [len({owners[name] for name in members}) for members in FAMILIES] == [1, 1, 1, 1]
+    assert len(set(owners.values())) == len(FAMILIES)
 
 
-def test_a_token_counts_in_a_layer_as_much_as_its_weight_there(teacher_fp32: PreTrainedModel) -> None:
+@pytest.mark.parametrize("size", [3, 64, 101])
+def test_a_gram_matrix_is_symmetric_and_that_of_float64(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    tokens, weights = torch.randn(50, size, generator=generator), torch.rand(50, generator=generator)
+    found = gram(tokens, weights)
+    exact = tokens.double().T @ (tokens.double() * weights.double().unsqueeze(-1))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, found.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram(tokens).double(), tokens.double().T @ tokens.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_counts_in_a_layer_as_much_as_its_weights_where_its_input_goes(teacher_fp32: PreTrainedModel) -> None:
     names = [n for n, m in teacher_fp32.named_modules() if n.endswith("_proj") and ".layers.0." in n]
     batches, generator = [collate(ROWS[:3], 64), collate(ROWS[3:], 64)], torch.Generator().manual_seed(0)
     weights = {n: [torch.rand(len(b.input_ids), generator=generator) for b in batches] for n in names}
@@ -74,7 +87,9 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weight_there(teacher_fp32: Pre
         for row in ROWS:
             teacher_fp32(input_ids=torch.tensor([row.prompt_ids + row.completion_ids]))
     for name in names:
-        tokens, counted = torch.cat(inputs[name]), torch.cat(weights[name])
+        together = next(family for family in FAMILIES if name.rpartition(".")[2] in family)
+        sharing = [other for other in names if other.rpartition(".")[2] in together]
+        tokens, counted = torch.cat(inputs[name]), sum(torch.cat(weights[other]) for other in sharing)
         expected = tokens.T @ torch.diag(counted) @ tokens
         torch.testing.assert_close(seen[name], expected, rtol=1e-4, atol=1e-4)
 
