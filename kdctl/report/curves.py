@@ -15,6 +15,7 @@ from kdctl.run.record_files import read_record
 from kdctl.run.records import StoreManifest
 
 KL = "KL to teacher, nats/token"
+MINUTE = 60.0
 RATE = "learning rate"
 COLUMNS = 3
 NAMED = 8
@@ -117,30 +118,53 @@ def _curves(model: Model) -> Iterator[Series]:
         yield Series("held-out KL, all documents", points, joined=False)
 
 
-def costs(results: Results) -> Planes | None:
-    """Show the held-out KL over training time and over tokens generated; None without a variant that was trained."""
-    rows = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
-    if not rows:
+def minutes(results: Results) -> Planes | None:
+    """Show the held-out KL of PTQ methods and variants over the time that each took; None below two points."""
+    quantized = [row for row in results.rows if row.kind == "ptq" and row.models[0].quantized]
+    own = {row.models[0].quantized.method for row in quantized if row.models[0].quantized}
+    compared = [found for source in results.study.sources for found in source.methods if found.method not in own]
+    points = [(found.method, found.seconds_s, mark(found.distribution.forward_kl)) for found in compared]
+    for row in quantized:
+        report, level = row.models[0].quantized, kl_mark(row)
+        if report and level:
+            points.append((f"PTQ student ({report.method})", report.seconds_s, level))
+    trained = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
+    series = [Series(name, (Point(seconds / MINUTE, level),)) for name, seconds, level in points]
+    series += [part for part in _spent(trained, lambda model: _from_the_start(results, model)) if part.points]
+    if sum(len(part.points) for part in series) < 2:
         return None
-    ptq = baseline(results.study, results.all_rows, rows[0], "ptq")
+    caption = (
+        "KL on held-out completions with 95 % intervals over documents, over the minutes that quantizing took and, for "
+        "distilled students, training after it, on the machines that did them. Neither holds the time in which "
+        "rollout stores were filled before."
+    )
+    panel = Panel("", "minutes", KL, tuple(series), log_x=_is_wide(series))
+    return Planes("minutes", "KL and minutes", caption, ((panel,),))
+
+
+def _from_the_start(results: Results, model: Model) -> float | None:
+    """Return the minutes of a variant's training and of quantizing the student that it began from."""
+    ptq = baseline(results.study, results.all_rows, Row(model.name, (model,)), "ptq")
+    began = ptq.models[0].quantized if ptq else None
+    return (began.seconds_s + model.distilled.train_seconds_s) / MINUTE if began and model.distilled else None
+
+
+def costs(results: Results) -> Planes | None:
+    """Show the held-out KL over tokens generated for training; None without a variant that was trained."""
+    rows = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
+    ptq = baseline(results.study, results.all_rows, rows[0], "ptq") if rows else None
     level = kl_mark(ptq) if ptq else None
     bands = (Band("PTQ student", level),) if level else ()
-    kinds: list[tuple[str, Cost]] = [
-        ("training time, seconds", _seconds),
-        ("tokens generated for training", generated_tokens),
-    ]
-    panels = []
-    for label, cost in kinds:
-        series = tuple(part for part in _spent(rows, cost) if part.points)
-        if series:
-            panels.append(Panel("", label, KL, series, bands, _is_wide(series)))
+    series = tuple(part for part in _spent(rows, generated_tokens) if part.points)
+    if not series:
+        return None
     caption = (
-        "KL on held-out completions, each seed alone, with 95 % intervals over documents. Time is that of the "
-        "optimizer steps, with live generation, on the machine that trained. Tokens are all of the rollout stores that "
-        "a variant read or wrote, also where it used a part; variants share the stores that were filled before "
-        "training. Hatched: the PTQ student, which costs neither."
+        "KL on held-out completions, each seed alone, with 95 % intervals over documents. Tokens are all of the "
+        "rollout stores that a variant read or wrote, also where it used a part; variants share the stores that were "
+        "filled before training. Hatched: the PTQ student, which costs none."
     )
-    return Planes("cost", "Cost and KL", caption, (tuple(panels),))
+    panel = Panel("", "tokens generated for training", KL, series, bands, _is_wide(series))
+    return Planes("cost", "Tokens and KL", caption, ((panel,),))
 
 
 def _spent(rows: Sequence[Row], cost: Cost) -> Iterator[Series]:
@@ -155,10 +179,6 @@ def _spent(rows: Sequence[Row], cost: Cost) -> Iterator[Series]:
 def _is_wide(series: Sequence[Series]) -> bool:
     found = [point.x for part in series for point in part.points]
     return min(found) > 0 and max(found) > WIDE * min(found)
-
-
-def _seconds(model: Model) -> float | None:
-    return model.distilled.train_seconds_s if model.distilled else None
 
 
 def generated_tokens(model: Model) -> float | None:

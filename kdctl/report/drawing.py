@@ -1,6 +1,7 @@
 """Charts to SVG and PNG, the same bytes every time (the only file importing matplotlib)."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -86,9 +87,10 @@ def _forest(chart: Forest) -> Figure:
 
 
 def _legend(figure: Figure, shown: dict[str, Any]) -> None:
-    """Put the legend below, in as many columns as fit."""
+    """Put the legend below, in as many columns as fit, and let the figure grow by its lines after the first."""
     fitting = int(figure.get_figwidth() / (LETTER_INCHES * max(map(len, shown)) + 0.6))
     columns = max(1, min(fitting, len(shown)))
+    figure.set_figheight(figure.get_figheight() + LINE_INCHES * (math.ceil(len(shown) / columns) - 1))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 

@@ -7,13 +7,13 @@ from made_up import edit, make_run, wrote_rollouts
 from kdctl.report.charts import Mark, Point, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
-from kdctl.report.curves import costs, generated_tokens, learning_rates, training
+from kdctl.report.curves import costs, generated_tokens, learning_rates, minutes, training
 from kdctl.report.marks import accuracy_mark, kl_mark
 from kdctl.report.study import Model
 from kdctl.report.study_reader import read_study
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import ShardEntry, StoreManifest
+from kdctl.run.records import MethodResult, QuantizeReport, ShardEntry, StoreManifest
 
 
 def model(run: RunDir, name: str) -> Model:
@@ -32,6 +32,15 @@ def reads(run: RunDir, name: str, *sources: str) -> None:
     """Put the stores that a variant read into its record."""
     path = run.variant(name).report
     edit(path, stores=dict.fromkeys(sources, "f" * 64))
+
+
+def compared(run: RunDir, method: str, seconds: float) -> None:
+    """Write what ``kdctl quantize --compare`` leaves, with the student's own figures."""
+    made = read_record(run.student / "quantize.json", QuantizeReport).model_dump()
+    fields = {name: made[name] for name in MethodResult.model_fields if name in made}
+    write_record(
+        run.compared(method), MethodResult(**fields | {"method": method, "seconds_s": seconds, "sqnr_db": 0.0})
+    )
 
 
 def test_sweeps_stand_beside_each_other_by_lambda(full: Results) -> None:
@@ -102,9 +111,24 @@ def test_costs_have_a_point_for_every_seed(full: Results) -> None:
 
 def test_with_many_settings_methods_share_a_marker(tmp_path: Path) -> None:
     variants = {f"v{index}": {"lr": 1e-5 * (index + 1), "lmbda": float(index % 2)} for index in range(9)}
-    chart = costs(Results(read_study([make_run(tmp_path / "run", variants)]), Contrasts(0.005)))
+    chart = minutes(Results(read_study([make_run(tmp_path / "run", variants)]), Contrasts(0.005)))
     assert chart is not None
-    assert [series.label for series in chart.rows[0][0].series] == ["off-policy", "on-policy"]
+    assert [series.label for series in chart.rows[0][0].series[1:]] == ["off-policy", "on-policy"]
+
+
+def test_minutes_are_those_of_quantizing_and_of_training_after_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"v": {}})
+    edit(run.student / "quantize.json", method="kl", seconds_s=240.0)
+    edit(run.variant("v").report, train_seconds_s=120.0)
+    for method, seconds in (("kl", 241.0), ("minmax", 6.0)):
+        compared(run, method, seconds)
+    results = Results(read_study([run]), Contrasts(0.005))
+    chart = minutes(results)
+    assert chart is not None
+    found = {series.label: series.points[0] for series in chart.rows[0][0].series}
+    assert {label: point.x for label, point in found.items()} == {"minmax": 0.1, "PTQ student (kl)": 4.0, "v": 6.0}
+    levels = {row.name: kl_mark(row) for row in results.rows}
+    assert (found["PTQ student (kl)"].y, found["v"].y) == (levels["ptq"], levels["v"])
 
 
 def test_tokens_are_those_that_models_wrote(tmp_path: Path) -> None:
@@ -130,10 +154,8 @@ def test_tokens_of_a_store_that_is_gone_are_unknown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"off": {}})
     reads(run, "off", "teacher")
     assert generated_tokens(model(run, "off")) is None
-    chart = costs(Results(read_study([run]), Contrasts(0.005)))
-    assert chart is not None
-    assert [panel.x_label for panel in chart.rows[0]] == ["training time, seconds"]
+    assert costs(Results(read_study([run]), Contrasts(0.005))) is None
 
 
 def test_a_study_without_training_has_no_curves(bare: Results) -> None:
-    assert training(bare) is costs(bare) is None
+    assert training(bare) is costs(bare) is minutes(bare) is None

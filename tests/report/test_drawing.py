@@ -19,7 +19,7 @@ from kdctl.report.columns import Results
 from kdctl.report.drawing import COLORS, MARKERS, STYLE, draw, render
 from kdctl.report.figures import figures
 
-NAMES = ["accuracy", "learning-rate", "grid", "training", "writers", "recovery", "cost"]
+NAMES = ["minutes", "accuracy", "learning-rate", "grid", "training", "writers", "recovery", "cost"]
 LONG = "a name of one's own that is much longer than any that kdctl makes, <b>$\\alpha_1$</b> & more"
 OWN = [
     Forest(

@@ -26,7 +26,7 @@ def single(results: Results, name: str) -> Row:
 
 def test_a_full_study_fills_every_figure(full: Results) -> None:
     names = [chart.name for chart in figures(full)]
-    assert names == ["accuracy", "learning-rate", "grid", "training", "writers", "recovery", "cost"]
+    assert names == ["minutes", "accuracy", "learning-rate", "grid", "training", "writers", "recovery", "cost"]
 
 
 def test_a_bare_study_fills_none(bare: Results) -> None:
@@ -35,7 +35,7 @@ def test_a_bare_study_fills_none(bare: Results) -> None:
 
 def test_one_variant_fills_no_sweep(tmp_path: Path) -> None:
     results = Results(read_study([make_run(tmp_path / "run", {"v": {"steps": 2}})]), Contrasts(0.005))
-    assert [chart.name for chart in figures(results)] == ["accuracy", "training", "recovery", "cost"]
+    assert [chart.name for chart in figures(results)] == ["minutes", "accuracy", "training", "recovery", "cost"]
 
 
 def test_published_numbers_without_items_are_points_without_intervals() -> None:
