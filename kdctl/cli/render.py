@@ -153,7 +153,12 @@ def show_distilled(report: DistillReport) -> None:
 
 def _early_stop(report: DistillReport) -> list[tuple[str, str]]:
     """Say which step was kept where it is not the last of all."""
-    why = {"steps": "all steps were done", "patience": "no new low of held-out KL came after it"}[report.stopped]
+    reasons = {
+        "steps": "all steps were done",
+        "patience": "no new low of held-out KL came after it",
+        "settled": "held-out KL, paired over documents, hardly fell any more",
+    }
+    why = reasons[report.stopped]
     if report.stopped == "steps" and report.kept_step in (None, report.steps):
         return []
     return [("kept", f"the student after step {report.kept_step}; training stopped because {why}")]

@@ -30,10 +30,10 @@ from kdctl.model.activation_checkpointing import recomputed
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states, split
 from kdctl.model.head import head_of, token_chunk
 from kdctl.rollout.teacher_states import TeacherStates
-from kdctl.run.measures import pair_measures
+from kdctl.run.measures import FORWARD_KL, pair_measures
 from kdctl.run.record_files import damaged
 from kdctl.run.records import CheckpointMeta, Rollout
-from kdctl.run.tracking import Tracker
+from kdctl.run.tracking import DOCUMENT, Tracker
 from kdctl.system.distributed import passes
 
 Progress = Callable[[int, int], None]
@@ -259,4 +259,5 @@ def resume(trainer: Trainer, outputs: Outputs) -> int:
 def heldout_metrics(student: PreTrainedModel, yardstick: Yardstick) -> dict[str, float]:
     """Measure the student during training."""
     found = compare(student, yardstick, measures=pair_measures())
-    return {f"eval/{one.name}": found.value(one) for one in pair_measures()}
+    single = {f"{DOCUMENT}{index}": float(value) for index, value in enumerate(found[FORWARD_KL])}
+    return {f"eval/{one.name}": found.value(one) for one in pair_measures()} | single

@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kdctl import stats
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection
 from kdctl.run.measures import fixed
-from kdctl.run.records import Rollout, StopReason
+from kdctl.run.records import Estimate, Rollout, StopReason
+from kdctl.run.tracking import DOCUMENT
 
 WINDOW = 64
 """Completions whose mean is held against that of the first as many."""
@@ -18,6 +20,8 @@ GROWTH = 1.5
 """Warn when completions are this many times as long as at first."""
 ENDS_LEFT = 0.5
 """Warn when the share of completions that end by themselves falls below this share of what it was at first."""
+ENOUGH = 0.01
+"""Nothing more comes where surely less than this share of held-out KL went in ``patience`` measurements."""
 HELDOUT_KL = "eval/forward_kl"
 Line = Mapping[str, float]
 
@@ -53,9 +57,12 @@ class Monitor:
     best_step: int = 0
     best_kl: float = math.inf
     since_best: int = 0
+    settled: bool = False
+    """Paired over documents, the last measurements show that nothing more comes."""
     _first: tuple[float, float] | None = None
     _live: list[tuple[float, float, float]] = field(default_factory=list)
     _warned: set[str] = field(default_factory=set)
+    _measured: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def after(cls, settings: DistillSection, lines: Sequence[Line], step: int) -> "Monitor":
@@ -73,7 +80,7 @@ class Monitor:
     @property
     def exhausted(self) -> bool:
         """Tell whether training is to stop early."""
-        return self.settings.stop_early and self.since_best >= self.settings.patience
+        return self.settings.stop_early and (self.settled or self.since_best >= self.settings.patience)
 
     @property
     def best(self) -> int | None:
@@ -82,12 +89,14 @@ class Monitor:
 
     def outcome(self, steps: int) -> Outcome:
         """Say how training ended after so many steps."""
-        return Outcome(steps, self.best or steps, "steps" if steps == self.settings.steps else "patience")
+        ended = "settled" if self.since_best < self.settings.patience else "patience"
+        return Outcome(steps, self.best or steps, "steps" if steps == self.settings.steps else ended)
 
     def see(self, line: Line) -> Iterator[str]:
         """Take up one step's line and yield warnings, each kind once (of held-out KL, once after each new low)."""
         if HELDOUT_KL in line:
             yield from self._held_out(int(line["step"]), line[HELDOUT_KL])
+            yield from self._settles([value for name, value in line.items() if name.startswith(DOCUMENT)])
         if self.settings.live and "rollout/student_mean_tokens" in line:
             count = line["rollout/student_share"] * self.settings.rows_per_step
             self._live.append((count, line["rollout/student_mean_tokens"], line["rollout/student_stop_share"]))
@@ -103,6 +112,21 @@ class Monitor:
                 f"held-out KL has found no new low in {self.since_best} measurements: "
                 f"{fixed(self.best_kl, 4)} after step {self.best_step}, {fixed(kl, 4)} now; lower distill.lr, or let "
                 "distill.stop_early keep the lowest"
+            )
+
+    def _settles(self, documents: list[float]) -> Iterator[str]:
+        """Hold a measurement against the one ``patience`` before it, document by document."""
+        self._measured.append(documents)
+        window = self.settings.patience
+        if not (documents and window and len(self._measured) > window and sum(self._measured[-1 - window]) > 0):
+            return
+        gone: Estimate = stats.removed(documents, self._measured[-1 - window])
+        self.settled = gone.high < ENOUGH
+        if self.settled and self._once("settled"):
+            low, high = 100 * gone.low, 100 * gone.high
+            yield (
+                f"the last {window} measurements removed {100 * gone.value:.1f} % [{low:.1f}, {high:.1f}] of held-out "
+                f"KL, surely less than {100 * ENOUGH:g} %: more steps like these are not worth their time"
             )
 
     def _completions(self) -> Iterator[str]:

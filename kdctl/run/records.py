@@ -13,7 +13,7 @@ from kdctl.run.measures import TokenMeasure
 
 Message = dict[str, str]
 FinishReason = Literal["stop", "length"]
-StopReason = Literal["steps", "patience"]
+StopReason = Literal["steps", "patience", "settled"]
 
 
 class Record(BaseModel):
@@ -262,7 +262,8 @@ class DistillReport(StudentFolder):
     kept_step: int | None = None
     """The step whose student is ``final/``."""
     stopped: StopReason = "steps"
-    """All of ``distill.steps`` were done, or held-out KL found no new low in ``distill.patience`` evaluations."""
+    """``distill.steps`` were done; or in ``distill.patience`` measurements held-out KL found no new low, or surely fell
+    by less than 1 %."""
     train_seconds_s: float
     step_seconds_median_s: float
     completion_tokens_trained: int

@@ -1,5 +1,6 @@
 """What is watched during training, on made-up metrics lines."""
 
+import numpy as np
 import pytest
 
 from kdctl.base.errors import StoreError
@@ -47,6 +48,50 @@ def test_early_stop_keeps_the_lowest_however_training_ends() -> None:
     assert monitor.exhausted
     assert (monitor.outcome(4).steps, monitor.outcome(4).kept_step, monitor.outcome(4).stopped) == (4, 2, "patience")
     assert monitor.outcome(9).stopped == "steps"
+
+
+def by_document(kls: list[float], gains: list[float], noise: float = 0.0) -> list[dict[str, float]]:
+    """Make measurements of documents that each lose a share of their KL from one to the next, more or less."""
+    drawn = np.random.default_rng(0).normal(0, noise, (len(gains), len(kls))) if noise else np.zeros((len(gains), 1))
+    lines, now = [], np.array(kls)
+    for index, (gain, off) in enumerate(zip(gains, drawn, strict=True)):
+        now = now * (1 - gain + off)
+        line = {"step": index + 1, "eval/forward_kl": float(now.mean())}
+        lines.append(line | {f"document/{at}": float(value) for at, value in enumerate(now)})
+    return lines
+
+
+KLS = [float(value) for value in np.random.default_rng(1).lognormal(0, 1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("gains", "noise", "settled"),
+    [
+        ([0.0, 0.05, 0.05, 0.05], 0.0, False),
+        ([0.0, 0.05, 0.002, 0.002], 0.0, True),
+        ([0.0, 0.0, -0.05, -0.05], 0.0, True),
+        ([0.0, 0.05, 0.01, 0.01], 0.1, False),  # so few documents cannot tell
+    ],
+)
+def test_training_settles_where_documents_in_pairs_surely_gain_nothing(
+    gains: list[float], noise: float, settled: bool
+) -> None:
+    monitor = Monitor(DistillSection(patience=2, stop_early=True, steps=9))
+    found = warnings(monitor, by_document(KLS, gains, noise))
+    assert (monitor.settled, sum("surely less than 1 %" in text for _, text in found)) == (settled, settled)
+    if settled:
+        assert monitor.exhausted
+        assert not Monitor(DistillSection(patience=2)).exhausted
+    if settled and monitor.since_best < 2:
+        assert monitor.outcome(4).stopped == "settled"
+
+
+def test_before_a_whole_window_and_without_any_kl_nothing_settles() -> None:
+    monitor = Monitor(DistillSection(patience=3, stop_early=True))
+    warnings(monitor, by_document(KLS, [0.0, 0.0, 0.0]))
+    assert not monitor.settled
+    warnings(nothing := Monitor(DistillSection(patience=2, stop_early=True)), by_document([0.0] * 16, [0.0] * 5))
+    assert not nothing.settled
 
 
 def test_growing_completions_and_vanishing_ends_warn_once_each() -> None:
