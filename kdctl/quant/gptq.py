@@ -34,8 +34,11 @@ def by_column(
 
 
 def weighted_search(weight: Tensor, importance: Tensor, grid: Grid, dtype: torch.dtype) -> QParams:
-    """Choose scales and zero points with the least squared error weighted by importance, from min-max on."""
-    weights = (importance / importance.mean().clamp(min=1e-30)).clamp(min=1e-3)
+    """Choose scales and zero points with the least squared error weighted by importance, from min-max on.
+
+    weight: (R, C); importance of its columns, (C,), or of each of its numbers, (R, C).
+    """
+    weights = (importance / importance.mean(-1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-3)
     start = minmax(weight, grid, torch.float32)
     shifts = (0,) if grid.symmetric else ZERO_SHIFTS
     return search(weight, start, grid, dtype, shifts, grouped(weights, grid.group_size))

@@ -1,15 +1,22 @@
-"""Rounding with feedback along both axes of a weight. Pure functions on tensors."""
+"""Rounding with feedback along both axes of a weight. Pure functions on tensors.
 
-from collections.abc import Callable, Sequence
+A tile is ``ROWS`` rows of one group of columns, which share a scale. It needs the errors of the tiles above it, in its
+own columns, and of those to its left, in its own rows: tiles on one diagonal need nothing of each other and are rounded
+side by side.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
-from kdctl.quant.gptq import by_column, inverse_factor
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight
+from kdctl.quant.gptq import inverse_factor, weighted_search
 
-ROWS = 128
-"""Rows that are rounded side by side, without feedback among them."""
+ROWS = 16
+"""Rows of a tile, without feedback among them."""
 
 
 def two_sided(
@@ -25,55 +32,116 @@ def two_sided(
     """Quantize a weight so that tr(F·D·H·Dᵀ) of its error D is small, H over its inputs and F over its outputs.
 
     weight: (out_features, in_features); hessian: (in_features, in_features) float32; fisher: the blocks of F that
-    lie on its diagonal, (size, size) float32 each. Columns as in GPTQ. Rows of a block, the most sensitive first,
-    ``rows`` at a time: their error D moves the targets of those that follow by −U₂ᵀ·U₁⁻ᵀ·D with UᵀU = F⁻¹. With one
-    row at a time these are the optimal brain surgeon's steps on the Kronecker product F⊗H (Tseng et al. 2025, YAQA,
-    section 3). Scales are chosen when a row's turn comes, for what ``lasting`` says of its columns. Damping is a
-    share of each matrix's mean diagonal. Raises torch.linalg.LinAlgError if F or H stays singular.
+    lie on its diagonal, (size, size) float32 each. Columns as in GPTQ, the most active group first and in it the most
+    active column. Rows of a block, the most sensitive first, ``rows`` at a time: their error D moves the targets of
+    those that follow by −U₂ᵀ·U₁⁻ᵀ·D with UᵀU = F⁻¹. With one row at a time these are the optimal brain surgeon's steps
+    on the Kronecker product F⊗H (Tseng et al. 2025, YAQA, section 3). A group's scale is chosen when its turn comes,
+    for what ``lasting`` says of its columns. Damping is a share of each matrix's mean diagonal. Raises
+    torch.linalg.LinAlgError if F or H stays singular.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], damping)
-    importance = lasting(order, factor)
+    order = by_group(hessian.diagonal(), grid.group_size)
+    inner, parts = inverse_factor(hessian[order][:, order], damping), []
+    for part, block in zip(weight.split([len(block) for block in fisher]), fisher, strict=True):
+        first = block.diagonal().argsort(descending=True, stable=True)
+        outer = inverse_factor(block[first][:, first], output_damping)
+        found = in_tiles(part[first][:, order].float(), inner, outer, grid, dtype, min(rows, len(block)))
+        back, groups = first.argsort(), order[:: grid.group_size] // grid.group_size
+        scale, zero = (each[back][:, groups.argsort()] for each in (found.qparams.scale, found.qparams.zero_point))
+        parts.append((found.codes[back][:, order.argsort()], scale, zero))
+    codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    return QuantizedWeight(codes, QParams(scale, zero), grid)
 
-    def round_rows(target: Tensor) -> QuantizedWeight:
-        return by_column(target, importance, order, factor, grid, dtype)
 
-    sizes = [len(block) for block in fisher]
-    blocks = zip(weight.float().split(sizes), fisher, strict=True)
-    return joined([_by_row(part, block, output_damping, rows, round_rows) for part, block in blocks])
+def by_group(activity: Tensor, group_size: int) -> Tensor:
+    """Order columns by falling activity, (in_features,), groups as a whole first and then the columns of each."""
+    groups = activity.view(-1, group_size)
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    within += torch.arange(0, len(activity), group_size, device=activity.device).unsqueeze(-1)
+    return within[groups.sum(1).argsort(descending=True, stable=True)].flatten()
 
 
-def lasting(order: Tensor, factor: Tensor) -> Tensor:
+def lasting(factor: Tensor) -> Tensor:
     """Return what an error of each column costs once the columns after it have compensated it, (in_features,).
 
     With UᵀU = H⁻¹ the whole cost of GPTQ's errors e is Σ (e_c / U_cc)²; the diagonal of H counts what is won back too.
     """
-    found = torch.empty_like(factor.diagonal())
-    found[order] = factor.diagonal().pow(-2)
-    return found
+    return factor.diagonal().pow(-2)
 
 
-def _by_row(
-    weight: Tensor, fisher: Tensor, damping: float, rows: int, round_rows: Callable[[Tensor], QuantizedWeight]
+def in_tiles(
+    weight: Tensor, inner: Tensor, outer: Tensor, grid: Grid, dtype: torch.dtype, rows: int
 ) -> QuantizedWeight:
-    """Quantize the rows of one block, each error compensated in those that follow."""
-    order = fisher.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(fisher[order][:, order], damping)
-    targets, parts = weight[order], []
-    for start in range(0, len(targets), rows):
-        stop = min(start + rows, len(targets))
-        found = round_rows(targets[start:stop])
-        error = targets[start:stop] - dequantize(found.codes, found.qparams, found.grid).float()
-        solved = torch.linalg.solve_triangular(factor[start:stop, start:stop].T, error, upper=False)
-        targets[stop:].addmm_(factor[start:stop, stop:].T, solved, alpha=-1)
-        parts.append(found)
-    return joined(parts, order.argsort())
+    """Quantize a weight whose rows and columns are in the order of rounding, (R, C) float32.
+
+    inner, outer: upper factors of the inverses of H, (C, C), and F, (R, R).
+    """
+    height, columns = len(weight), grid.group_size
+    more = -height % rows  # rows of zeros that nothing depends on, so that all tiles are equal
+    targets = _cut(pad(weight, (0, 0, 0, more)), columns, rows)
+    outer = torch.block_diag(outer, torch.eye(more, device=outer.device))
+    solvers = _blocks(outer, rows).transpose(1, 2)
+    solvers = torch.linalg.solve_triangular(solvers, torch.eye(rows, device=outer.device), upper=False)
+    triangles, importance = _blocks(inner, columns), lasting(inner).view(-1, columns)
+    across, down = targets.shape[0], targets.shape[2]
+    compensation, codes = torch.zeros_like(targets), torch.empty_like(targets, dtype=torch.uint8)
+    scale = torch.empty(across, down, rows, dtype=dtype, device=weight.device)
+    zero = torch.empty_like(scale, dtype=torch.uint8)
+    for diagonal in range(across + down - 1):
+        first, last = max(0, diagonal - down + 1), min(across, diagonal + 1)
+        column = torch.arange(first, last, device=weight.device)
+        row = diagonal - column
+        at = (column, slice(None), row)
+        found = _round(targets[at] + compensation[at], importance[column], triangles[column], grid, dtype)
+        codes[at], scale[column, row], zero[column, row] = found.codes, found.scale, found.zero
+        solved = (solvers[row] @ (targets[at] - found.values).transpose(1, 2)).transpose(1, 2)
+        for place, c in enumerate(range(first, last)):
+            r = diagonal - c
+            below, right = (r + 1) * rows, (c + 1) * columns
+            targets[c].flatten(1)[:, below:].addmm_(solved[place], outer[below - rows : below, below:], alpha=-1)
+            spread = inner[right - columns : right, right:].T @ found.errors[place]
+            compensation[c + 1 :, :, r] -= spread.unflatten(0, (across - c - 1, columns))
+    flat = (each.flatten(1).T[:height].contiguous() for each in (scale, zero))
+    return QuantizedWeight(codes.flatten(2).flatten(0, 1)[:, :height].T.contiguous(), QParams(*flat), grid)
 
 
-def joined(parts: Sequence[QuantizedWeight], order: Tensor | None = None) -> QuantizedWeight:
-    """Put the rows of several weights below one another, then in an order."""
-    columns = [(part.codes, part.qparams.scale, part.qparams.zero_point) for part in parts]
-    codes, scale, zero = (torch.cat(column) for column in zip(*columns, strict=True))
-    if order is not None:
-        codes, scale, zero = codes[order], scale[order], zero[order]
-    return QuantizedWeight(codes, QParams(scale, zero), parts[0].grid)
+class Rounded(NamedTuple):
+    """Tiles (T, columns, rows) as they were rounded. errors: over the factor's diagonal."""
+
+    codes: Tensor
+    scale: Tensor
+    """(T, rows)"""
+    zero: Tensor
+    values: Tensor
+    errors: Tensor
+
+
+def _round(tiles: Tensor, importance: Tensor, triangles: Tensor, grid: Grid, dtype: torch.dtype) -> Rounded:
+    """Round tiles side by side, column by column, each error compensated in the tile's columns that follow.
+
+    importance: (T, columns); triangles: the factor's block of each tile, (T, columns, columns).
+    """
+    rows = tiles.shape[2]
+    groups = tiles.transpose(1, 2).flatten(0, 1)
+    found = weighted_search(groups, importance.repeat_interleave(rows, 0), grid, dtype)
+    scale, zero = (each.view(-1, rows) for each in (found.scale, found.zero_point))
+    codes, values, errors = (torch.empty_like(tiles) for _ in range(3))
+    wide, shift, diagonal = scale.float(), zero.float(), triangles.diagonal(dim1=1, dim2=2)
+    for at in range(grid.group_size):
+        code = (tiles[:, at] / wide).add_(shift).round_().clamp_(0, grid.max_code)
+        codes[:, at] = code
+        values[:, at] = (code.sub_(shift).mul_(wide)).to(dtype)
+        error = torch.sub(tiles[:, at], values[:, at]).div_(diagonal[:, at : at + 1])
+        errors[:, at] = error
+        tiles[:, at + 1 :].addcmul_(triangles[:, at, at + 1 :, None], error[:, None], value=-1)
+    return Rounded(codes.to(torch.uint8), scale, zero, values, errors)
+
+
+def _cut(matrix: Tensor, columns: int, rows: int) -> Tensor:
+    """View (R, C) as (column tiles, columns, row tiles, rows)."""
+    return matrix.T.contiguous().unflatten(1, (-1, rows)).unflatten(0, (-1, columns))
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    """Return the blocks on the diagonal, (n, size, size)."""
+    places = torch.arange(len(matrix) // size, device=matrix.device)
+    return matrix.unflatten(1, (-1, size)).unflatten(0, (-1, size))[places, :, places]

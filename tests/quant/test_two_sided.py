@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
-from kdctl.quant.gptq import by_column, gptq, inverse_factor
-from kdctl.quant.two_sided import lasting, two_sided
+from kdctl.quant.gptq import compensate, gptq, inverse_factor, weighted_search
+from kdctl.quant.two_sided import by_group, lasting, two_sided
 
 GRIDS = [Grid(4, 32, False), Grid(3, 32, True), Grid(2, 64, False), Grid(8, 64, True)]
 DAMPING, OUTPUT_DAMPING = 0.01, 0.1
@@ -42,24 +42,34 @@ def test_the_error_under_both_is_far_below_that_of_feedback_along_columns_alone(
 
 
 def test_outputs_of_equal_worth_leave_feedback_along_columns() -> None:
+    """One group after the other, its scale chosen for what is left of it, its columns as GPTQ has them."""
     weight, hessian, _ = data()
-    found = two_sided(weight, hessian, [torch.eye(96)], GRIDS[0], torch.bfloat16, DAMPING, OUTPUT_DAMPING)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], DAMPING)
-    alone = by_column(weight, lasting(order, factor), order, factor, GRIDS[0], torch.bfloat16)
-    assert torch.equal(found.codes, alone.codes)
-    assert torch.equal(found.qparams.scale, alone.qparams.scale)
-    assert torch.equal(found.qparams.zero_point, alone.qparams.zero_point)
+    grid, order = GRIDS[0], by_group(hessian.diagonal(), 32)
+    found = two_sided(weight, hessian, [torch.eye(96)], grid, torch.bfloat16, DAMPING, OUTPUT_DAMPING)
+    factor, left = inverse_factor(hessian[order][:, order], DAMPING), weight[:, order].clone()
+    for start in range(0, 128, 32):
+        part, group = slice(start, start + 32), int(order[start]) // 32
+        qparams = weighted_search(left[:, part], lasting(factor)[part], grid, torch.bfloat16)
+        assert torch.equal(found.qparams.scale[:, group], qparams.scale[:, 0])
+        assert torch.equal(found.qparams.zero_point[:, group], qparams.zero_point[:, 0])
+        same = torch.zeros(32, dtype=torch.long)
+        codes = compensate(left[:, part], factor[part, part], same, qparams, grid)
+        assert torch.equal(found.codes[:, order[part]], codes)
+        error = (left[:, part] - dequantize(codes, qparams, grid).float()) @ torch.linalg.inv(factor[part, part])
+        left[:, start + 32 :] -= error @ factor[part, start + 32 :]
+
+
+def test_groups_go_by_their_activity_and_columns_by_theirs_within() -> None:
+    assert by_group(torch.tensor([1.0, 2, 9, 0, 5, 5]), 2).tolist() == [4, 5, 2, 3, 1, 0]
 
 
 def test_an_error_costs_what_compensation_leaves_of_it() -> None:
     """Against the cost of a column's unit error with the best changes of all columns after it, in float64."""
     _, hessian, _ = data()
-    order = hessian.diagonal().argsort(descending=True, stable=True)
     damped = hessian.double() + DAMPING * hessian.diagonal().double().mean() * torch.eye(128)
-    found = lasting(order, inverse_factor(hessian[order][:, order], DAMPING))
-    for place in (0, 40, 127):
-        column, after = order[place], order[place + 1 :]
+    found = lasting(inverse_factor(hessian, DAMPING))
+    for column in (0, 40, 127):
+        after = torch.arange(column + 1, 128)
         cross = damped[column, after]
         cost = damped[column, column] - cross @ torch.linalg.solve(damped[after][:, after], cross)
         assert float(found[column]) == pytest.approx(float(cost), rel=1e-3)
@@ -84,7 +94,7 @@ def surgeon(weight: Tensor, hessian: Tensor, fisher: Tensor, quantized: Quantize
 
     qparams, grid = quantized.qparams, quantized.grid
     rows = fisher.diagonal().argsort(descending=True, stable=True)
-    columns = hessian.diagonal().argsort(descending=True, stable=True)
+    columns = by_group(hessian.diagonal(), grid.group_size)
     outer, inner = damped(fisher, OUTPUT_DAMPING)[rows][:, rows], damped(hessian, DAMPING)[columns][:, columns]
     inverse = torch.linalg.inv(torch.kron(outer, inner))
     left = weight.double()[rows][:, columns].flatten()
