@@ -83,7 +83,19 @@ def search(
             best = torch.where(better, error, best)
             scale = torch.where(better, trial.scale, scale)
             zero = torch.where(better, shifted, zero)
-    return QParams(scale, zero)
+    return _fitted(groups, QParams(scale, zero), best, grid, importance)
+
+
+def _fitted(groups: Tensor, qparams: QParams, error: Tensor, grid: Grid, importance: Tensor | None) -> QParams:
+    """Take, for each group, the scale that fits its codes, Σ(q − z)·W / Σ(q − z)², where the error is less with it."""
+    zero = qparams.zero_point.float().unsqueeze(-1)
+    codes = (groups / qparams.scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(0, grid.max_code).sub_(zero)
+    weighed = codes if importance is None else codes * importance
+    fitting = (weighed * groups).sum(-1) / (weighed * codes).sum(-1).clamp(min=1e-30)
+    trial = QParams(round_scale(fitting, qparams.scale.dtype), qparams.zero_point)
+    found = squared_error(groups, trial, grid, importance)
+    better = (found < error) & (fitting > 0)
+    return QParams(torch.where(better, trial.scale, qparams.scale), qparams.zero_point)
 
 
 def squared_error(groups: Tensor, qparams: QParams, grid: Grid, importance: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kdctl.quant.affine import Grid, QParams, QuantizedWeight
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight, round_scale
 from kdctl.quant.gptq import inverse_factor, weighted_search
 
 ROWS = 16
@@ -92,7 +92,7 @@ def in_tiles(
         row = diagonal - column
         at = (column, slice(None), row)
         found = _round(targets[at] + compensation[at], importance[column], triangles[column], grid, dtype)
-        codes[at], scale[column, row], zero[column, row] = found.codes, found.scale, found.zero
+        codes[at], scale[column, row], zero[column, row] = found.codes, found.scale[:, 0], found.zero[:, 0]
         solved = (solvers[row] @ (targets[at] - found.values).transpose(1, 2)).transpose(1, 2)
         for place, c in enumerate(range(first, last)):
             r = diagonal - c
@@ -105,35 +105,53 @@ def in_tiles(
 
 
 class Rounded(NamedTuple):
-    """Tiles (T, columns, rows) as they were rounded. errors: over the factor's diagonal."""
+    """Tiles (T, columns, rows) as they were rounded; scales and zero points (T, 1, rows)."""
 
     codes: Tensor
     scale: Tensor
-    """(T, rows)"""
     zero: Tensor
     values: Tensor
     errors: Tensor
+    """Over the factor's diagonal: the sum of their squares is what a tile's rounding costs."""
 
 
 def _round(tiles: Tensor, importance: Tensor, triangles: Tensor, grid: Grid, dtype: torch.dtype) -> Rounded:
-    """Round tiles side by side, column by column, each error compensated in the tile's columns that follow.
+    """Round tiles side by side; then once more with scales fitted to the codes, and keep what costs a row less.
 
     importance: (T, columns); triangles: the factor's block of each tile, (T, columns, columns).
     """
     rows = tiles.shape[2]
     groups = tiles.transpose(1, 2).flatten(0, 1)
-    found = weighted_search(groups, importance.repeat_interleave(rows, 0), grid, dtype)
-    scale, zero = (each.view(-1, rows) for each in (found.scale, found.zero_point))
+    chosen = weighted_search(groups, importance.repeat_interleave(rows, 0), grid, dtype)
+    scale, zero = (each.view(-1, 1, rows) for each in (chosen.scale, chosen.zero_point))
+    first = _by_column(tiles, scale, zero, triangles, grid)
+    second = _by_column(tiles, _fitted(tiles, first, triangles), zero, triangles, grid)
+    better = second.errors.square().sum(1, keepdim=True) < first.errors.square().sum(1, keepdim=True)
+    return Rounded(*(torch.where(better, new, old) for new, old in zip(second, first, strict=True)))
+
+
+def _by_column(tiles: Tensor, scale: Tensor, zero: Tensor, triangles: Tensor, grid: Grid) -> Rounded:
+    """Round column by column, each error compensated in the tile's columns that follow."""
+    left, wide, shift = tiles.clone(), scale.squeeze(1).float(), zero.squeeze(1).float()
     codes, values, errors = (torch.empty_like(tiles) for _ in range(3))
-    wide, shift, diagonal = scale.float(), zero.float(), triangles.diagonal(dim1=1, dim2=2)
+    diagonal = triangles.diagonal(dim1=1, dim2=2)
     for at in range(grid.group_size):
-        code = (tiles[:, at] / wide).add_(shift).round_().clamp_(0, grid.max_code)
+        code = (left[:, at] / wide).add_(shift).round_().clamp_(0, grid.max_code)
         codes[:, at] = code
-        values[:, at] = (code.sub_(shift).mul_(wide)).to(dtype)
-        error = torch.sub(tiles[:, at], values[:, at]).div_(diagonal[:, at : at + 1])
+        values[:, at] = code.sub_(shift).mul_(wide).to(scale.dtype)
+        error = torch.sub(left[:, at], values[:, at]).div_(diagonal[:, at : at + 1])
         errors[:, at] = error
-        tiles[:, at + 1 :].addcmul_(triangles[:, at, at + 1 :, None], error[:, None], value=-1)
+        left[:, at + 1 :].addcmul_(triangles[:, at, at + 1 :, None], error[:, None], value=-1)
     return Rounded(codes.to(torch.uint8), scale, zero, values, errors)
+
+
+def _fitted(tiles: Tensor, found: Rounded, triangles: Tensor) -> Tensor:
+    """Return the scales with which the codes cost least: least squares on U⁻ᵀ·W over U⁻ᵀ·(q − z)."""
+    steps = found.codes.float() - found.zero
+    both = torch.linalg.solve_triangular(triangles.transpose(1, 2), torch.cat([steps, tiles], 2), upper=False)
+    unit, whole = both.split(tiles.shape[2], 2)
+    scale = (unit * whole).sum(1, keepdim=True) / unit.square().sum(1, keepdim=True).clamp(min=1e-30)
+    return round_scale(torch.where(scale > 0, scale, found.scale.float()), found.scale.dtype)
 
 
 def _cut(matrix: Tensor, columns: int, rows: int) -> Tensor:

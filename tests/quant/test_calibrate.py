@@ -89,7 +89,7 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weights_where_its_input_goes(t
     for name in names:
         together = next(family for family in FAMILIES if name.rpartition(".")[2] in family)
         sharing = [other for other in names if other.rpartition(".")[2] in together]
-        tokens, counted = torch.cat(inputs[name]), sum(torch.cat(weights[other]) for other in sharing)
+        tokens, counted = torch.cat(inputs[name]), torch.stack([torch.cat(weights[other]) for other in sharing]).sum(0)
         expected = tokens.T @ torch.diag(counted) @ tokens
         torch.testing.assert_close(seen[name], expected, rtol=1e-4, atol=1e-4)
 

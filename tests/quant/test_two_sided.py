@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdctl.quant.affine import Grid, QuantizedWeight, dequantize
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.gptq import compensate, gptq, inverse_factor, weighted_search
 from kdctl.quant.two_sided import by_group, lasting, two_sided
 
@@ -42,21 +42,29 @@ def test_the_error_under_both_is_far_below_that_of_feedback_along_columns_alone(
 
 
 def test_outputs_of_equal_worth_leave_feedback_along_columns() -> None:
-    """One group after the other, its scale chosen for what is left of it, its columns as GPTQ has them."""
+    """Group after group, columns as GPTQ has them, with a scale that costs no more than the searched one."""
     weight, hessian, _ = data()
     grid, order = GRIDS[0], by_group(hessian.diagonal(), 32)
     found = two_sided(weight, hessian, [torch.eye(96)], grid, torch.bfloat16, DAMPING, OUTPUT_DAMPING)
-    factor, left = inverse_factor(hessian[order][:, order], DAMPING), weight[:, order].clone()
+    factor, left, same = inverse_factor(hessian[order][:, order], DAMPING), weight[:, order].clone(), 0
     for start in range(0, 128, 32):
         part, group = slice(start, start + 32), int(order[start]) // 32
-        qparams = weighted_search(left[:, part], lasting(factor)[part], grid, torch.bfloat16)
-        assert torch.equal(found.qparams.scale[:, group], qparams.scale[:, 0])
-        assert torch.equal(found.qparams.zero_point[:, group], qparams.zero_point[:, 0])
-        same = torch.zeros(32, dtype=torch.long)
-        codes = compensate(left[:, part], factor[part, part], same, qparams, grid)
+        searched = weighted_search(left[:, part], lasting(factor)[part], grid, torch.bfloat16)
+        kept = QParams(found.qparams.scale[:, [group]], found.qparams.zero_point[:, [group]])
+        spread = torch.linalg.inv(factor[part, part])
+
+        def errors(qparams: QParams, part: slice = part, spread: Tensor = spread) -> tuple[Tensor, Tensor]:
+            only = torch.zeros(32, dtype=torch.long)
+            codes = compensate(left[:, part], factor[part, part], only, qparams, grid)
+            return codes, (left[:, part] - dequantize(codes, qparams, grid).float()) @ spread
+
+        codes, error = errors(kept)
         assert torch.equal(found.codes[:, order[part]], codes)
-        error = (left[:, part] - dequantize(codes, qparams, grid).float()) @ torch.linalg.inv(factor[part, part])
+        assert bool((error.square().sum(1) <= errors(searched)[1].square().sum(1) * (1 + 1e-5)).all())
+        assert torch.equal(kept.zero_point, searched.zero_point)
+        same += int((kept.scale == searched.scale).sum())
         left[:, start + 32 :] -= error @ factor[part, start + 32 :]
+    assert 0 < same < 96 * 4  # some are kept as they were searched, some are fitted
 
 
 def test_groups_go_by_their_activity_and_columns_by_theirs_within() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class GptqSettings(Section):
     """Settings of GPTQ."""
 
-    damping: Positive = 0.01
+    damping: Positive = 0.02
     """Share of the mean diagonal added to the Hessian by ``gptq`` and ``kl``."""
 
 

@@ -24,9 +24,9 @@ FLOAT32 = 4
 class KlSettings(Section):
     """Settings of KL-aware rounding."""
 
-    damping: Positive = 0.01
+    damping: Positive = 0.02
     """Share of the mean diagonal added to the Hessian by ``gptq`` and ``kl``."""
-    output_damping: Positive = 0.1
+    output_damping: Positive = 0.2
     """Share of the mean diagonal added to the Fisher information of a layer's outputs by ``kl``."""
     output_block: Annotated[int, Field(ge=64), STORED] = 2048
     """Output features whose errors compensate one another in ``kl``; at 64 none do. Memory grows with it."""
