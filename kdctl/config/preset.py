@@ -87,7 +87,7 @@ class _QuantizeSection(Section):
     """Weights along in_features that share one scale."""
     symmetric: bool = False
     """Fix the zero point in the middle of the codes and do not store it."""
-    method: Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": [*quantizers()]})] = "hqq"
+    method: Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": [*quantizers()]})] = "kl"
     """How codes, scales and zero points are found."""
     calibration_source: Literal["teacher", "dataset"] = "teacher"
     """Rollout store whose sequences methods that need some calibrate on."""

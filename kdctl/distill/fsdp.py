@@ -56,7 +56,7 @@ def whole_rows(
     """Undo ``local_rows`` in the main process, on the CPU, a layer at a time; the others get what they gave."""
     for name, weight in weights:
         qparams = QParams(processes.whole(weight.qparams.scale), processes.whole(weight.qparams.zero_point))
-        yield name, replace(weight, codes=processes.whole(weight.codes), qparams=qparams)
+        yield name, replace(weight, codes=processes.whole(weight.codes), qparams=qparams, offsets=None)
 
 
 def _cut(weight: QuantizedWeight, parameter: Tensor) -> QuantizedWeight:
@@ -65,4 +65,5 @@ def _cut(weight: QuantizedWeight, parameter: Tensor) -> QuantizedWeight:
     mesh = parameter.device_mesh
     rows = Processes(mesh.get_local_rank(), mesh.size(), sharded=True).rows
     qparams = QParams(rows(weight.qparams.scale), rows(weight.qparams.zero_point))
-    return replace(weight, codes=rows(weight.codes), qparams=qparams)
+    offsets = None if weight.offsets is None else rows(weight.offsets)
+    return replace(weight, codes=rows(weight.codes), qparams=qparams, offsets=offsets)

@@ -52,7 +52,9 @@ class Shadow(ABC):
 
     def __init__(self, student: nn.Module, weights: Weights):
         self.trained: dict[str, nn.Parameter] = {}
-        self._grids = {name: replace(weight, codes=weight.codes.new_empty(0)) for name, weight in weights.items()}
+        self._grids = {
+            name: replace(weight, codes=weight.codes.new_empty(0), offsets=None) for name, weight in weights.items()
+        }
         self._parameters = {name: student.get_parameter(f"{name}.weight") for name in weights}
         student.requires_grad_(False)
         self._hooks = [self._follow(self._parameters[name], name, self.receive) for name in weights]
@@ -184,7 +186,9 @@ class ShadowLora(Shadow):
                     f"layers look like {next(iter(weights))!r}"
                 )
         super().__init__(student, targets)
-        self._untouched = {name: weight for name, weight in weights.items() if name not in targets}
+        self._untouched = {
+            name: replace(weight, offsets=None) for name, weight in weights.items() if name not in targets
+        }
         self._factor = settings.effective_lora_alpha / settings.lora_rank
         self._frozen: dict[str, Tensor] = {}
         for name, weight in targets.items():
@@ -299,5 +303,5 @@ def _frozen_base(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
 
     Q(W) is the middle of a code's cell and of the weight's dtype, so the copy loses nothing of ``into_cell``.
     """
-    base = into_cell(weight, quantized).to(weight.dtype)
+    base = into_cell(weight, replace(quantized, offsets=None)).to(weight.dtype)
     return weight if torch.equal(base, weight) else base

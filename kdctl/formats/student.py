@@ -194,10 +194,11 @@ def check_sums(folder: Path) -> None:
     listed = listed_sums(folder)
     needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
     for name in sorted(needed | listed.keys()):
-        _check_sum(folder, name, listed)
+        check_file(folder, name, listed)
 
 
-def _check_sum(folder: Path, name: str, listed: Mapping[str, str]) -> None:
+def check_file(folder: Path, name: str, listed: Mapping[str, str]) -> None:
+    """Raise StoreError unless a file is there and is what SHA256SUMS says."""
     path = folder / name
     if not path.is_file() or known_sha256(path, proven=True) != listed.get(name):
         raise StoreError(f"{path} is missing or damaged: it does not match {SUMS}; {remedy(path)}")
@@ -205,7 +206,7 @@ def _check_sum(folder: Path, name: str, listed: Mapping[str, str]) -> None:
 
 def read_heldout(folder: Path) -> pa.Table:
     """Read the per-document sums beside a student. Raises StoreError if they are not those that were written."""
-    _check_sum(folder, HELDOUT, listed_sums(folder))
+    check_file(folder, HELDOUT, listed_sums(folder))
     with naming(folder / HELDOUT):
         return pq.read_table(folder / HELDOUT)
 

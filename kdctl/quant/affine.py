@@ -19,6 +19,9 @@ from torch import Tensor
 
 from kdctl.config.preset import QuantizeSection
 
+PARTS = 256
+"""Places in a cell that an offset tells apart."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -57,6 +60,9 @@ class QuantizedWeight:
     codes: Tensor
     qparams: QParams
     grid: Grid
+    offsets: Tensor | None = None
+    """What each weight was when it was rounded, errors of others compensated in it: its distance from the middle of its
+    cell in 256ths of the scale, int8. None where the method does not say."""
 
 
 Weights = dict[str, QuantizedWeight]
@@ -138,15 +144,25 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], dim: Literal[0, 1] =
     return (values.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).contiguous()
 
 
+def offsets_of(weight: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+    """Return where weights lie in the cells of their codes, int8; what lies outside is put at the edge."""
+    distance = (weight / scale.float()).add_(zero).sub_(codes)
+    return distance.mul_(PARTS).round_().clamp_(1 - PARTS // 2, PARTS // 2 - 1).to(torch.int8)
+
+
 def into_cell(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Move a weight into the rounding cells of given codes, float32 (out_features, in_features).
 
-    Unchanged where it already rounds to its code; elsewhere the middle of the cell, so that the first steps of training
-    do not undo what a calibrated method decided. ``quantize(into_cell(W, Q), ...)`` is Q's codes, whatever chose them.
+    Where the method left offsets, those decide. Else it is unchanged where it already rounds to its code, and elsewhere
+    the middle of the cell, so that the first steps of training do not undo what a calibrated method decided.
+    ``quantize(into_cell(W, Q), ...)`` is Q's codes, whatever chose them.
     """
     qparams, grid = quantized.qparams, quantized.grid
-    same = quantize(weight, qparams, grid) == quantized.codes
     zero = qparams.zero_point.float().unsqueeze(-1)
     difference = grouped(quantized.codes, grid.group_size).float() - zero
+    if quantized.offsets is not None:
+        difference += grouped(quantized.offsets, grid.group_size).float() / PARTS
+        return (difference * qparams.scale.float().unsqueeze(-1)).flatten(-2)
+    same = quantize(weight, qparams, grid) == quantized.codes
     middle = (difference * qparams.scale.float().unsqueeze(-1)).flatten(-2)
     return torch.where(same, weight.float(), middle)

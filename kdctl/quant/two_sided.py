@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kdctl.quant.affine import Grid, QParams, QuantizedWeight, round_scale
+from kdctl.quant.affine import Grid, QParams, QuantizedWeight, offsets_of, round_scale
 from kdctl.quant.gptq import inverse_factor, weighted_search
 
 ROWS = 16
@@ -40,16 +40,15 @@ def two_sided(
     torch.linalg.LinAlgError if F or H stays singular.
     """
     order = by_group(hessian.diagonal(), grid.group_size)
+    groups, columns = (order[:: grid.group_size] // grid.group_size).argsort(), order.argsort()
     inner, parts = inverse_factor(hessian[order][:, order], damping), []
     for part, block in zip(weight.split([len(block) for block in fisher]), fisher, strict=True):
         first = block.diagonal().argsort(descending=True, stable=True)
-        outer = inverse_factor(block[first][:, first], output_damping)
+        outer, back = inverse_factor(block[first][:, first], output_damping), first.argsort()
         found = in_tiles(part[first][:, order].float(), inner, outer, grid, dtype, min(rows, len(block)))
-        back, groups = first.argsort(), order[:: grid.group_size] // grid.group_size
-        scale, zero = (each[back][:, groups.argsort()] for each in (found.qparams.scale, found.qparams.zero_point))
-        parts.append((found.codes[back][:, order.argsort()], scale, zero))
-    codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
-    return QuantizedWeight(codes, QParams(scale, zero), grid)
+        parts.append([each[back][:, at] for each, at in zip(found, (columns, columns, groups, groups), strict=True)])
+    codes, offsets, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    return QuantizedWeight(codes, QParams(scale, zero), grid, offsets)
 
 
 def by_group(activity: Tensor, group_size: int) -> Tensor:
@@ -70,10 +69,11 @@ def lasting(factor: Tensor) -> Tensor:
 
 def in_tiles(
     weight: Tensor, inner: Tensor, outer: Tensor, grid: Grid, dtype: torch.dtype, rows: int
-) -> QuantizedWeight:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize a weight whose rows and columns are in the order of rounding, (R, C) float32.
 
-    inner, outer: upper factors of the inverses of H, (C, C), and F, (R, R).
+    inner, outer: upper factors of the inverses of H, (C, C), and F, (R, R). Returns codes and offsets (R, C), scales
+    and zero points (R, groups).
     """
     height, columns = len(weight), grid.group_size
     more = -height % rows  # rows of zeros that nothing depends on, so that all tiles are equal
@@ -84,6 +84,7 @@ def in_tiles(
     triangles, importance = _blocks(inner, columns), lasting(inner).view(-1, columns)
     across, down = targets.shape[0], targets.shape[2]
     compensation, codes = torch.zeros_like(targets), torch.empty_like(targets, dtype=torch.uint8)
+    offsets = torch.empty_like(targets, dtype=torch.int8)
     scale = torch.empty(across, down, rows, dtype=dtype, device=weight.device)
     zero = torch.empty_like(scale, dtype=torch.uint8)
     for diagonal in range(across + down - 1):
@@ -92,7 +93,8 @@ def in_tiles(
         row = diagonal - column
         at = (column, slice(None), row)
         found = _round(targets[at] + compensation[at], importance[column], triangles[column], grid, dtype)
-        codes[at], scale[column, row], zero[column, row] = found.codes, found.scale[:, 0], found.zero[:, 0]
+        codes[at], offsets[at] = found.codes, found.offsets
+        scale[column, row], zero[column, row] = found.scale[:, 0], found.zero[:, 0]
         solved = (solvers[row] @ (targets[at] - found.values).transpose(1, 2)).transpose(1, 2)
         for place, c in enumerate(range(first, last)):
             r = diagonal - c
@@ -100,8 +102,8 @@ def in_tiles(
             targets[c].flatten(1)[:, below:].addmm_(solved[place], outer[below - rows : below, below:], alpha=-1)
             spread = inner[right - columns : right, right:].T @ found.errors[place]
             compensation[c + 1 :, :, r] -= spread.unflatten(0, (across - c - 1, columns))
-    flat = (each.flatten(1).T[:height].contiguous() for each in (scale, zero))
-    return QuantizedWeight(codes.flatten(2).flatten(0, 1)[:, :height].T.contiguous(), QParams(*flat), grid)
+    whole = [each.flatten(2).flatten(0, 1)[:, :height].T for each in (codes, offsets)]
+    return whole[0], whole[1], scale.flatten(1).T[:height], zero.flatten(1).T[:height]
 
 
 class Rounded(NamedTuple):
@@ -113,6 +115,7 @@ class Rounded(NamedTuple):
     values: Tensor
     errors: Tensor
     """Over the factor's diagonal: the sum of their squares is what a tile's rounding costs."""
+    offsets: Tensor
 
 
 def _round(tiles: Tensor, importance: Tensor, triangles: Tensor, grid: Grid, dtype: torch.dtype) -> Rounded:
@@ -142,7 +145,7 @@ def _by_column(tiles: Tensor, scale: Tensor, zero: Tensor, triangles: Tensor, gr
         error = torch.sub(left[:, at], values[:, at]).div_(diagonal[:, at : at + 1])
         errors[:, at] = error
         left[:, at + 1 :].addcmul_(triangles[:, at, at + 1 :, None], error[:, None], value=-1)
-    return Rounded(codes.to(torch.uint8), scale, zero, values, errors)
+    return Rounded(codes.to(torch.uint8), scale, zero, values, errors, offsets_of(left, scale, zero, codes))
 
 
 def _fitted(tiles: Tensor, found: Rounded, triangles: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ class RunDir:
         self.path = Path(path)
         self.preset = self.path / "preset.json"
         self.student = self.path / "student"
+        self.offsets = self.path / "offsets"
         self.distill_root = self.path / "distill"
         self.eval_root = self.path / "eval"
         self.report = self.path / "report"

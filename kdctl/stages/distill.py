@@ -18,6 +18,7 @@ from kdctl.distill.monitor import Outcome
 from kdctl.distill.shadow import make_shadow
 from kdctl.eval import distribution
 from kdctl.formats.model_card import Training
+from kdctl.formats.offsets import offsets_sum, with_offsets
 from kdctl.formats.student import Student, load_student
 from kdctl.model.activation_checkpointing import set_checkpointing
 from kdctl.model.folder import fingerprint
@@ -31,7 +32,7 @@ from kdctl.run.files import remove, sha256
 from kdctl.run.measures import FORWARD_KL, fixed
 from kdctl.run.paths import VariantDir
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import DistillReport, DistributionMetrics, Estimate
+from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, QuantizeReport
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 from kdctl.stages.context import Context, versions
 from kdctl.stages.gate import check_gap
@@ -121,6 +122,11 @@ def default_name(context: Context) -> str:
     return variant_name(context.preset.distill, read_record(context.paths.preset, Preset).distill)
 
 
+def made_of(context: Context) -> str:
+    """Return the identity of the PTQ student: what it was made of."""
+    return read_record(context.paths.student / "quantize.json", QuantizeReport).identity
+
+
 def measured_ptq(context: Context, measuring: Measuring) -> PerDocument:
     """Return the PTQ student's distance from the teacher on the yardstick, which its folder states."""
     folder = context.paths.student
@@ -154,6 +160,8 @@ def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
     sections: dict[str, Any] = {"distill": preset.distill}
     inputs = {"student": fingerprint(context.paths.student), "teacher": teacher.fingerprint()}
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
+    if offsets := offsets_sum(context.paths.offsets, made_of(context)):
+        inputs["offsets"] = offsets
     if preset.distill.live:
         sections["rollout"] = preset.rollout.decisive()
         inputs |= {"prompts": train_prompts(context, teacher).fingerprint(), **teacher.new_stops()}
@@ -168,6 +176,7 @@ def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocume
     """Train the PTQ student and publish what it became."""
     teacher = measuring.teacher
     student = load_student(context.paths.student, teacher.device)
+    student.weights.update(with_offsets(context.paths.offsets, student.weights, made_of(context)))
     share_frozen(student.model, teacher.load(), student.weights)
     outcome = _run_loop(context, measuring, plan, student, watch)
     if context.ranks.sharded:

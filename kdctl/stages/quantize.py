@@ -10,6 +10,7 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
+from kdctl.formats.offsets import save_offsets
 from kdctl.formats.student import Student, check_sums
 from kdctl.model.batch import Batch, collate, split
 from kdctl.model.folder import weights_bytes
@@ -89,6 +90,7 @@ def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Reci
     student, seconds = make_student(context, teacher, recipe)
     per_document = measuring.measure(student.model, "student")
     report = describe_student(context, measuring, student, recipe.identity, per_document, seconds)
+    save_offsets(context.paths.offsets, student.weights, recipe.identity)
     publish_student(context, teacher, path.parent, student, Described(report, per_document))
     return read_record(path, QuantizeReport)
 

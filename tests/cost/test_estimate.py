@@ -45,7 +45,7 @@ def network(tiny_dir: Path) -> Network:
 
 def preset_with(settings: dict[str, Any]) -> Preset:
     """Return the smoke preset with other settings."""
-    return load_preset("smoke", settings)
+    return load_preset("smoke", {"quantize.method": "minmax", **settings})
 
 
 def made(teacher: PreTrainedModel, preset: Preset) -> tuple[PreTrainedModel, Weights, Shadow]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,23 @@ def test_masters_start_at_the_teacher_where_it_rounds_to_its_code(teacher: PreTr
     shadow = ShadowWeights(student.model, student.weights, teacher)
     for name, master in shadow.masters.items():
         assert torch.equal(master, teacher.get_parameter(f"{name}.weight").float())
+
+
+def test_masters_start_where_the_weights_were_rounded_if_that_is_known(teacher: PreTrainedModel, quantized: Quantized):
+    student = quantized(teacher, SETTINGS)
+    known = {
+        name: replace(weight, offsets=torch.full_like(weight.codes, 100).to(torch.int8))
+        for name, weight in student.weights.items()
+    }
+    shadow = ShadowWeights(student.model, known, teacher)
+    for name, weight in shadow.quantized():
+        assert torch.equal(weight.codes, student.weights[name].codes)
+        assert weight.offsets is None
+        scale = weight.qparams.scale.float().repeat_interleave(weight.grid.group_size, 1)
+        away = shadow.masters[name] - dense(weight).float()
+        torch.testing.assert_close(
+            away / scale, torch.full_like(away, 100 / 256), rtol=0, atol=0.06
+        )  # Q(W) is bfloat16
 
 
 def test_detach_removes_the_hooks_and_freezes_the_student(teacher: PreTrainedModel, quantized: Quantized):

@@ -1,6 +1,7 @@
 """The one arithmetic: exact where the design says exact, and the same as compressed-tensors'."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kdctl.quant.affine import (
     grouped,
     inside,
     into_cell,
+    offsets_of,
     quantize,
     round_scale,
 )
@@ -175,3 +177,17 @@ def test_into_cell_moves_no_weight_that_rounds_to_its_code_and_others_to_the_mid
     zero = weight.qparams.zero_point.double().repeat_interleave(8, 1)
     middle = (weight.codes - zero) * scale
     torch.testing.assert_close(moved.double()[~same], middle[~same], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_offsets_bring_back_where_a_weight_was_in_its_cell(bits: int):
+    weight = random_weight(Grid(bits, 8, False), torch.bfloat16)
+    scale = weight.qparams.scale.float().repeat_interleave(8, 1)
+    zero = weight.qparams.zero_point.float().repeat_interleave(8, 1)
+    away = torch.rand(weight.codes.shape, generator=generator(4)) * 1.4 - 0.7  # some outside their cells
+    values = (weight.codes.float() - zero + away) * scale
+    found = replace(weight, offsets=offsets_of(values, scale, zero, weight.codes))
+    moved = into_cell(torch.zeros_like(values), found)
+    assert torch.equal(quantize(moved, weight.qparams, weight.grid), weight.codes)
+    expected = (weight.codes.float() - zero + away.clamp(-0.5, 0.5)) * scale
+    assert bool(((moved - expected).abs() <= scale * (1 / 256 + 1e-5)).all())

@@ -94,8 +94,11 @@ def test_blocks_of_outputs_know_nothing_of_one_another() -> None:
     assert torch.equal(rounded(weight, halves), torch.cat(apart))
 
 
-def surgeon(weight: Tensor, hessian: Tensor, fisher: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Return the optimal brain surgeon's codes on F⊗H in float64, one weight after the other, the inverse whole."""
+def surgeon(weight: Tensor, hessian: Tensor, fisher: Tensor, quantized: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Go over F⊗H as the optimal brain surgeon, in float64, one weight after the other, the inverse whole.
+
+    Returns the codes, and what each weight was when it was rounded, in cells from the middle of its own.
+    """
 
     def damped(matrix: Tensor, share: float) -> Tensor:
         return matrix.double() + share * matrix.diagonal().double().mean() * torch.eye(len(matrix))
@@ -106,23 +109,29 @@ def surgeon(weight: Tensor, hessian: Tensor, fisher: Tensor, quantized: Quantize
     outer, inner = damped(fisher, OUTPUT_DAMPING)[rows][:, rows], damped(hessian, DAMPING)[columns][:, columns]
     inverse = torch.linalg.inv(torch.kron(outer, inner))
     left = weight.double()[rows][:, columns].flatten()
-    codes = torch.empty_like(weight, dtype=torch.uint8)
+    codes, distances = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     for place in range(len(left)):
         row, column = rows[place // len(columns)], columns[place % len(columns)]
         scale, zero = (each[row, column // grid.group_size].double() for each in (qparams.scale, qparams.zero_point))
         code = (left[place] / scale + zero).round().clamp(0, grid.max_code)
+        before = left[place].clone()
         stored = ((code - zero) * scale).to(qparams.scale.dtype).double()
         left = left - (left[place] - stored) / inverse[place, place] * inverse[place]
         inverse = inverse - torch.outer(inverse[:, place], inverse[place]) / inverse[place, place]
         codes[row, column] = code.to(torch.uint8)
-    return codes
+        distances[row, column] = before / scale + zero - code
+    return codes, distances
 
 
 def test_one_row_at_a_time_is_the_optimal_brain_surgeon_on_the_kronecker_product() -> None:
     grid = Grid(4, 8, False)
     weight, hessian, fisher = data(rows=12, columns=32)
     found = two_sided(weight, hessian, [fisher], grid, torch.bfloat16, DAMPING, OUTPUT_DAMPING, rows=1)
-    assert float((found.codes == surgeon(weight, hessian, fisher, found)).float().mean()) > 0.99
+    codes, distances = surgeon(weight, hessian, fisher, found)
+    assert float((found.codes == codes).float().mean()) > 0.99
+    assert found.offsets is not None
+    off = found.offsets.float() / 256 - distances.clamp(-127 / 256, 127 / 256)
+    assert float((off[found.codes == codes].abs() < 0.01).float().mean()) > 0.98
 
 
 def test_outputs_that_do_not_count_and_dead_inputs_are_rounded_too() -> None:

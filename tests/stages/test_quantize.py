@@ -56,7 +56,7 @@ def test_an_unknown_method_is_named(smoke: Preset) -> None:
 
 def test_sqnr_is_that_of_all_weights_laid_end_to_end(teacher: PreTrainedModel, smoke: Preset) -> None:
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
-    weights = quantize_layers(teacher, names, smoke.quantize)
+    weights = quantize_layers(teacher, names, smoke.quantize.model_copy(update={"method": "minmax"}))
     original = torch.cat([teacher.get_parameter(f"{name}.weight").detach().double().flatten() for name in names])
     noise = original - torch.cat([dense(weights[name]).double().flatten() for name in names])
     assert sqnr(teacher, weights) == pytest.approx(20 * math.log10(original.norm() / noise.norm()))
