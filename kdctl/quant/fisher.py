@@ -19,7 +19,7 @@ from kdctl.base.rng import digest
 from kdctl.model.batch import Batch, predicting_hidden
 from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
 
-SEQUENCES = 4
+SEQUENCES = 8
 """Sequences whose activations are in memory at once."""
 
 

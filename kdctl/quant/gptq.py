@@ -48,8 +48,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the damped Hessian's inverse, (in_features, in_features) float32."""
     damped = hessian.double()
     damped.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=1e-8))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # H = R·Rᵀ, so H⁻¹ = UᵀU with U = R⁻¹
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True).float()
 
 
 def compensate(weight: Tensor, factor: Tensor, groups: Tensor, qparams: QParams, grid: Grid) -> Tensor:

@@ -135,17 +135,20 @@ def _round(tiles: Tensor, importance: Tensor, triangles: Tensor, grid: Grid, dty
 
 def _by_column(tiles: Tensor, scale: Tensor, zero: Tensor, triangles: Tensor, grid: Grid) -> Rounded:
     """Round column by column, each error compensated in the tile's columns that follow."""
-    left, wide, shift = tiles.clone(), scale.squeeze(1).float(), zero.squeeze(1).float()
-    codes, values, errors = (torch.empty_like(tiles) for _ in range(3))
-    diagonal = triangles.diagonal(dim1=1, dim2=2)
-    for at in range(grid.group_size):
-        code = (left[:, at] / wide).add_(shift).round_().clamp_(0, grid.max_code)
-        codes[:, at] = code
-        values[:, at] = code.sub_(shift).mul_(wide).to(scale.dtype)
-        error = torch.sub(left[:, at], values[:, at]).div_(diagonal[:, at : at + 1])
-        errors[:, at] = error
-        left[:, at + 1 :].addcmul_(triangles[:, at, at + 1 :, None], error[:, None], value=-1)
-    return Rounded(codes.to(torch.uint8), scale, zero, values, errors, offsets_of(left, scale, zero, codes))
+    # a column of all tiles is one run of memory
+    left = tiles.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    steps, values, errors = (torch.empty_like(left) for _ in range(3))
+    wide, shift = scale.squeeze(1).float(), zero.squeeze(1).float()
+    low, high = -shift, grid.max_code - shift
+    factors = triangles.permute(1, 2, 0).unsqueeze(-1)
+    columns = zip(left.unbind(), steps.unbind(), values.unbind(), errors.unbind(), factors.unbind(), strict=True)
+    for at, (column, step, value, error, factor) in enumerate(columns):
+        torch.div(column, wide, out=step).round_().clamp_(low, high)
+        value.copy_((step * wide).to(scale.dtype))
+        torch.sub(column, value, out=error).div_(factor[at])
+        left[at + 1 :].addcmul_(factor[at + 1 :], error, value=-1)
+    codes, wanted, values, errors = (each.transpose(0, 1) for each in (steps + shift, left, values, errors))
+    return Rounded(codes.to(torch.uint8), scale, zero, values, errors, offsets_of(wanted, scale, zero, codes))
 
 
 def _fitted(tiles: Tensor, found: Rounded, triangles: Tensor) -> Tensor:
