@@ -24,6 +24,8 @@ from kdctl.system.cpu_products import packed_bytes
 PROCESS_BYTES = 2**29
 """Python with torch, transformers and the rest, measured on a CPU; a CUDA context is taken to be as large."""
 FLOAT32 = 4
+ROUNDING = 6
+"""Float32 copies of a layer while it is rounded: weight, targets, what was compensated, and how it is ordered."""
 
 
 class Cost:
@@ -133,9 +135,22 @@ class Cost:
         backward = int(passing) + self.network.loss_bytes(self.cpu) if Statistic.OUTPUT_FISHER in method.needs else 0
         yield _phase(
             "quantizing",
-            parts | {"what outputs are worth": method.held(settings, self.network.layers)},
-            {"reading back": backward, "student, its states and inputs": self.model + states + FLOAT32 * inputs},
+            parts
+            | {"what outputs are worth": method.held(settings, self.network.layers)}
+            | {"where weights were": self.offsets},
+            {
+                "reading back": backward,
+                "student, its states and inputs": self.model
+                + states
+                + FLOAT32 * inputs
+                + ROUNDING * FLOAT32 * self.network.largest_layer,
+            },
         )
+
+    @property
+    def offsets(self) -> int:
+        """Where weights were in their cells, a byte each, if the method says."""
+        return self.quantized if QUANTIZERS[self.preset.quantize.method].leaves_offsets else 0
 
     def _training_moments(self) -> dict[str, int]:
         tokens, seen = self.rows_at_once * self.longest, self._activations()
@@ -224,6 +239,7 @@ class Cost:
             "teacher states": self._states(),
             f"{kept} checkpoints": kept * 3 * FLOAT32 * self.trained,
             "PTQ and trained student, one more while it is checked": 3 * self.folder,
+            "where weights were": self.offsets,
         }
         return {name: size for name, size in found.items() if size}
 

@@ -74,6 +74,8 @@ class Quantizer(Protocol):
     settings: type[Section]
     packages: tuple[str, ...]
     """Distributions that decide its numbers; their versions go on record."""
+    leaves_offsets: bool = False
+    """Its weights say where in their cells they were: a byte each, kept for training."""
 
     def check(self, settings: QuantizeSection) -> None:
         """Raise PresetError if a package is missing or the grid is not one that the method can fill."""

@@ -39,6 +39,7 @@ class Kl(Quantizer):
     needs = frozenset({Statistic.INPUT_HESSIAN, Statistic.OUTPUT_FISHER})
     settings = KlSettings
     packages = ()
+    leaves_offsets = True
 
     def held(self, settings: QuantizeSection, layers: Mapping[str, tuple[int, int]]) -> int:
         """Return the bytes of every layer's blocks."""
