@@ -138,9 +138,15 @@ def _measured_method(context: Context, measuring: Measuring, recipe: Recipe, for
     return result
 
 
-def recipe_of(context: Context, teacher: Teacher, settings: QuantizeSection) -> Recipe:
-    """Put together what decides a PTQ student, filling the calibration store where it is missing."""
-    calibration = ensure_rollouts(context, teacher, settings.calibration_source) if settings.calibrated else None
+def recipe_of(
+    context: Context, teacher: Teacher, settings: QuantizeSection, calibration: RolloutStore | None = None
+) -> Recipe:
+    """Put together what decides a PTQ student, filling the calibration store where it is missing.
+
+    calibration: a store that is there, whatever the preset now says of rollouts.
+    """
+    if settings.calibrated and calibration is None:
+        calibration = ensure_rollouts(context, teacher, settings.calibration_source)
     inputs = {"teacher": teacher.fingerprint()} | ({"calibration": calibration.fingerprint()} if calibration else {})
     name = identity("quantize", {"quantize": settings.decisive(), "dtype": str(teacher.dtype)}, inputs)
     return Recipe(settings, name, calibration)
@@ -211,6 +217,7 @@ def ensure_student(context: Context, teacher: Teacher, measuring: Measuring | No
         _make_once(context, teacher, measuring, why="no student yet: quantizing first")
         return
     context.on_main(lambda main: check_sums(main.paths.student))
-    if not settings.calibrated or RolloutStore(context.paths.rollouts(settings.calibration_source)).finished:
-        recipe = recipe_of(context, teacher, settings)
+    store = RolloutStore(context.paths.rollouts(settings.calibration_source)) if settings.calibrated else None
+    if store is None or store.finished:
+        recipe = recipe_of(context, teacher, settings, store)
         context.on_main(lambda _: read_made(path, recipe))
