@@ -52,7 +52,7 @@ def test_provenance_has_a_row_for_every_model(tmp_path: Path) -> None:
     rows = records(provenance(study))
     assert [row["model"] for row in rows] == ["teacher", "ptq", "v"]
     assert rows[2]["weights"] == "v weights"
-    assert settings(study.sources[0])[1] == "4 bits, group size 32, asymmetric, kl"
+    assert settings(study.sources[0])[1] == "4 bits, group size 32, asymmetric, hqq"
 
 
 def test_a_folder_without_a_preset_says_so(tmp_path: Path) -> None:
