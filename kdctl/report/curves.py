@@ -129,7 +129,7 @@ def minutes(results: Results) -> Planes | None:
         if report and level:
             points.append((f"PTQ student ({report.method})", report.seconds_s, level))
     trained = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
-    series = [Series(name, (Point(seconds / MINUTE, level),)) for name, seconds, level in points]
+    series = [Series(name, (Point(seconds / MINUTE, level),), joined=False) for name, seconds, level in points]
     series += [part for part in _spent(trained, lambda model: _from_the_start(results, model)) if part.points]
     if sum(len(part.points) for part in series) < 2:
         return None
