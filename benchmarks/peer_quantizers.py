@@ -32,9 +32,8 @@ def loaded(given: argparse.Namespace) -> tuple[Any, Any]:
     """Load model and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16"), AutoTokenizer.from_pretrained(
-        given.model
-    )
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
+    return model, AutoTokenizer.from_pretrained(given.model)
 
 
 def with_llm_compressor(given: argparse.Namespace, modifiers: Callable[[dict[str, Any]], list[Any]]) -> float:

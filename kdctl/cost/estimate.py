@@ -133,18 +133,12 @@ class Cost:
         states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
         passing = SEQUENCES * self.longest * self.network.activations["none"].peak
         backward = int(passing) + self.network.loss_bytes(self.cpu) if Statistic.OUTPUT_FISHER in method.needs else 0
+        rounding = self.model + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
+        worth = {"what outputs are worth": method.held(settings, self.network.layers)}
         yield _phase(
             "quantizing",
-            parts
-            | {"what outputs are worth": method.held(settings, self.network.layers)}
-            | {"where weights were": self.offsets},
-            {
-                "reading back": backward,
-                "student, its states and inputs": self.model
-                + states
-                + FLOAT32 * inputs
-                + ROUNDING * FLOAT32 * self.network.largest_layer,
-            },
+            parts | worth | {"where weights were": self.offsets},
+            {"reading back": backward, "student, its states and inputs": rounding},
         )
 
     @property

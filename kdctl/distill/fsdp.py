@@ -56,7 +56,7 @@ def whole_rows(
     """Undo ``local_rows`` in the main process, on the CPU, a layer at a time; the others get what they gave."""
     for name, weight in weights:
         qparams = QParams(processes.whole(weight.qparams.scale), processes.whole(weight.qparams.zero_point))
-        yield name, replace(weight, codes=processes.whole(weight.codes), qparams=qparams, offsets=None)
+        yield name, replace(weight, codes=processes.whole(weight.codes), qparams=qparams)
 
 
 def _cut(weight: QuantizedWeight, parameter: Tensor) -> QuantizedWeight:

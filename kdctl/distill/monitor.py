@@ -11,7 +11,7 @@ from kdctl import stats
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection
 from kdctl.run.measures import fixed
-from kdctl.run.records import Estimate, Rollout, StopReason
+from kdctl.run.records import Rollout, StopReason
 from kdctl.run.tracking import DOCUMENT
 
 WINDOW = 64
@@ -120,7 +120,7 @@ class Monitor:
         window = self.settings.patience
         if not (documents and window and len(self._measured) > window and sum(self._measured[-1 - window]) > 0):
             return
-        gone: Estimate = stats.removed(documents, self._measured[-1 - window])
+        gone = stats.removed(documents, self._measured[-1 - window])
         self.settled = gone.high < ENOUGH
         if self.settled and self._once("settled"):
             low, high = 100 * gone.low, 100 * gone.high

@@ -23,12 +23,12 @@ def save_offsets(folder: Path, weights: Mapping[str, QuantizedWeight], owner: st
     """Write the offsets that a method left of the student ``owner``; without any, remove those of another."""
     found = {name: weight.offsets.cpu() for name, weight in weights.items() if weight.offsets is not None}
     if not found:
-        return remove(folder)
+        remove(folder)
+        return
     with atomic_folder(folder) as temporary:
         with writing(temporary / FILE):
             save_file(found, temporary / FILE, {OWNER: owner})
         write_sums(temporary)
-    return None
 
 
 def offsets_sum(folder: Path, owner: str) -> str | None:

@@ -19,15 +19,9 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch.dtype, dampin
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
-    return by_column(weight.float(), hessian.diagonal(), order, factor, grid, dtype)
-
-
-def by_column(
-    weight: Tensor, importance: Tensor, order: Tensor, factor: Tensor, grid: Grid, dtype: torch.dtype
-) -> QuantizedWeight:
-    """Quantize a weight column by column in an order, given the factor of the Hessian's inverse in that order."""
-    qparams = weighted_search(weight, importance, grid, dtype)
-    permuted = compensate(weight[:, order], factor, order // grid.group_size, qparams, grid)
+    wide = weight.float()
+    qparams = weighted_search(wide, hessian.diagonal(), grid, dtype)
+    permuted = compensate(wide[:, order], factor, order // grid.group_size, qparams, grid)
     codes = torch.empty_like(permuted)
     codes[:, order] = permuted
     return QuantizedWeight(codes, qparams, grid)

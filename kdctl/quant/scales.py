@@ -88,10 +88,9 @@ def search(
 
 def _fitted(groups: Tensor, qparams: QParams, error: Tensor, grid: Grid, importance: Tensor | None) -> QParams:
     """Take, for each group, the scale that fits its codes, Σ(q − z)·W / Σ(q − z)², where the error is less with it."""
-    zero = qparams.zero_point.float().unsqueeze(-1)
-    codes = (groups / qparams.scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(0, grid.max_code).sub_(zero)
-    weighed = codes if importance is None else codes * importance
-    fitting = (weighed * groups).sum(-1) / (weighed * codes).sum(-1).clamp(min=1e-30)
+    steps = _steps(groups, qparams, grid)
+    weighed = steps if importance is None else steps * importance
+    fitting = (weighed * groups).sum(-1) / (weighed * steps).sum(-1).clamp(min=1e-30)
     trial = QParams(round_scale(fitting, qparams.scale.dtype), qparams.zero_point)
     found = squared_error(groups, trial, grid, importance)
     better = (found < error) & (fitting > 0)
@@ -100,11 +99,14 @@ def _fitted(groups: Tensor, qparams: QParams, error: Tensor, grid: Grid, importa
 
 def squared_error(groups: Tensor, qparams: QParams, grid: Grid, importance: Tensor | None = None) -> Tensor:
     """Return Σ(W − Q(W))², weighted if asked, of each group, (out_features, groups) float32."""
-    scale = qparams.scale.float().unsqueeze(-1)
-    zero = qparams.zero_point.float().unsqueeze(-1)
-    codes = (groups / scale).add_(zero).round_().clamp_(0, grid.max_code)
-    errors = codes.sub_(zero).mul_(scale).sub_(groups).square_()
+    errors = _steps(groups, qparams, grid).mul_(qparams.scale.float().unsqueeze(-1)).sub_(groups).square_()
     return errors.sum(-1) if importance is None else errors.mul_(importance).sum(-1)
+
+
+def _steps(groups: Tensor, qparams: QParams, grid: Grid) -> Tensor:
+    """Round groups to codes less their zero points, float32."""
+    zero = qparams.zero_point.float().unsqueeze(-1)
+    return (groups / qparams.scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(0, grid.max_code).sub_(zero)
 
 
 def nearest_zero(zero: Tensor, grid: Grid) -> Tensor:

@@ -128,9 +128,9 @@ def minutes(results: Results) -> Planes | None:
         report, level = row.models[0].quantized, kl_mark(row)
         if report and level:
             points.append((f"PTQ student ({report.method})", report.seconds_s, level))
-    trained = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
     series = [Series(name, (Point(seconds / MINUTE, level),), joined=False) for name, seconds, level in points]
-    series += [part for part in _spent(trained, lambda model: _from_the_start(results, model)) if part.points]
+    spent = _spent(_distilled(results), lambda model: _from_the_start(results, model))
+    series += [part for part in spent if part.points]
     if sum(len(part.points) for part in series) < 2:
         return None
     caption = (
@@ -151,7 +151,7 @@ def _from_the_start(results: Results, model: Model) -> float | None:
 
 def costs(results: Results) -> Planes | None:
     """Show the held-out KL over tokens generated for training; None without a variant that was trained."""
-    rows = [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
+    rows = _distilled(results)
     ptq = baseline(results.study, results.all_rows, rows[0], "ptq") if rows else None
     level = kl_mark(ptq) if ptq else None
     bands = (Band("PTQ student", level),) if level else ()
@@ -165,6 +165,10 @@ def costs(results: Results) -> Planes | None:
     )
     panel = Panel("", "tokens generated for training", KL, series, bands, _is_wide(series))
     return Planes("cost", "Tokens and KL", caption, ((panel,),))
+
+
+def _distilled(results: Results) -> list[Row]:
+    return [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
 
 
 def _spent(rows: Sequence[Row], cost: Cost) -> Iterator[Series]:
