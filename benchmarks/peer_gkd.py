@@ -63,7 +63,7 @@ def widen_products(file: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.widen_products()
+    module.widen_products(torch.bfloat16)
 
 
 def main() -> None:

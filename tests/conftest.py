@@ -72,7 +72,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")  # subprocesses too: tiny tensors are slower on several threads
         torch.set_num_threads(1)
         quiet()
-        widen_products()  # as every model that kdctl loads does: what is compared is computed in one way
+        widen_products(torch.bfloat16)  # as every model that kdctl loads does: what is compared is computed in one way
         yield
 
 

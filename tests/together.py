@@ -30,7 +30,7 @@ if __name__ == "__main__":
     file, functions, folder, rank = sys.argv[1:]
     load("tiny", Path(__file__).parent / "tiny.py")
     torch.set_num_threads(1)
-    widen_products()
+    widen_products(torch.bfloat16)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
     module = load("test_file", Path(file))
     for function in functions.split(","):

@@ -145,7 +145,7 @@ def from_tensors(config: PretrainedConfig, tensors: Mapping[str, Tensor], dtype:
 def ready(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model to its device, in evaluation mode and frozen; on a CPU see to its products."""
     if device.type == "cpu":
-        widen_products()
+        widen_products(model.dtype)
     return model.to(device).eval().requires_grad_(False)  # pyright: ignore
 
 

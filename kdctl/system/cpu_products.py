@@ -40,9 +40,17 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 Kernel = Callable[..., Any]
 
 
+def widen_products(dtype: torch.dtype) -> None:
+    """See to it that this process multiplies a format fast: where torch does not, replace its kernels, once.
+
+    Where it does they stay as they are: a kernel in Python holds the interpreter's lock also for what it passes on.
+    """
+    if dtype in slow_dtypes():
+        _widen_all()
+
+
 @cache
-def widen_products() -> torch.library.Library | None:
-    """Replace torch's CPU kernels for such products in this process, once, and leave all others alone."""
+def _widen_all() -> torch.library.Library | None:
     return register(slow_dtypes())
 
 

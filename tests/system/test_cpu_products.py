@@ -134,9 +134,20 @@ def test_a_model_on_a_cpu_is_made_ready_with_fast_products(
     teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    monkeypatch.setattr(load, "widen_products", lambda: called.append(True))
+    monkeypatch.setattr(load, "widen_products", called.append)
     ready(teacher, torch.device("cpu"))
-    assert called == [True]
+    assert called == [teacher.dtype]
+
+
+def test_kernels_are_replaced_for_a_format_that_is_slow_and_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = []
+    monkeypatch.setattr(cpu_products, "slow_dtypes", lambda: frozenset([torch.float16]))
+    monkeypatch.setattr(cpu_products, "register", replaced.append)
+    cpu_products._widen_all.cache_clear()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float16):
+        cpu_products.widen_products(dtype)
+        assert replaced == [frozenset([torch.float16])] * (dtype == torch.float16)
+    cpu_products._widen_all.cache_clear()
 
 
 # --- weights kept in the order of the products ------------------------------------------------------------------------
