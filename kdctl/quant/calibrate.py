@@ -78,27 +78,37 @@ def run(layer: nn.Module, hidden: Tensor, options: Mapping[str, Any]) -> Tensor:
 def first_inputs(
     model: PreTrainedModel, prefixes: Sequence[str], batches: Sequence[Batch]
 ) -> tuple[list[Tensor], dict[str, list[dict[str, Any]]]]:
-    """Catch the first decoder layer's input and every decoder layer's other arguments (masks, positions), per batch."""
+    """Catch the first decoder layer's input and every decoder layer's other arguments (masks, positions), per batch.
+
+    Decoder layers compute in the first batch only, which shows what they hand on; later they hand on what they get.
+    """
     hidden: list[Tensor] = []
     options: dict[str, list[dict[str, Any]]] = {prefix: [] for prefix in prefixes}
+    beside: dict[str, tuple[Any, ...] | None] = {}
+    layers = {prefix: model.get_submodule(prefix) for prefix in prefixes}
 
-    def catch(prefix: str) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def catching(prefix: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def pass_on(state: Tensor, *others: Any, **named: Any) -> Any:
             if prefix == prefixes[0]:
-                hidden.append(arguments[0])
+                hidden.append(state)
             options[prefix].append(named)
+            if prefix not in beside:
+                output = compute(state, *others, **named)
+                beside[prefix] = output[1:] if isinstance(output, tuple) else None
+                return output
+            kept = beside[prefix]
+            return state if kept is None else (state, *kept)
 
-        return hook
+        return pass_on
 
-    hooks = [
-        model.get_submodule(prefix).register_forward_pre_hook(catch(prefix), with_kwargs=True) for prefix in prefixes
-    ]
     try:
+        for prefix, layer in layers.items():
+            vars(layer)["forward"] = catching(prefix, layer.forward)
         for batch in batches:
             forward(model, batch.input_ids, batch.position_ids, Layout(batch.seq_lens))
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
     return hidden, options
 
 

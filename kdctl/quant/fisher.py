@@ -18,6 +18,7 @@ from kdctl.base.progress import Advance, ignore
 from kdctl.base.rng import digest
 from kdctl.model.batch import Batch, predicting_hidden
 from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
+from kdctl.quant.calibrate import gram
 
 SEQUENCES = 8
 """Sequences whose activations are in memory at once."""
@@ -39,7 +40,7 @@ class OutputFisher:
         self.tokens.append(gradient.float().square().sum(-1))
         # bfloat16 products take a fifth of float32's time, and their rounding is noise far below the damping
         rows = gradient if gradient.dtype == torch.bfloat16 else gradient.float()
-        products = [(part.T @ part).float() for part in rows.split(size, -1)]
+        products = [gram(part).float() for part in rows.split(size, -1)]
         if not self.blocks:
             self.blocks = products
         else:
