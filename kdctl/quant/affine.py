@@ -64,6 +64,13 @@ class QuantizedWeight:
     """What each weight was when it was rounded, errors of others compensated in it: its distance from the middle of its
     cell in 256ths of the scale, int8. None where the method does not say."""
 
+    def rows(self, start: int, stop: int) -> "QuantizedWeight":
+        """Return some of the rows, in memory of their own."""
+        part = slice(start, stop)
+        qparams = QParams(self.qparams.scale[part].clone(), self.qparams.zero_point[part].clone())
+        offsets = None if self.offsets is None else self.offsets[part].clone()
+        return QuantizedWeight(self.codes[part].clone(), qparams, self.grid, offsets)
+
 
 Weights = dict[str, QuantizedWeight]
 """Weights on the grid by the name of their linear layer."""

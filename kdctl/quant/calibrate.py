@@ -19,8 +19,8 @@ from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import Batch
 from kdctl.quant.affine import QuantizedWeight, Weights, dequantize
 
-FromHessian = Callable[[str, Tensor, Tensor], QuantizedWeight]
-"""Maps a layer's name, weight and Hessian to a quantized weight."""
+FromHessian = Callable[[tuple[str, ...], Tensor, Tensor], QuantizedWeight]
+"""Maps the names of linear layers with one input, their weights on top of one another and the Hessian to one weight."""
 STRIPS = 4
 """Strips that a symmetric product is made in."""
 LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -59,13 +59,23 @@ def quantize_in_order(
         layer = model.get_submodule(prefix)
         modules = {name: model.get_submodule(name) for name in members}
         own = {name: token_weights[name] for name in members} if token_weights else {}
-        hessians = collect(layer, modules, hidden, options[prefix], own)
-        for name in members:
-            parameter = model.get_parameter(f"{name}.weight")
-            weights[name] = quantizer(name, parameter, hessians[name])
-            parameter.copy_(dequantize(weights[name].codes, weights[name].qparams, weights[name].grid))
+        found: Weights = {}
+        for sharing, hessian in collect(layer, modules, hidden, options[prefix], own).items():
+            found |= _together({name: modules[name] for name in sharing}, hessian, quantizer)
+        weights |= {name: found[name] for name in members}
         hidden = [run(layer, state, kept) for state, kept in zip(hidden, options[prefix], strict=True)]
         progress(done + 1, len(groups))
+    return weights
+
+
+def _together(modules: Mapping[str, nn.Module], hessian: Tensor, quantizer: FromHessian) -> Weights:
+    """Quantize the weights of linear layers with one input as one weight, in place."""
+    parameters = {name: module.get_parameter("weight") for name, module in modules.items()}
+    whole, weights, start = quantizer(tuple(modules), torch.cat(list(parameters.values())), hessian), {}, 0
+    for name, parameter in parameters.items():
+        weights[name] = whole.rows(start, start + len(parameter))
+        parameter.copy_(dequantize(weights[name].codes, weights[name].qparams, weights[name].grid))
+        start += len(parameter)
     return weights
 
 
@@ -118,8 +128,8 @@ def collect(
     hidden: Sequence[Tensor],
     options: Sequence[Mapping[str, Any]],
     token_weights: Mapping[str, Sequence[Tensor]],
-) -> dict[str, Tensor]:
-    """Sum x·xᵀ over the tokens that reach each linear layer; layers with one input share one sum.
+) -> dict[tuple[str, ...], Tensor]:
+    """Sum x·xᵀ over the tokens that reach linear layers, by the names of those with one input.
 
     With weights, a token counts what its weights in the layers that share the input add up to.
     """
@@ -129,7 +139,7 @@ def collect(
             counted = [token_weights[name][done] for name in names if token_weights]
             product = gram(tokens.float(), torch.stack(counted).sum(0) if counted else None)
             sums[names] = sums[names].add_(product) if names in sums else product
-    return {name: found for names, found in sums.items() for name in names}
+    return sums
 
 
 def inputs(

@@ -5,7 +5,8 @@ own columns, and of those to its left, in its own rows: tiles on one diagonal ne
 side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -41,13 +42,15 @@ def two_sided(
     """
     order = by_group(hessian.diagonal(), grid.group_size)
     groups, columns = (order[:: grid.group_size] // grid.group_size).argsort(), order.argsort()
-    inner, parts = inverse_factor(hessian[order][:, order], damping), []
-    for part, block in zip(weight.split([len(block) for block in fisher]), fisher, strict=True):
-        first = block.diagonal().argsort(descending=True, stable=True)
-        outer, back = inverse_factor(block[first][:, first], output_damping), first.argsort()
-        found = in_tiles(part[first][:, order].float(), inner, outer, grid, dtype, min(rows, len(block)))
-        parts.append([each[back][:, at] for each, at in zip(found, (columns, columns, groups, groups), strict=True)])
-    codes, offsets, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+    inner = inverse_factor(hessian[order][:, order], damping)
+    firsts = [block.diagonal().argsort(descending=True, stable=True) for block in fisher]
+    outer = [inverse_factor(block[at][:, at], output_damping) for block, at in zip(fisher, firsts, strict=True)]
+    parts = zip(weight.split([len(block) for block in fisher]), firsts, strict=True)
+    ordered = torch.cat([part[first] for part, first in parts])[:, order].float()
+    found = in_tiles(ordered, inner, outer, grid, dtype, rows)
+    back = torch.cat([start + first.argsort() for start, first in zip(_starts(firsts), firsts, strict=True)])
+    places = (columns, columns, groups, groups)
+    codes, offsets, scale, zero = (each[back][:, at] for each, at in zip(found, places, strict=True))
     return QuantizedWeight(codes, QParams(scale, zero), grid, offsets)
 
 
@@ -68,42 +71,69 @@ def lasting(factor: Tensor) -> Tensor:
 
 
 def in_tiles(
-    weight: Tensor, inner: Tensor, outer: Tensor, grid: Grid, dtype: torch.dtype, rows: int
+    weight: Tensor, inner: Tensor, outer: Sequence[Tensor], grid: Grid, dtype: torch.dtype, rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize a weight whose rows and columns are in the order of rounding, (R, C) float32.
 
-    inner, outer: upper factors of the inverses of H, (C, C), and F, (R, R). Returns codes and offsets (R, C), scales
-    and zero points (R, groups).
+    inner: upper factor of the inverse of H, (C, C); outer: those of F's blocks, of R rows together. Blocks are rounded
+    side by side. Returns codes and offsets (R, C), scales and zero points (R, groups).
     """
-    height, columns = len(weight), grid.group_size
-    more = -height % rows  # rows of zeros that nothing depends on, so that all tiles are equal
-    targets = _cut(pad(weight, (0, 0, 0, more)), columns, rows)
-    outer = torch.block_diag(outer, torch.eye(more, device=outer.device))
-    solvers = _blocks(outer, rows).transpose(1, 2)
-    solvers = torch.linalg.solve_triangular(solvers, torch.eye(rows, device=outer.device), upper=False)
+    columns = grid.group_size
+    # rows of zeros that nothing depends on, so that all tiles are equal
+    more = [-len(block) % rows for block in outer]
+    parts = zip(weight.split([len(block) for block in outer]), more, strict=True)
+    targets = _cut(torch.cat([pad(part, (0, 0, 0, count)) for part, count in parts]), columns, rows)
+    outer = [torch.block_diag(b, torch.eye(n, device=b.device)) for b, n in zip(outer, more, strict=True)]
+    solvers = torch.cat([_blocks(block, rows) for block in outer]).transpose(1, 2)
+    solvers = torch.linalg.solve_triangular(solvers, torch.eye(rows, device=weight.device), upper=False)
     triangles, importance = _blocks(inner, columns), lasting(inner).view(-1, columns)
-    across, down = targets.shape[0], targets.shape[2]
     compensation, codes = torch.zeros_like(targets), torch.empty_like(targets, dtype=torch.uint8)
     offsets = torch.empty_like(targets, dtype=torch.int8)
+    across, _, down, _ = targets.shape
     scale = torch.empty(across, down, rows, dtype=dtype, device=weight.device)
-    zero = torch.empty_like(scale, dtype=torch.uint8)
-    for diagonal in range(across + down - 1):
-        first, last = max(0, diagonal - down + 1), min(across, diagonal + 1)
-        column = torch.arange(first, last, device=weight.device)
-        row = diagonal - column
+    zero, after = torch.empty_like(scale, dtype=torch.uint8), _after(outer, rows)
+    for tiles in _diagonals(across, [len(block) // rows for block in outer]):
+        column, row = torch.tensor(tiles, device=weight.device).unbind(1)
         at = (column, slice(None), row)
         found = _round(targets[at] + compensation[at], importance[column], triangles[column], grid, dtype)
         codes[at], offsets[at] = found.codes, found.offsets
         scale[column, row], zero[column, row] = found.scale[:, 0], found.zero[:, 0]
         solved = (solvers[row] @ (targets[at] - found.values).transpose(1, 2)).transpose(1, 2)
-        for place, c in enumerate(range(first, last)):
-            r = diagonal - c
-            below, right = (r + 1) * rows, (c + 1) * columns
-            targets[c].flatten(1)[:, below:].addmm_(solved[place], outer[below - rows : below, below:], alpha=-1)
-            spread = inner[right - columns : right, right:].T @ found.errors[place]
+        for (c, r), moved, errors in zip(tiles, solved, found.errors, strict=True):
+            below, factor = after[r]
+            targets[c].flatten(1)[:, below].addmm_(moved, factor, alpha=-1)
+            right = (c + 1) * columns
+            spread = inner[right - columns : right, right:].T @ errors
             compensation[c + 1 :, :, r] -= spread.unflatten(0, (across - c - 1, columns))
-    whole = [each.flatten(2).flatten(0, 1)[:, :height].T for each in (codes, offsets)]
-    return whole[0], whole[1], scale.flatten(1).T[:height], zero.flatten(1).T[:height]
+    real = torch.cat([torch.arange(len(b) - n) + s for b, n, s in zip(outer, more, _starts(outer), strict=True)])
+    real = real.to(weight.device)
+    whole = [each.flatten(2).flatten(0, 1).T[real] for each in (codes, offsets)]
+    return whole[0], whole[1], scale.flatten(1).T[real], zero.flatten(1).T[real]
+
+
+def _starts(parts: Sequence[Tensor]) -> list[int]:
+    """Say where each part of a whole starts."""
+    return list(accumulate((len(part) for part in parts[:-1]), initial=0))
+
+
+def _diagonals(across: int, heights: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """List tiles by column and row that wait for none of each other, blocks of so many rows of tiles side by side."""
+    starts = list(accumulate(heights, initial=0))
+    for diagonal in range(across + max(heights) - 1):
+        yield [
+            (column, start + diagonal - column)
+            for start, height in zip(starts, heights, strict=False)
+            for column in range(max(0, diagonal - height + 1), min(across, diagonal + 1))
+        ]
+
+
+def _after(outer: Sequence[Tensor], rows: int) -> list[tuple[slice, Tensor]]:
+    """Say, for each row of tiles, which rows of its block come after it, and their part of the factor."""
+    return [
+        (slice(start + below, start + len(block)), block[below - rows : below, below:])
+        for start, block in zip(_starts(outer), outer, strict=True)
+        for below in range(rows, len(block) + 1, rows)
+    ]
 
 
 class Rounded(NamedTuple):

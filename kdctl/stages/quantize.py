@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,8 @@ def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[St
 
 
 def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:
-    """Cut the first sequences of a store into batches, prompts and completions together."""
-    rollouts = store.read()[: context.preset.quantize.calibration_sequences]
+    """Cut the first sequences of a store into batches, prompts and completions together; every prompt once at first."""
+    rollouts = sorted(store.read(), key=attrgetter("sample_index"))[: context.preset.quantize.calibration_sequences]
     longest = context.preset.distill.max_tokens
     return [collate(part, longest).to(teacher.device) for part in split(rollouts, CALIBRATION_BATCH)]
 

@@ -26,8 +26,8 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     batches = [collate(ROWS[:2], 64), collate(ROWS[2:], 64)]
     seen: dict[str, Tensor] = {}
 
-    def quantizer(name: str, weight: Tensor, hessian: Tensor):
-        seen[name] = hessian
+    def quantizer(sharing: tuple[str, ...], weight: Tensor, hessian: Tensor):
+        seen.update(dict.fromkeys(sharing, hessian))
         return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
 
     model = copy.deepcopy(teacher_fp32)
@@ -71,8 +71,8 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weights_where_its_input_goes(t
     weights = {n: [torch.rand(len(b.input_ids), generator=generator) for b in batches] for n in names}
     seen: dict[str, Tensor] = {}
 
-    def quantizer(name: str, weight: Tensor, hessian: Tensor):
-        seen[name] = hessian
+    def quantizer(sharing: tuple[str, ...], weight: Tensor, hessian: Tensor):
+        seen.update(dict.fromkeys(sharing, hessian))
         return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
 
     quantize_in_order(copy.deepcopy(teacher_fp32), names, batches, quantizer, token_weights=weights)

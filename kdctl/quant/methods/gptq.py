@@ -37,7 +37,7 @@ class Gptq(Quantizer):
 
         own = context.settings.of(GptqSettings)
 
-        def compensated(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+        def compensated(_names: tuple[str, ...], weight: Tensor, hessian: Tensor) -> QuantizedWeight:
             return gptq(weight, hessian, context.grid, weight.dtype, own.damping)
 
         student = copy.deepcopy(context.teacher)

@@ -60,8 +60,8 @@ class Kl(Quantizer):
         with context.reporter.task("measuring what each layer's outputs are worth", "passes") as advance:
             fisher = output_fisher(context.teacher, layers, context.batches, own.output_block, context.seed, advance)
 
-        def rounded(name: str, weight: Tensor, hessian: Tensor) -> QuantizedWeight:
-            blocks = fisher.pop(name).blocks
+        def rounded(names: tuple[str, ...], weight: Tensor, hessian: Tensor) -> QuantizedWeight:
+            blocks = [block for name in names for block in fisher.pop(name).blocks]
             return two_sided(weight, hessian, blocks, context.grid, weight.dtype, own.damping, own.output_damping)
 
         student = copy.deepcopy(context.teacher)
