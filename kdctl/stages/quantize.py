@@ -22,7 +22,7 @@ from kdctl.quant.quantizer import QuantizeContext
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import MethodResult, QuantizeReport
+from kdctl.run.records import MethodResult, QuantizeReport, Rollout
 from kdctl.stages.context import Context, layers_of, versions
 from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.rollout import ensure_rollouts
@@ -171,10 +171,15 @@ def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[St
 
 
 def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:
-    """Cut the first sequences of a store into batches, prompts and completions together; every prompt once at first."""
-    rollouts = sorted(store.read(), key=attrgetter("sample_index"))[: context.preset.quantize.calibration_sequences]
+    """Cut the first sequences of a store into batches, prompts and completions together."""
+    rollouts = by_generation(store.read())[: context.preset.quantize.calibration_sequences]
     longest = context.preset.distill.max_tokens
     return [collate(part, longest).to(teacher.device) for part in split(rollouts, CALIBRATION_BATCH)]
+
+
+def by_generation(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Put the first completion of every prompt before any second one."""
+    return sorted(rollouts, key=attrgetter("sample_index"))
 
 
 def describe_student(

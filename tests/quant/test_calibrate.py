@@ -34,6 +34,10 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     weights = quantize_in_order(model, names, batches, quantizer)
     assert list(weights) == names
     for name, weight in weights.items():
+        alone = quantize_weight(
+            teacher_fp32.get_parameter(f"{name}.weight").detach(), minmax, weight.grid, torch.float32
+        )
+        assert torch.equal(weight.codes, alone.codes)  # its own rows of what was rounded as one
         assert torch.equal(model.get_parameter(f"{name}.weight"), dequantize(weight.codes, weight.qparams, weight.grid))
     # The second layer's inputs, taken from an independent full forward of the model with only the first one quantized.
     reference = copy.deepcopy(teacher_fp32)

@@ -12,8 +12,10 @@ from kdctl.cli import app
 from kdctl.config.preset import Preset
 from kdctl.formats.student import load_student
 from kdctl.quant.apply import dense, quantize_layers, sqnr
+from kdctl.run.records import Rollout
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
+from kdctl.stages.quantize import by_generation
 
 METHODS = ("minmax", "hqq", "gptq", "kl")
 
@@ -47,6 +49,12 @@ def test_compare_continues_in_a_folder_that_has_a_student(smoke: Preset, tmp_pat
     pipeline.compare(*open_run(smoke, tmp_path), app.with_methods(smoke, ["minmax"]))
     after = load_student(tmp_path / "student", torch.device("cpu")).weights
     assert all(torch.equal(before[name].codes, after[name].codes) for name in before)
+
+
+def test_every_prompt_counts_once_before_any_counts_twice() -> None:
+    rollouts = [Rollout(str(p), p, s, [1], [2], None, "eos", 0, 0, "teacher") for p in range(3) for s in range(2)]
+    chosen = [(one.prompt_index, one.sample_index) for one in by_generation(rollouts)]
+    assert chosen == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
 
 
 def test_an_unknown_method_is_named(smoke: Preset) -> None:
