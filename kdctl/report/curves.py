@@ -9,13 +9,13 @@ from kdctl.report.charts import Band, Mark, Panel, Planes, Point, Series, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline
 from kdctl.report.marks import accuracy_mark, by_method, kl_mark, method_of, short, telling, values, varied
+from kdctl.report.spent import from_the_start, quantized
 from kdctl.report.study import Model
 from kdctl.report.study_reader import LOSSES, distill_section
 from kdctl.run.record_files import read_record
 from kdctl.run.records import StoreManifest
 
 KL = "KL to teacher, nats/token"
-MINUTE = 60.0
 RATE = "learning rate"
 COLUMNS = 3
 NAMED = 8
@@ -120,16 +120,8 @@ def _curves(model: Model) -> Iterator[Series]:
 
 def minutes(results: Results) -> Planes | None:
     """Show the held-out KL of PTQ methods and variants over the time that each took; None below two points."""
-    quantized = [row for row in results.rows if row.kind == "ptq" and row.models[0].quantized]
-    own = {row.models[0].quantized.method for row in quantized if row.models[0].quantized}
-    compared = [found for source in results.study.sources for found in source.methods if found.method not in own]
-    points = [(found.method, found.seconds_s, mark(found.distribution.forward_kl)) for found in compared]
-    for row in quantized:
-        report, level = row.models[0].quantized, kl_mark(row)
-        if report and level:
-            points.append((f"PTQ student ({report.method})", report.seconds_s, level))
-    series = [Series(name, (Point(seconds / MINUTE, level),), joined=False) for name, seconds, level in points]
-    spent = _spent(_distilled(results), lambda model: _from_the_start(results, model))
+    series = [Series(one.name, (Point(one.minutes, one.kl),), joined=False) for one in quantized(results)]
+    spent = _spent(_distilled(results), lambda model: from_the_start(results, model))
     series += [part for part in spent if part.points]
     if sum(len(part.points) for part in series) < 2:
         return None
@@ -140,13 +132,6 @@ def minutes(results: Results) -> Planes | None:
     )
     panel = Panel("", "minutes", KL, tuple(series), log_x=_is_wide(series))
     return Planes("minutes", "KL and minutes", caption, ((panel,),))
-
-
-def _from_the_start(results: Results, model: Model) -> float | None:
-    """Return the minutes of a variant's training and of quantizing the student that it began from."""
-    ptq = baseline(results.study, results.all_rows, Row(model.name, (model,)), "ptq")
-    began = ptq.models[0].quantized if ptq else None
-    return (began.seconds_s + model.distilled.train_seconds_s) / MINUTE if began and model.distilled else None
 
 
 def costs(results: Results) -> Planes | None:

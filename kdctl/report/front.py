@@ -108,7 +108,8 @@ def _made(
     """Read run folders and write their report to a folder."""
     study = read_study(runs)
     report = make_report(study, margin)
-    made = report.layouts if layout == "auto" else [table for table in report.layouts if table.name == layout]
+    asked = ("minutes", "main") if layout == "main" else (layout,)
+    made = report.layouts if layout == "auto" else [table for table in report.layouts if table.name in asked]
     tables = made or lay_out(layout, study, report.results.contrasts)
     preset = study.sources[0].preset
     settings = tracking or (preset.tracking if preset else TrackingSection())

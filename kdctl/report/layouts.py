@@ -11,6 +11,7 @@ import numpy as np
 from kdctl.base.errors import PresetError
 from kdctl.report.columns import SETTINGS, Results, block, measure_cell, measure_column, setting_cell, setting_column
 from kdctl.report.contrasts import Contrasts, Row, rows_of
+from kdctl.report.spent import minutes_table
 from kdctl.report.study import Study
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
 from kdctl.run.measures import column_measures
@@ -235,7 +236,13 @@ def method(study: Study, contrasts: Contrasts) -> Table | None:
     return without_empty(Table("method", "Post-training methods", columns, (Block("", tuple(rows)),), (note,)))
 
 
+def minutes(study: Study, contrasts: Contrasts) -> Table | None:
+    """Lay out what minutes bought; None unless --compare measured a method beside the student's own."""
+    return minutes_table(Results(study, contrasts))
+
+
 NEEDS = {
+    "minutes": "methods that kdctl quantize --compare measured beside the student's own",
     "mixed": "a variant with λ between 0 and 1",
     "method": "PTQ students of two methods (join folders, or kdctl quantize --compare)",
 }
@@ -265,7 +272,7 @@ def lay_out(layout: str, study: Study, contrasts: Contrasts) -> list[Table]:
 def _table(name: str, study: Study, contrasts: Contrasts) -> Table | None:
     if name in SWEEPS:
         return sweep(name, study, contrasts)
-    return {"main": main, "mixed": mixed, "method": method}[name](study, contrasts)
+    return {"minutes": minutes, "main": main, "mixed": mixed, "method": method}[name](study, contrasts)
 
 
-LAYOUTS = ("main", *(name for name in SWEEPS if name != "rank"), "mixed", "rank", "method")
+LAYOUTS = ("minutes", "main", *(name for name in SWEEPS if name != "rank"), "mixed", "rank", "method")

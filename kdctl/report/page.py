@@ -64,7 +64,7 @@ def _verdicts(verdicts: Sequence[str]) -> str:
 
 def _result(report: Report, table: Table) -> str:
     """Write the columns that people compare, and fold the whole table below where it has more."""
-    short, first = shortened(table, report.results), table is report.layouts[0]
+    short, first = shortened(table, report.results), table.name in ("minutes", "main")
     if short.columns == table.columns:
         return _table(table, first)
     whole = replace(table, name=f"{table.name}-all", title=f"{table.title}, all columns")

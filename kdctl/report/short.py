@@ -37,7 +37,8 @@ def shortened(table: Table, results: Results) -> Table:
     dropped = [column for column in table.columns if column.style == "percent" and column.key in single]
     kept = [at for at, one in enumerate(table.columns) if one not in dropped and one.key not in others]
     compared = results.averages or results.single
-    return replace(_kept(table, kept), notes=(MARKS if compared else NO_MARKS,)) if table.name != "method" else table
+    marked = table.name not in ("method", "minutes")
+    return replace(_kept(table, kept), notes=(MARKS if compared else NO_MARKS,)) if marked else table
 
 
 def _main(table: Table, results: Results) -> Table:

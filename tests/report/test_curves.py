@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from made_up import edit, make_run, wrote_rollouts
+from made_up import compared, edit, make_run, wrote_rollouts
 
 from kdctl.report.charts import Mark, Point, mark
 from kdctl.report.columns import Results
@@ -13,7 +13,7 @@ from kdctl.report.study import Model
 from kdctl.report.study_reader import read_study
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import MethodResult, QuantizeReport, ShardEntry, StoreManifest
+from kdctl.run.records import ShardEntry, StoreManifest
 
 
 def model(run: RunDir, name: str) -> Model:
@@ -32,15 +32,6 @@ def reads(run: RunDir, name: str, *sources: str) -> None:
     """Put the stores that a variant read into its record."""
     path = run.variant(name).report
     edit(path, stores=dict.fromkeys(sources, "f" * 64))
-
-
-def compared(run: RunDir, method: str, seconds: float) -> None:
-    """Write what ``kdctl quantize --compare`` leaves, with the student's own figures."""
-    made = read_record(run.student / "quantize.json", QuantizeReport).model_dump()
-    fields = {name: made[name] for name in MethodResult.model_fields if name in made}
-    write_record(
-        run.compared(method), MethodResult(**fields | {"method": method, "seconds_s": seconds, "sqnr_db": 0.0})
-    )
 
 
 def test_sweeps_stand_beside_each_other_by_lambda(full: Results) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import distribution, edit, evaluated, make_run, wrote_rollouts
+from made_up import compared, distribution, edit, evaluated, make_run, wrote_rollouts
 
 from kdctl.base.errors import PresetError
-from kdctl.report.contrasts import Contrasts
+from kdctl.report.contrasts import Contrasts, rows_of
 from kdctl.report.layouts import LAYOUTS, NO_ITEMS, lay_out
+from kdctl.report.marks import kl_mark
 from kdctl.report.study import Model, Score, Settings, Study
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import Table, markdown, records
@@ -104,6 +105,23 @@ def test_a_layout_that_cannot_be_filled_is_refused_with_those_that_can(tmp_path:
     study = read_study([make_run(tmp_path / "run", {"a": {}})])
     with pytest.raises(PresetError, match=rf"--layout {layout} needs .* can be filled: main$"):
         lay_out(layout, study, Contrasts(0.005))
+
+
+def test_minutes_stand_beside_what_is_left_of_the_compared_methods_kl(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"a": {}})
+    edit(run.student / "quantize.json", method="kl", seconds_s=240.0)
+    edit(run.variant("a").report, train_seconds_s=60.0)
+    for method, seconds in (("minmax", 6.0), ("gptq", 90.0)):
+        compared(run, method, seconds)
+    table = table_of("minutes", study := read_study([run]))
+    kl = {row.name: kl_mark(row) for row in rows_of(study)}
+    gptq = next(one for one in study.sources[0].methods if one.method == "gptq").distribution.forward_kl.value
+    assert [[cell.value for cell in row] for row in table.rows] == [
+        ["minmax", 0.1, gptq, 0.0],
+        ["gptq", 1.5, gptq, None],
+        ["PTQ student (kl)", 4.0, kl["ptq"].value, 1 - kl["ptq"].value / gptq],
+        ["a", 5.0, kl["a"].value, 1 - kl["a"].value / gptq],
+    ]
 
 
 def test_seeds_are_one_row_of_a_sweep(tmp_path: Path) -> None:
