@@ -8,7 +8,7 @@ import typer
 
 from kdctl.base.errors import PresetError
 from kdctl.base.version import __version__
-from kdctl.cli import render
+from kdctl.cli import console, render
 from kdctl.cli.boundary import main as main
 from kdctl.cli.fields import Flags, options
 from kdctl.cli.options import (
@@ -84,7 +84,12 @@ def quantize(
         from kdctl.stages import pipeline
 
         if not sections:
-            show(pipeline.quantize(*opened, force=common.force), common.as_json, render.show_quantized)
+            from kdctl.stages.outlook import outlook
+
+            report = pipeline.quantize(*opened, force=common.force)
+            show(report, common.as_json, render.show_quantized)
+            if not common.as_json:
+                console.show_paragraph(outlook(report, stage.preset.quantize.calibration_sequences))
             return
         results = pipeline.compare(*opened, sections, force=common.force)
         if common.as_json:
