@@ -15,6 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 .PHONY: demo test fast coverage docs lint clean
 
 demo: $(RUNTIME)  ## set up, then quantize, distill, evaluate and report on the embedded model
+	$(BIN)/kdctl quantize --compare minmax,gptq
 	$(BIN)/kdctl run quickstart
 
 test: $(STAMP)  ## set up, then check style and types and run all tests
