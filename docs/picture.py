@@ -1,6 +1,6 @@
 """Draw the picture of the front page from a run folder: ``python docs/picture.py runs/quickstart``.
 
-The folder must hold a whole ``kdctl run quickstart`` and what ``kdctl quantize --compare minmax`` measured.
+The folder must hold a whole ``kdctl run quickstart`` and what ``kdctl quantize --compare minmax,gptq`` measured.
 """
 
 import csv
@@ -14,23 +14,24 @@ from matplotlib.figure import Figure
 
 PICTURE = Path(__file__).parent / "figures" / "quickstart.svg"
 STYLE = {"svg.hashsalt": "kdctl", "svg.fonttype": "path", "font.size": 9}
-COLORS = ("#8c8c8c", "#c9a86a", "#b34700", "#0072b2")
-NAMES = ("teacher, bf16", "INT4, rounded", "INT4, GPTQ", "INT4, GPTQ, distilled")
+COMPARED = ("minmax", "gptq")
+COLORS = ("#8c8c8c", "#c9a86a", "#d98c5f", "#b34700", "#0072b2")
+NAMES = ("teacher, bf16", "INT4, rounded", "INT4, GPTQ", "INT4, kdctl", "INT4, kdctl, distilled")
 Z = 1.96
 
 
 def main(folder: Path) -> None:
     """Draw the KL to the teacher and the average accuracy, with 95 % intervals."""
     rows = list(csv.DictReader((folder / "report" / "tables" / "main.csv").read_text(encoding="utf-8").splitlines()))
-    plain = json.loads((folder / "compare" / "minmax.json").read_text(encoding="utf-8"))["distribution"]["forward_kl"]
+    measured = [json.loads((folder / "compare" / f"{one}.json").read_text(encoding="utf-8")) for one in COMPARED]
+    compared = [tuple(one["distribution"]["forward_kl"][end] for end in ("value", "low", "high")) for one in measured]
     kinds = [tuple(float(row[f"forward_kl{end}"]) for end in ("", "_low", "_high")) for row in rows[1:3]]
-    kl = [None, (plain["value"], plain["low"], plain["high"]), *kinds]
-    accuracies = [_percent(float(row["average"]), float(row["average_stderr"])) for row in rows[:3]]
+    teacher, *students = [_percent(float(row["average"]), float(row["average_stderr"])) for row in rows[:3]]
     with matplotlib.rc_context(STYLE):
-        figure = Figure((7.6, 1.9), layout="constrained", facecolor="white")
+        figure = Figure((7.6, 2.2), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, sharey=True)
-        _bars(left, kl, "KL to the teacher, nats a token", "{:.3f}", "0 by definition")
-        _bars(right, [accuracies[0], None, *accuracies[1:]], "average accuracy of 5 tasks, %", "{:.1f}", "not measured")
+        _bars(left, [None, *compared, *kinds], "KL to the teacher, nats a token", "{:.3f}", "0 by definition")
+        _bars(right, [teacher, None, None, *students], "average accuracy of 5 tasks, %", "{:.1f}", "not measured")
         left.set_yticks(range(len(NAMES)), NAMES)
         left.invert_yaxis()
         figure.savefig(PICTURE, format="svg", metadata={"Date": None, "Creator": None})
