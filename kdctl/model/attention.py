@@ -25,9 +25,6 @@ NAME = "kdctl"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "indices")
 """What a network may ask of its attention that no layout carries: caps, sinks, biases and chosen tokens."""
 
-SHORT = 192
-"""Tokens from which a CPU attends as fast in half precision as in float32; below it, backward takes twice the time."""
-
 
 class RowCache:
     """Keys and values of up to ``rows`` sequences of up to ``capacity`` tokens, written in place.
@@ -176,14 +173,6 @@ def _continue(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: fl
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
     """Attend causally within one sequence, (1, heads, T, D), no further back than the window."""
-    length, dtype = query.shape[2], query.dtype
-    if query.device.type == "cpu" and length < SHORT and dtype.itemsize < torch.float32.itemsize:
-        query, key, value = query.float(), key.float(), value.float()
-    return _causal(query, key, value, window, scale).to(dtype)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """Attend in the format of the numbers given."""
     length = query.shape[2]
     if window is None or length <= window:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from kdctl.base.errors import ModelError
-from kdctl.model.attention import NAME, Layout, RowCache, attend, forward, use_layouts
+from kdctl.model.attention import NAME, Layout, RowCache, forward, use_layouts
 
 SHAPE: Any = {
     "vocab_size": 100,
@@ -109,20 +108,6 @@ def test_continued_rows_beside_new_sequences_see_all_of_their_own(kind: str) -> 
     torch.testing.assert_close(step, torch.stack([wanted[0][5], wanted[1][1]]), rtol=1e-4, atol=1e-5)
     expected = torch.cat([wanted[0][6:], wanted[1][2:], wanted[2], wanted[3]])
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_short_sequences_in_half_precision_are_computed_in_float32_and_rounded_once(window: int | None) -> None:
-    query, key, value = (torch.randn(1, heads, 20, 8).bfloat16() for heads in (4, 2, 2))
-    place = torch.arange(20)
-    seen = (place.unsqueeze(-1) >= place) & (place.unsqueeze(-1) - place < (window or 20))
-    wide = (query.double(), *(each.double().repeat_interleave(2, 1) for each in (key, value)))
-    exact = scaled_dot_product_attention(*wide, attn_mask=seen, scale=0.3)
-    options = {"scaling": 0.3, "sliding_window": window}
-    found, _ = attend(nn.Module(), query, key, value, None, Layout((20,)), **options)
-    assert found.dtype == torch.bfloat16
-    nearest = exact.transpose(1, 2).bfloat16()
-    assert float((found == nearest).float().mean()) > 0.99  # the others lie between two of its numbers
 
 
 def test_without_a_layout_a_model_is_transformers_own_to_the_bit(teacher: PreTrainedModel) -> None:
