@@ -53,16 +53,21 @@ def minutes_table(results: Results) -> Table | None:
     rows = sorted(made, key=lambda one: one.minutes) + _trained(results)
     columns = (
         Column("model", "model"),
-        Column("minutes", "minutes", "perplexity"),
+        Column("seconds", "seconds", "number"),
         Column("forward_kl", "KL [95 %]", "kl"),
-        Column("removed", f"removed of {first.method}'s", "share"),
+        Column("removed", f"removed of {first.method}'s KL", "share"),
     )
     cells = tuple(
-        (Cell(one.name), Cell(one.minutes), Cell(one.kl.value, low=one.kl.low, high=one.kl.high), _removed(one, first))
+        (
+            Cell(one.name),
+            Cell(round(MINUTE * one.minutes, 1)),
+            Cell(one.kl.value, low=one.kl.low, high=one.kl.high),
+            _removed(one, first),
+        )
         for one in rows
     )
     note = (
-        "Minutes of quantizing and, for distilled students, of training after it; rollouts are not in them. KL per "
+        "Seconds of quantizing and, for distilled students, of training after it; rollouts are not in them. KL per "
         f"held-out token in nats; removed: the share of {first.method}'s KL that is gone."
     )
     return Table("minutes", "KL and minutes", columns, (Block("", cells),), (note,))

@@ -117,10 +117,10 @@ def test_minutes_stand_beside_what_is_left_of_the_compared_methods_kl(tmp_path: 
     kl = {row.name: kl_mark(row) for row in rows_of(study)}
     gptq = next(one for one in study.sources[0].methods if one.method == "gptq").distribution.forward_kl.value
     assert [[cell.value for cell in row] for row in table.rows] == [
-        ["minmax", 0.1, gptq, 0.0],
-        ["gptq", 1.5, gptq, None],
-        ["PTQ student (kl)", 4.0, kl["ptq"].value, 1 - kl["ptq"].value / gptq],
-        ["a", 5.0, kl["a"].value, 1 - kl["a"].value / gptq],
+        ["minmax", 6.0, gptq, 0.0],
+        ["gptq", 90.0, gptq, None],
+        ["PTQ student (kl)", 240.0, kl["ptq"].value, 1 - kl["ptq"].value / gptq],
+        ["a", 300.0, kl["a"].value, 1 - kl["a"].value / gptq],
     ]
 
 
