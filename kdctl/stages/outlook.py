@@ -28,6 +28,7 @@ def outlook(report: QuantizeReport, sequences: int) -> str:
         return f"next: --method {BEST} before any training; on {MEASURED_ON} it left a KL of {LEFT[BEST]:.3f}{known}"
     pace = report.seconds_s / sequences / SEQUENCE_S
     shares = [removed(minutes / pace) for minutes in ASKED]
+    beyond = " or less" if ASKED[-1] / pace > CURVE[-1][0] else ""
     if shares[-1] < LITTLE:
         few = f"next: an hour of training would remove less than {LITTLE:.0%} of this KL"
         return f"{few}; plan hours of it, or use the student as it is"
@@ -35,7 +36,7 @@ def outlook(report: QuantizeReport, sequences: int) -> str:
         f"{minutes} minutes of it to about {fixed(kl.value * (1 - share), 4)} (−{share:.0%})"
         for minutes, share in zip(ASKED, shares, strict=True)
     )
-    return f"next: kdctl distill; if this model is like {MEASURED_ON}, {expected}, rollouts included"
+    return f"next: kdctl distill; if this model is like {MEASURED_ON}, {expected}{beyond}, rollouts included"
 
 
 def removed(minutes: float) -> float:
