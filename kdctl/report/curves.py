@@ -16,6 +16,7 @@ from kdctl.run.record_files import read_record
 from kdctl.run.records import StoreManifest
 
 KL = "KL to teacher, nats/token"
+MINUTE = 60.0
 RATE = "learning rate"
 COLUMNS = 3
 NAMED = 8
@@ -120,8 +121,8 @@ def _curves(model: Model) -> Iterator[Series]:
 
 def minutes(results: Results) -> Planes | None:
     """Show the held-out KL of PTQ methods and variants over the time that each took; None below two points."""
-    series = [Series(one.name, (Point(one.minutes, one.kl),), joined=False) for one in quantized(results)]
-    spent = _spent(_distilled(results), lambda model: from_the_start(results, model))
+    series = [Series(one.name, (Point(one.seconds / MINUTE, one.kl),), joined=False) for one in quantized(results)]
+    spent = _spent(_distilled(results), lambda model: _minutes(from_the_start(results, model)))
     series += [part for part in spent if part.points]
     if sum(len(part.points) for part in series) < 2:
         return None
@@ -132,6 +133,10 @@ def minutes(results: Results) -> Planes | None:
     )
     panel = Panel("", "minutes", KL, tuple(series), log_x=_is_wide(series))
     return Planes("minutes", "KL and minutes", caption, ((panel,),))
+
+
+def _minutes(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds / MINUTE
 
 
 def costs(results: Results) -> Planes | None:

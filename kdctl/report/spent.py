@@ -1,4 +1,4 @@
-"""The minutes that a student took, and how near to the teacher it came: the figure and the table of them."""
+"""The seconds that a student took, and how near to the teacher it came: the figure and the table of them."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,17 @@ from kdctl.report.marks import kl_mark, short
 from kdctl.report.study import Model
 from kdctl.report.tables import Block, Cell, Column, Table
 
-MINUTE = 60.0
 FIRST = "gptq"
 """The method that others are measured against, where it is there."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A student, the method that quantized it, its minutes and its held-out KL."""
+    """A student, the method that quantized it, its seconds and its held-out KL."""
 
     name: str
     method: str
-    minutes: float
+    seconds: float
     kl: Mark
 
 
@@ -34,14 +33,14 @@ def quantized(results: Results) -> list[Spent]:
     compared = [found for source in results.study.sources for found in source.methods if found.method not in own]
     found = [(one.method, one.method, one.seconds_s, mark(one.distribution.forward_kl)) for one in compared]
     found += [(f"PTQ student ({one.method})", one.method, one.seconds_s, level) for one, level in reports if level]
-    return [Spent(name, method, seconds / MINUTE, level) for name, method, seconds, level in found]
+    return [Spent(name, method, seconds, level) for name, method, seconds, level in found]
 
 
 def from_the_start(results: Results, model: Model) -> float | None:
-    """Return the minutes of a variant's training and of quantizing the student that it began from."""
+    """Return the seconds of a variant's training and of quantizing the student that it began from."""
     ptq = baseline(results.study, results.all_rows, Row(model.name, (model,)), "ptq")
     began = ptq.models[0].quantized if ptq else None
-    return (began.seconds_s + model.distilled.train_seconds_s) / MINUTE if began and model.distilled else None
+    return began.seconds_s + model.distilled.train_seconds_s if began and model.distilled else None
 
 
 def minutes_table(results: Results) -> Table | None:
@@ -50,7 +49,7 @@ def minutes_table(results: Results) -> Table | None:
     if not any(one.name == one.method for one in made):
         return None
     first = min(made, key=lambda one: (one.method != FIRST, one.name != one.method, one.kl.value))
-    rows = sorted(made, key=lambda one: one.minutes) + _trained(results)
+    rows = sorted(made, key=lambda one: one.seconds) + _trained(results)
     columns = (
         Column("model", "model"),
         Column("seconds", "seconds", "number"),
@@ -60,7 +59,7 @@ def minutes_table(results: Results) -> Table | None:
     cells = tuple(
         (
             Cell(one.name),
-            Cell(round(MINUTE * one.minutes, 1)),
+            Cell(round(one.seconds, 1)),
             Cell(one.kl.value, low=one.kl.low, high=one.kl.high),
             _removed(one, first),
         )
@@ -77,8 +76,8 @@ def _trained(results: Results) -> list[Spent]:
     """List the variants, seeds averaged."""
     found = []
     for row in results.rows:
-        minutes = [from_the_start(results, model) for model in row.models] if row.kind == "variant" else []
-        known, level = [each for each in minutes if each is not None], kl_mark(row)
+        seconds = [from_the_start(results, model) for model in row.models] if row.kind == "variant" else []
+        known, level = [each for each in seconds if each is not None], kl_mark(row)
         if known and level:
             found.append(Spent(short(row.name), "", float(np.mean(known)), level))
     return found
