@@ -1,6 +1,7 @@
 """Widened half-precision products: float32 products, rounded once; all else is left alone."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -143,11 +144,10 @@ def test_kernels_are_replaced_for_a_format_that_is_slow_and_for_no_other(monkeyp
     replaced = []
     monkeypatch.setattr(cpu_products, "slow_dtypes", lambda: frozenset([torch.float16]))
     monkeypatch.setattr(cpu_products, "register", replaced.append)
-    cpu_products._widen_all.cache_clear()
+    monkeypatch.setattr(cpu_products, "_widen_all", cache(cpu_products._widen_all.__wrapped__))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float16):
         cpu_products.widen_products(dtype)
         assert replaced == [frozenset([torch.float16])] * (dtype == torch.float16)
-    cpu_products._widen_all.cache_clear()
 
 
 # --- weights kept in the order of the products ------------------------------------------------------------------------
