@@ -8,6 +8,7 @@ that quantizing took, without loading and saving.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,8 +89,8 @@ def auto_round(given: argparse.Namespace, iterations: int = 200) -> float:
     from auto_round import AutoRound
 
     model, tokenizer = loaded(given)
-    rows = [torch.tensor([ids[:LONGEST]]) for ids in json.loads(given.calibration.read_text())]
-    length = min(row.shape[-1] for row in rows)
+    tokens = torch.tensor([token for ids in json.loads(given.calibration.read_text()) for token in ids])
+    rows = tokens[: len(tokens) // LONGEST * LONGEST].view(-1, 1, LONGEST).unbind()  # the tool wants equal lengths
     tool = AutoRound(
         model,
         tokenizer,
@@ -97,15 +98,97 @@ def auto_round(given: argparse.Namespace, iterations: int = 200) -> float:
         group_size=given.group_size,
         sym=False,
         iters=iterations,
-        dataset=[row[:, :length] for row in rows],
-        seqlen=length,
+        dataset=list(rows),
+        seqlen=LONGEST,
         nsamples=len(rows),
         device_map="cpu",
     )
     started = time.perf_counter()
     tool.quantize()
     seconds = time.perf_counter() - started
-    tool.save_quantized(str(given.out), format="llm_compressor" if given.bits == 8 else "auto_round")
+    tool.save_quantized(str(given.out), format="fake")  # its own asymmetric export fails
+    return seconds
+
+
+def gptqmodel(given: argparse.Namespace) -> float:
+    """Quantize by GPTQModel's GPTQ; what it made is written back as plain numbers, which every environment opens."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer than four cores it asks for more than it has
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.utils.model_dequant import dequantize_model
+
+    tool = GPTQModel.load(str(given.model), QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=False))
+    rows = [{"input_ids": ids[:LONGEST]} for ids in json.loads(given.calibration.read_text())]
+    started = time.perf_counter()
+    tool.quantize(rows, batch_size=8)
+    seconds = time.perf_counter() - started
+    packed = given.out.with_name(f"{given.out.name}-packed")
+    tool.save(str(packed))
+    dequantize_model(packed, given.out)
+    return seconds
+
+
+def trl_qat(given: argparse.Namespace, steps: int) -> float:
+    """Train by TRL's GKDTrainer, forward KL on the calibration sequences, a student that torchao fake-quantizes.
+
+    The student that is saved holds the fake-quantized weights as plain numbers. torchao's grid is symmetric.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.utils.rnn import pad_sequence
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    (student, tokenizer), teacher = loaded(given), loaded(given)[0]
+    width = {4: torch.int4, 3: torch.int3, 2: torch.int2, 8: torch.int8}[given.bits]
+    grid = IntxWeightOnlyConfig(weight_dtype=width, granularity=PerGroup(given.group_size))
+    quantize_(student, QATConfig(grid, step="prepare"))
+
+    def collated(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        mask = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+        padded = pad_sequence(ids, batch_first=True, padding_value=tokenizer.eos_token_id)
+        labels = padded.masked_fill(mask == 0, -100)
+        return {"input_ids": padded, "attention_mask": mask, "labels": labels, "prompts": padded[:, :1]}
+
+    from datasets import Dataset
+
+    rows = [{"input_ids": ids[:LONGEST]} for ids in json.loads(given.calibration.read_text())]
+    config = GKDConfig(
+        output_dir=f"{given.out}-trainer",
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        learning_rate=2e-5,
+        bf16=True,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        data_collator=collated,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    plain = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
+    with torch.no_grad():
+        for name, module in student.named_modules():
+            if isinstance(module, FakeQuantizedLinear):
+                inner: nn.Linear = plain.get_submodule(name)
+                inner.weight.copy_(module.weight_fake_quantizer(module.weight))
+    plain.save_pretrained(given.out)
+    tokenizer.save_pretrained(given.out)
     return seconds
 
 
@@ -114,6 +197,8 @@ METHODS: dict[str, Callable[[argparse.Namespace], float]] = {
     "llm-compressor-awq": llm_compressor_awq,
     "auto-round": auto_round,
     "auto-round-50": lambda given: auto_round(given, 50),
+    "gptqmodel": gptqmodel,
+    "trl-torchao-qat-60-steps": lambda given: trl_qat(given, 60),
 }
 
 

@@ -2,12 +2,12 @@
 
     python benchmarks/quality.py WORK [--method kl ...] [--steps 12 ...] [--peer llm-compressor-gptq=PYTHON ...]
 
-Every model is made from the quickstart's teacher with the same calibration sequences and judged by ``kdctl eval
---also`` in one run folder: on the held-out completions and on plain text. ``--steps`` trains the student of the last
-``--method`` for so many, its seconds added to those of quantizing. A peer's Python is that of an environment with the
-tool alone (benchmarks/peer_quantizers.py has the methods). Seconds are those of quantizing and training, without
-rollouts, loading and saving. All that is complete in WORK is kept, so a run that was killed goes on. Run it on an idle
-machine.
+Every model is made from the quickstart's teacher (``--teacher`` names another folder) with the same calibration
+sequences and judged by ``kdctl eval --also`` in one run folder: on the held-out completions and on plain text.
+``--method kl-352`` calibrates on so many. ``--steps`` trains the student of the last ``--method`` for so many, its
+seconds added to those of quantizing. A peer's Python is that of an environment with the tool alone
+(benchmarks/peer_quantizers.py has the methods). Seconds are those of quantizing and training, without rollouts, loading
+and saving. All that is complete in WORK is kept, so a run that was killed goes on. Run it on an idle machine.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from kdctl.config.resolve import load_preset
 from kdctl.model.reference import model_folder
@@ -28,6 +30,8 @@ from kdctl.run.records import DistillReport, Estimate, EvalResult, QuantizeRepor
 
 PRESET = "quickstart"
 HERE = Path(__file__).parent
+INSTANT = 6
+"""Seconds that anything quicker is drawn at."""
 JUDGED = ["-s", "eval.limit=1", "-s", 'eval.tasks=["arc_easy_offline"]']
 
 
@@ -44,6 +48,8 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--teacher", type=Path, help="another teacher's folder; benchmarks/folded_teacher.py makes one")
+    parser.add_argument("--prompts", type=int, default=256, help="the teacher's rollouts")
     parser.add_argument("--method", action="append", default=[], help="a method of kdctl quantize; repeatable")
     parser.add_argument("--steps", action="append", default=[], type=int, help="train so many steps; repeatable")
     parser.add_argument("--peer", action="append", default=[], metavar="METHOD=PYTHON", help="another tool")
@@ -65,9 +71,12 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace):
         self.given, self.work, self.base = given, given.work.absolute(), given.work.absolute() / "base"
-        self.grid = ["-s", f"quantize.bits={given.bits}", "-s", f"quantize.group_size={given.group_size}"]
+        self.teacher = given.teacher.absolute() if given.teacher else teacher_folder()
+        grid = {"quantize.bits": given.bits, "quantize.group_size": given.group_size}
+        asked = {**grid, "teacher.model": self.teacher, "rollout.num_prompts": given.prompts}
+        self.asked = [part for name, value in asked.items() for part in ("-s", f"{name}={value}")]
         self.base.mkdir(parents=True, exist_ok=True)
-        kdctl("rollout", "-p", PRESET, "-r", self.base, *self.grid, "-s", "quantize.method=minmax", *JUDGED)
+        kdctl("rollout", "-p", PRESET, "-r", self.base, *self.asked, "-s", "quantize.method=minmax", *JUDGED)
         kdctl("quantize", "-r", self.base)
 
     def own(self, method: str) -> Made:
@@ -76,7 +85,9 @@ class Bench:
         if not run.exists():
             run.mkdir()
             (run / "rollouts").symlink_to(self.base / "rollouts", target_is_directory=True)
-        kdctl("quantize", "-p", PRESET, "-r", run, *self.grid, "-s", f"quantize.method={method}")
+        kind, _, sequences = method.partition("-")
+        fitted = ["-s", f"quantize.calibration_sequences={sequences}"] if sequences else []
+        kdctl("quantize", "-p", PRESET, "-r", run, *self.asked, "-s", f"quantize.method={kind}", *fitted)
         seconds = read_record(run / "student" / "quantize.json", QuantizeReport).seconds_s
         return Made(method, run / "student", seconds)
 
@@ -95,7 +106,7 @@ class Bench:
             rows = RolloutStore(self.base / "rollouts" / "teacher").read()
             calibration.write_text(json.dumps([row.prompt_ids + row.completion_ids for row in rows]))
             grid = ["--bits", str(self.given.bits), "--group-size", str(self.given.group_size)]
-            command = [python, HERE / "peer_quantizers.py", method, teacher_folder(), calibration, out, *grid]
+            command = [python, HERE / "peer_quantizers.py", method, self.teacher, calibration, out, *grid]
             print(f"{method} …", file=sys.stderr, flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
             if done.returncode:
@@ -137,19 +148,25 @@ def main() -> None:
     table = "\n".join(lines) + "\n"
     (bench.work / "quality.md").write_text(table)
     print(table)
-    draw(found, bench.work / "quality.svg")
+    draw(found, [peer.partition("=")[0] for peer in given.peer], bench.work / "quality.svg")
 
 
-def draw(found: dict[str, tuple[Made, EvalResult]], path: Path) -> None:
-    """Draw the figure."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+def draw(found: dict[str, tuple[Made, EvalResult]], peers: Collection[str], path: Path) -> None:
+    """Draw the figure: every model a point with its name, other tools' in another colour."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     for one, result in found.values():
-        kl = result.distribution.forward_kl
-        axis.errorbar(
-            one.seconds / 60, kl.value, [[kl.value - kl.low], [kl.high - kl.value]], fmt="o", capsize=3, label=one.name
-        )
+        kl, minutes = result.distribution.forward_kl, max(one.seconds, INSTANT) / 60
+        color = "#8c8c8c" if one.name in peers else "#b34700"
+        spread = [[kl.value - kl.low], [kl.high - kl.value]]
+        axis.errorbar(minutes, kl.value, spread, fmt="o", capsize=3, color=color)
+        axis.annotate(one.name, (minutes, kl.value), (6, 4), textcoords="offset points", fontsize=8, color=color)
     axis.set(xlabel="minutes", ylabel="KL to the teacher, nats a token", xscale="log", yscale="log")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_xlim(right=axis.get_xlim()[1] * 4)  # room for the last name
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
