@@ -28,6 +28,7 @@ from kdctl.cli.sweep import sweep
 from kdctl.config import resolve
 from kdctl.config.preset import Preset, QuantizeSection, Source
 from kdctl.quant.methods import QUANTIZERS
+from kdctl.run.records import QuantizeReport
 
 METHODS = ", ".join(QUANTIZERS)
 
@@ -86,10 +87,11 @@ def quantize(
         if not sections:
             from kdctl.stages.outlook import outlook
 
-            report = pipeline.quantize(*opened, force=common.force)
-            show(report, common.as_json, render.show_quantized)
-            if not common.as_json:
+            def with_outlook(report: QuantizeReport) -> None:
+                render.show_quantized(report)
                 console.show_paragraph(outlook(report, stage.preset.quantize.calibration_sequences))
+
+            show(pipeline.quantize(*opened, force=common.force), common.as_json, with_outlook)
             return
         results = pipeline.compare(*opened, sections, force=common.force)
         if common.as_json:

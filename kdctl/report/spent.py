@@ -17,12 +17,16 @@ FIRST = "gptq"
 
 @dataclass(frozen=True)
 class Spent:
-    """A student, the method that quantized it, its seconds and its held-out KL."""
+    """A student, the method that quantized it, its seconds and its held-out KL.
+
+    method: empty for a variant, which training made. compared: measured by --compare and not kept.
+    """
 
     name: str
     method: str
     seconds: float
     kl: Mark
+    compared: bool = False
 
 
 def quantized(results: Results) -> list[Spent]:
@@ -31,9 +35,9 @@ def quantized(results: Results) -> list[Spent]:
     reports = [(report, kl_mark(row)) for row in students if (report := row.models[0].quantized)]
     own = {report.method for report, _ in reports}
     compared = [found for source in results.study.sources for found in source.methods if found.method not in own]
-    found = [(one.method, one.method, one.seconds_s, mark(one.distribution.forward_kl)) for one in compared]
-    found += [(f"PTQ student ({one.method})", one.method, one.seconds_s, level) for one, level in reports if level]
-    return [Spent(name, method, seconds, level) for name, method, seconds, level in found]
+    found = [Spent(one.method, one.method, one.seconds_s, mark(one.distribution.forward_kl), True) for one in compared]
+    kept = [(one.method, one.seconds_s, level) for one, level in reports if level]
+    return found + [Spent(f"PTQ student ({method})", method, seconds, level) for method, seconds, level in kept]
 
 
 def from_the_start(results: Results, model: Model) -> float | None:
@@ -46,9 +50,9 @@ def from_the_start(results: Results, model: Model) -> float | None:
 def minutes_table(results: Results) -> Table | None:
     """Lay out what minutes bought; None unless --compare measured a method beside the student's own."""
     made = quantized(results)
-    if not any(one.name == one.method for one in made):
+    if not any(one.compared for one in made):
         return None
-    first = min(made, key=lambda one: (one.method != FIRST, one.name != one.method, one.kl.value))
+    first = min(made, key=lambda one: (one.method != FIRST, not one.compared, one.kl.value))
     rows = sorted(made, key=lambda one: one.seconds) + _trained(results)
     columns = (
         Column("model", "model"),
