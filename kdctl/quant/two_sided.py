@@ -79,11 +79,8 @@ def in_tiles(
     side by side. Returns codes and offsets (R, C), scales and zero points (R, groups).
     """
     columns = grid.group_size
-    # rows of zeros that nothing depends on, so that all tiles are equal
-    more = [-len(block) % rows for block in outer]
-    parts = zip(weight.split([len(block) for block in outer]), more, strict=True)
-    targets = _cut(torch.cat([pad(part, (0, 0, 0, count)) for part, count in parts]), columns, rows)
-    outer = [torch.block_diag(b, torch.eye(n, device=b.device)) for b, n in zip(outer, more, strict=True)]
+    weight, outer, real = _in_equal_tiles(weight, outer, rows)
+    targets = _cut(weight, columns, rows)
     solvers = torch.cat([_blocks(block, rows) for block in outer]).transpose(1, 2)
     solvers = torch.linalg.solve_triangular(solvers, torch.eye(rows, device=weight.device), upper=False)
     triangles, importance = _blocks(inner, columns), lasting(inner).view(-1, columns)
@@ -105,10 +102,19 @@ def in_tiles(
             right = (c + 1) * columns
             spread = inner[right - columns : right, right:].T @ errors
             compensation[c + 1 :, :, r] -= spread.unflatten(0, (across - c - 1, columns))
-    real = torch.cat([torch.arange(len(b) - n) + s for b, n, s in zip(outer, more, _starts(outer), strict=True)])
-    real = real.to(weight.device)
     whole = [each.flatten(2).flatten(0, 1).T[real] for each in (codes, offsets)]
     return whole[0], whole[1], scale.flatten(1).T[real], zero.flatten(1).T[real]
+
+
+def _in_equal_tiles(weight: Tensor, outer: Sequence[Tensor], rows: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Add to blocks rows of zeros that nothing depends on, so that tiles are equal; say where the others now are."""
+    heights = [len(block) for block in outer]
+    more = [-height % rows for height in heights]
+    parts = zip(weight.split(heights), more, strict=True)
+    padded = torch.cat([pad(part, (0, 0, 0, count)) for part, count in parts])
+    longer = [torch.block_diag(b, torch.eye(n, device=b.device)) for b, n in zip(outer, more, strict=True)]
+    real = [start + torch.arange(height) for start, height in zip(_starts(longer), heights, strict=True)]
+    return padded, longer, torch.cat(real).to(weight.device)
 
 
 def _starts(parts: Sequence[Tensor]) -> list[int]:
