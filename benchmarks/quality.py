@@ -159,7 +159,10 @@ def draw(found: dict[str, tuple[Made, EvalResult]], peers: Collection[str], path
         color = "#8c8c8c" if one.name in peers else "#b34700"
         spread = [[kl.value - kl.low], [kl.high - kl.value]]
         axis.errorbar(minutes, kl.value, spread, fmt="o", capsize=3, color=color)
-        axis.annotate(one.name, (minutes, kl.value), (6, 4), textcoords="offset points", fontsize=8, color=color)
+        label = axis.annotate(
+            one.name, (minutes, kl.value), (8, 3), textcoords="offset points", fontsize=8, color=color
+        )
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axis.set(xlabel="minutes", ylabel="KL to the teacher, nats a token", xscale="log", yscale="log")
     axis.set_xlim(right=axis.get_xlim()[1] * 4)  # room for the last name
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
