@@ -1,4 +1,4 @@
-"""Write a teacher's function with weights on no grid: what benchmarks/quality.py takes with --folded.
+"""Write a teacher's function with weights on no grid: what benchmarks/quality.py takes as --teacher.
 
     python benchmarks/folded_teacher.py MODEL OUT [--spread 0.3]
 
@@ -56,11 +56,11 @@ def main() -> None:
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    ids = torch.arange(1000, 1064)[None]
+    ids = torch.arange(64)[None] + min(1000, model.config.vocab_size - 64)
     before = model(ids).logits
     fold(model, given.spread)
     moved = (model(ids).logits - before).abs().max() / before.abs().max()
-    if moved > 1e-4:
+    if not moved <= 1e-4:
         raise SystemExit(f"the logits moved by {moved:.1e} of the largest; folding does not fit this network")
     model.bfloat16().save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)

@@ -55,7 +55,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], metavar="METHOD=PYTHON", help="another tool")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if bad := [peer for peer in given.peer if not all(peer.partition("="))]:
+        parser.error(f"--peer wants METHOD=PYTHON, not {', '.join(bad)}")
+    if given.steps and not given.method:
+        parser.error("--steps trains the student of the last --method; there is none")
+    if few := [one for one in given.method if int(one.partition("-")[2] or 0) > given.prompts]:
+        parser.error(f"{', '.join(few)} would calibrate on more than the --prompts {given.prompts}")
+    return given
 
 
 def kdctl(*arguments: str | Path) -> None:

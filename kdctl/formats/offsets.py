@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kdctl.base.errors import StoreError
 from kdctl.formats.student import check_file, write_sums
 from kdctl.quant.affine import QuantizedWeight
 from kdctl.run.files import atomic_folder, naming, remove, writing
@@ -38,10 +39,17 @@ def offsets_sum(folder: Path, owner: str) -> str | None:
     """
     if not folder.exists():
         return None
-    listed = listed_sums(folder)
-    check_file(folder, FILE, listed)
+    try:
+        listed = listed_sums(folder)
+        check_file(folder, FILE, listed)
+    except StoreError as error:
+        raise StoreError(
+            f"{folder} is damaged, so training cannot start where the weights were when they were rounded; kdctl "
+            "quantize --force makes student and offsets again, and without the folder training starts in the middle of "
+            "their cells"
+        ) from error
     with naming(folder / FILE), safe_open(folder / FILE, "pt") as file:
-        return listed[FILE] if file.metadata()[OWNER] == owner else None
+        return listed[FILE] if (file.metadata() or {}).get(OWNER) == owner else None
 
 
 def with_offsets(folder: Path, weights: Mapping[str, QuantizedWeight], owner: str) -> dict[str, QuantizedWeight]:

@@ -177,6 +177,11 @@ def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocume
     teacher = measuring.teacher
     student = load_student(context.paths.student, teacher.device)
     student.weights.update(with_offsets(context.paths.offsets, student.weights, made_of(context)))
+    if context.preset.quantize.method == "kl" and any(one.offsets is None for one in student.weights.values()):
+        context.reporter.note(
+            f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, and "
+            "training removes less; kdctl quantize --force makes student and offsets again"
+        )
     share_frozen(student.model, teacher.load(), student.weights)
     outcome = _run_loop(context, measuring, plan, student, watch)
     if context.ranks.sharded:

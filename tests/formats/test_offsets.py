@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kdctl.base.errors import StoreError
 from kdctl.formats.offsets import FILE, offsets_sum, save_offsets, with_offsets
+from kdctl.formats.student import write_sums
 from kdctl.quant.affine import Grid, QuantizedWeight
 from kdctl.quant.scales import minmax, quantize_weight
 
@@ -49,3 +51,14 @@ def test_damaged_offsets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "offsets" / FILE).write_bytes(data)
     with pytest.raises(StoreError, match="damaged"):
         with_offsets(tmp_path / "offsets", weights(), "mine")
+
+
+def test_a_folder_without_what_it_should_hold_is_refused_or_of_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "offsets"
+    save_offsets(folder, weights(), "mine")
+    (folder / FILE).unlink()
+    with pytest.raises(StoreError, match="kdctl quantize --force"):
+        offsets_sum(folder, "mine")
+    save_file({"a": torch.zeros(1)}, folder / FILE)
+    write_sums(folder)
+    assert offsets_sum(folder, "mine") is None

@@ -10,6 +10,7 @@ from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
+from kdctl.run.files import remove
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
 
@@ -77,3 +78,20 @@ def test_training_that_only_does_harm_is_said(smoke: Preset, tmp_path: Path, lr:
     report = pipeline.distill(*open_run(preset, tmp_path, reporter=Notes()))
     assert (report.removed.value < 0) == harmful
     assert any(text.startswith("warning: the student is farther") for text in said) == harmful
+
+
+@pytest.mark.slow
+def test_training_says_that_the_offsets_of_its_student_are_gone(smoke: Preset, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    preset = build_preset(smoke.model_dump(), {"quantize.method": "kl", "distill.steps": 1}, "test")
+    job = open_run(preset, tmp_path, reporter=Listening())
+    pipeline.distill(*job, name="with")
+    assert not any("middle of their cells" in one for one in said)
+    remove(job.context.paths.offsets)
+    pipeline.distill(*job, name="without")
+    assert sum("middle of their cells" in one for one in said) == 1
