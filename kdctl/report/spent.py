@@ -36,8 +36,8 @@ def quantized(results: Results) -> list[Spent]:
     own = {report.method for report, _ in reports}
     compared = [found for source in results.study.sources for found in source.methods if found.method not in own]
     found = [Spent(one.method, one.method, one.seconds_s, mark(one.distribution.forward_kl), True) for one in compared]
-    kept = [(one.method, one.seconds_s, level) for one, level in reports if level]
-    return found + [Spent(f"PTQ student ({method})", method, seconds, level) for method, seconds, level in kept]
+    found += [Spent(f"PTQ student ({one.method})", one.method, one.seconds_s, level) for one, level in reports if level]
+    return found
 
 
 def from_the_start(results: Results, model: Model) -> float | None:

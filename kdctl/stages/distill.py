@@ -24,6 +24,7 @@ from kdctl.model.activation_checkpointing import set_checkpointing
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import build_student, share_frozen
+from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
@@ -177,7 +178,8 @@ def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocume
     teacher = measuring.teacher
     student = load_student(context.paths.student, teacher.device)
     student.weights.update(with_offsets(context.paths.offsets, student.weights, made_of(context)))
-    if context.preset.quantize.method == "kl" and any(one.offsets is None for one in student.weights.values()):
+    leaves = QUANTIZERS[context.preset.quantize.method].leaves_offsets
+    if leaves and any(one.offsets is None for one in student.weights.values()):
         context.reporter.note(
             f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, and "
             "training removes less; kdctl quantize --force makes student and offsets again"
