@@ -17,6 +17,17 @@ from kdctl.stages.context import open_run
 LIVE = {"distill.lmbda": 1.0, "distill.refresh_every": 2}
 
 
+class Notes(Silent):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Keep a line."""
+        self.said.append(text)
+
+
 def test_replay_of_a_variant_without_live_rollouts_is_refused_before_any_work(smoke: Preset, tmp_path: Path) -> None:
     preset = build_preset(smoke.model_dump(), LIVE | {"distill.replay": "absent"}, "test")
     job = open_run(preset, tmp_path)
@@ -69,29 +80,20 @@ def test_an_early_stop_leaves_the_student_that_fewer_steps_leave(smoke: Preset, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lr", "harmful"), [(1.0, True), (1e-3, False)])
 def test_training_that_only_does_harm_is_said(smoke: Preset, tmp_path: Path, lr: float, harmful: bool) -> None:
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            said.append(text)
-
-    said: list[str] = []
+    notes = Notes()
     preset = build_preset(smoke.model_dump(), {"distill.lr": lr, "distill.steps": 3}, "test")
-    report = pipeline.distill(*open_run(preset, tmp_path, reporter=Notes()))
+    report = pipeline.distill(*open_run(preset, tmp_path, reporter=notes))
     assert (report.removed.value < 0) == harmful
-    assert any(text.startswith("warning: the student is farther") for text in said) == harmful
+    assert any(text.startswith("warning: the student is farther") for text in notes.said) == harmful
 
 
 @pytest.mark.slow
 def test_training_says_that_the_offsets_of_its_student_are_gone(smoke: Preset, tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Listening(Silent):
-        def note(self, text: str) -> None:
-            said.append(text)
-
+    notes = Notes()
     preset = build_preset(smoke.model_dump(), {"quantize.method": "kl", "distill.steps": 1}, "test")
-    job = open_run(preset, tmp_path, reporter=Listening())
+    job = open_run(preset, tmp_path, reporter=notes)
     pipeline.distill(*job, name="with")
-    assert not any("middle of their cells" in one for one in said)
+    assert not any("middle of their cells" in one for one in notes.said)
     remove(job.context.paths.offsets)
     pipeline.distill(*job, name="without")
-    assert sum("middle of their cells" in one for one in said) == 1
+    assert sum("middle of their cells" in one for one in notes.said) == 1
