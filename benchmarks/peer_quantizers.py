@@ -37,13 +37,18 @@ def loaded(given: argparse.Namespace) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(given.model)
 
 
+def sequences(given: argparse.Namespace, longest: int | None = LONGEST) -> list[list[int]]:
+    """Read the calibration sequences, cut at so many tokens."""
+    return [ids[:longest] for ids in json.loads(given.calibration.read_text())]
+
+
 def with_llm_compressor(given: argparse.Namespace, modifiers: Callable[[dict[str, Any]], list[Any]]) -> float:
     """Run llm-compressor's one-shot quantization and save what it made."""
     from datasets import Dataset
     from llmcompressor import oneshot
 
     model, tokenizer = loaded(given)
-    rows = [ids[:LONGEST] for ids in json.loads(given.calibration.read_text())]
+    rows = sequences(given)
     data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows])
     weights = {"num_bits": given.bits, "type": "int", "symmetric": False, "strategy": "group"}
     groups = {"group_0": {"targets": ["Linear"], "weights": {**weights, "group_size": given.group_size}}}
@@ -89,7 +94,7 @@ def auto_round(given: argparse.Namespace, iterations: int = 200) -> float:
     from auto_round import AutoRound
 
     model, tokenizer = loaded(given)
-    tokens = torch.tensor([token for ids in json.loads(given.calibration.read_text()) for token in ids])
+    tokens = torch.tensor([token for ids in sequences(given, None) for token in ids])
     rows = tokens[: len(tokens) // LONGEST * LONGEST].view(-1, 1, LONGEST).unbind()  # the tool wants equal lengths
     tool = AutoRound(
         model,
@@ -117,7 +122,7 @@ def gptqmodel(given: argparse.Namespace) -> float:
     from gptqmodel.utils.model_dequant import dequantize_model
 
     tool = GPTQModel.load(str(given.model), QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=False))
-    rows = [{"input_ids": ids[:LONGEST]} for ids in json.loads(given.calibration.read_text())]
+    rows = [{"input_ids": ids} for ids in sequences(given)]
     started = time.perf_counter()
     tool.quantize(rows, batch_size=8)
     seconds = time.perf_counter() - started
@@ -133,11 +138,11 @@ def trl_qat(given: argparse.Namespace, steps: int) -> float:
     The student that is saved holds the fake-quantized weights as plain numbers. torchao's grid is symmetric.
     """
     import torch
+    from datasets import Dataset
     from torch import nn
     from torch.nn.utils.rnn import pad_sequence
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
-    from transformers import AutoModelForCausalLM
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     (student, tokenizer), teacher = loaded(given), loaded(given)[0]
@@ -152,9 +157,7 @@ def trl_qat(given: argparse.Namespace, steps: int) -> float:
         labels = padded.masked_fill(mask == 0, -100)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels, "prompts": padded[:, :1]}
 
-    from datasets import Dataset
-
-    rows = [{"input_ids": ids[:LONGEST]} for ids in json.loads(given.calibration.read_text())]
+    rows = [{"input_ids": ids} for ids in sequences(given)]
     config = GKDConfig(
         output_dir=f"{given.out}-trainer",
         per_device_train_batch_size=4,
@@ -181,7 +184,7 @@ def trl_qat(given: argparse.Namespace, steps: int) -> float:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    plain = AutoModelForCausalLM.from_pretrained(given.model, dtype="bfloat16")
+    plain, _ = loaded(given)
     with torch.no_grad():
         for name, module in student.named_modules():
             if isinstance(module, FakeQuantizedLinear):
