@@ -38,6 +38,7 @@ def _helper(name: str) -> ModuleType:
 tiny = _helper("tiny")
 _helper("made_up")
 _helper("gguf_files")
+_helper("stub_server")
 students, budget = _helper("students"), _helper("budget")
 pytest_addoption = budget.pytest_addoption
 TOGETHER = Path(__file__).parent / "together.py"

@@ -29,6 +29,10 @@ class ProcessError(KdctlError, RuntimeError):
     """Another process of the same run is gone."""
 
 
+class ServerError(KdctlError, RuntimeError):
+    """A server that writes completions is gone, refuses, or writes other ones than were asked for."""
+
+
 class TrainingError(KdctlError, ArithmeticError):
     """Training cannot go on, because the loss is no longer a finite number, or has less to win than was asked for."""
 

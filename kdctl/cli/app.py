@@ -108,6 +108,9 @@ def quantize(
     "rollout.min_new_tokens",
     "rollout.temperature",
     "rollout.seed",
+    "rollout.engine",
+    "rollout.url",
+    "rollout.serve",
 )
 def rollout(
     flags: Flags,
@@ -155,6 +158,9 @@ def rollout(
     "distill.train",
     "distill.seed",
     "distill.refresh_every",
+    "rollout.engine",
+    "rollout.url",
+    "rollout.serve",
     "tracking.wandb",
 )
 def distill(

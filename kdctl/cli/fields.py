@@ -67,7 +67,7 @@ def _kind(annotation: Any) -> tuple[Any, str]:
     if origin is Literal:
         return type(arguments[0]), f" ({', '.join(map(str, arguments))})"
     if origin is tuple:
-        return list[arguments[0]], " Repeatable."
+        return list[_kind(arguments[0])[0]], " Repeatable."
     return annotation, ""
 
 

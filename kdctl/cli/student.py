@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from kdctl.base.errors import PresetError
 from kdctl.cli import console, render
 from kdctl.cli.options import DEFAULT_PRESET, JsonOption, VerboseOption, guarded, prepare_libraries, show
-from kdctl.formats.records import ExportFormat
+from kdctl.config.preset import Form, RolloutSection
+from kdctl.formats.records import ExportFormat, VerifyReport
 
 DEFAULT_STUDENT = Path("runs") / DEFAULT_PRESET / "student"
 StudentFolder = Annotated[Path, typer.Argument(help="Student folder: a run's student, or distill/VARIANT/final in it.")]
@@ -46,6 +48,17 @@ def verify(
     teacher: Annotated[
         str | None, typer.Option(help="What the student was made from. (default: the run folder's teacher)")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Also open it in a server and compare: vllm, sglang, llama-server, a command with {port} and "
+            "{weights} in it, or the http:// address of one that holds it."
+        ),
+    ] = None,
+    weights: Annotated[
+        Form | None,
+        typer.Option(help="How the server that --engine starts takes the student. (default: what its kind takes)"),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -55,12 +68,32 @@ def verify(
     Example: kdctl verify runs/quickstart/student
     """
     with guarded():
+        _check_engine(engine, weights)
         prepare_libraries(teacher is None, verbose)
         from kdctl.formats.verify import find_teacher
         from kdctl.formats.verify import verify as verify_student
         from kdctl.model.load import pick_device
 
         report = verify_student(folder, find_teacher(folder, teacher), pick_device("auto"), console.ConsoleReporter())
+        if engine is not None:
+            from kdctl.formats.served import check_served
+
+            served = check_served(folder, engine, weights, pick_device("auto"), console.ConsoleReporter())
+            checks = (*report.checks, *served)
+            report = VerifyReport(folder=str(folder), passed=all(one.acceptable for one in checks), checks=checks)
         show(report, as_json, render.show_verified)
         if not report.passed:
             raise typer.Exit(1)
+
+
+def _check_engine(engine: str | None, weights: Form | None) -> None:
+    """Raise PresetError for an engine that is neither a name nor a command nor an address, before any work."""
+    if engine is None:
+        if weights is not None:
+            raise PresetError("--weights says how a server takes the student, and --engine names none; give both")
+        return
+    where = {"url": (engine,)} if engine.startswith(("http://", "https://")) else {"serve": engine}
+    try:
+        RolloutSection(engine="server", **where)  # pyright: ignore[reportArgumentType]
+    except ValidationError as error:
+        raise PresetError(f"--engine: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

@@ -5,9 +5,12 @@ rejected; nothing is changed silently. ``resolve.py`` turns TOML and overrides i
 """
 
 import importlib
+import re
+import shlex
 from collections.abc import Mapping
 from datetime import date
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -45,6 +48,12 @@ MOST_ROWS = 2**20
 NEAREST = 1e-6
 """How near β may be to its ends without being one."""
 LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+Form = Literal["packed", "dense", "gguf"]
+"""How another program takes weights: a folder in 4 bits, a folder of Q(W) in full, or a GGUF file."""
+SERVERS = ("vllm", "sglang", "llama-server")
+"""Servers that kdctl knows how to start."""
+OPERATIONAL = ("url", "serve", "restart", "weights", "timeout_s")
+"""Rollout settings that say where completions are written, not which."""
 IN_EVERY_IDENTITY = {"damping", "autoround_iters"}
 """Settings of one method that students of all methods were identified by before a method had its own."""
 
@@ -62,6 +71,41 @@ def _known_method(name: str) -> str:
     if name not in quantizers():
         raise ValueError(f"there is no such method; there are {', '.join(quantizers())}")
     return name
+
+
+def _server_url(text: str) -> str:
+    """Return a server's address without what is behind its path."""
+    found = urlsplit(text)
+    try:
+        sound = found.scheme in ("http", "https") and bool(found.hostname) and (found.port or 1) > 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"{text!r:.200} is no address of a server; write it like http://127.0.0.1:8000")
+    if found.username or found.password or found.query:
+        raise ValueError(
+            f"the address of a server is written into the run folder, so it must not hold a secret; give "
+            f"{found.scheme}://{found.hostname}{f':{found.port}' if found.port else ''} and the key in KDCTL_SERVER_KEY"
+        )
+    return text.rstrip("/").removesuffix("/v1")
+
+
+def _check_command(name: str, command: str | None) -> None:
+    """Raise ValueError for a command whose places cannot be filled."""
+    if command is None or (name == "serve" and command in SERVERS):
+        return
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"{name}={command!r:.200} cannot be read as a command: {error}") from None
+    places = {place for word in words for place in re.findall(r"\{(\w+)\}", word)}
+    needed = {"weights", "port"} if name == "serve" else {"weights"}
+    if places != needed:
+        known = f"is neither {', '.join(SERVERS)} nor a command" if name == "serve" else "is no command"
+        raise ValueError(
+            f"{name}={command!r:.200} {known} with {' and '.join(f'{{{one}}}' for one in sorted(needed))} in it, and "
+            "nothing else in braces: kdctl puts the path of the weights there"
+        )
 
 
 class TeacherSection(Section):
@@ -173,13 +217,45 @@ class RolloutSection(Section):
     seed: Seed = 0
     """Seed of the sampled tokens, and of a method that calibrates on them."""
     engine: Name = "transformers"
-    """What writes completions: ``transformers`` samples them in this process, reproducibly."""
+    """What writes completions: ``transformers`` samples them in this process, reproducibly; ``server`` asks vLLM,
+    SGLang or llama-server."""
+    url: tuple[Annotated[str, AfterValidator(_server_url)], ...] = ()
+    """Server that writes completions, as ``http://host:port``. Several share the requests."""
+    serve: Name | None = None
+    """Server to start and to end with the work: ``vllm``, ``sglang``, ``llama-server``, or a command with {port} and
+    {weights} in it."""
+    restart: Name | None = None
+    """Command that gives a server which cannot reload them new weights, with {weights} in it."""
+    weights: Form | None = None
+    """How a server takes a student: ``packed`` in 4 bits, ``dense`` as Q(W) in full, where it has no kernel for the
+    grid, or ``gguf``; what its kind takes without it."""
+    timeout_s: Annotated[Positive, within(0.1, 86400, "a request ends some time")] = 600.0
+    """Seconds that a server may take for one answer."""
+    lag: Literal[0, 1] = 0
+    """Live on a server: 1 writes the next completions while training on the last, by a student one refresh older."""
     keep_states: Literal["no", "exact", "int8"] = "no"
     """Keep the teacher's final hidden states beside each shard, so that training needs no pass of the teacher."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what stores and variants are identified by; kdctl's own engine is no part of it, once the only one."""
-        return self.model_dump(mode="json", exclude={"engine"} if self.engine == "transformers" else None)
+        own = {"engine"} if self.engine == "transformers" else set()
+        return self.model_dump(mode="json", exclude={*OPERATIONAL, *own, *(() if self.lag else ("lag",))})
+
+    @model_validator(mode="after")
+    def _check_server(self) -> Self:
+        named = [name for name in ("url", "serve", "restart", "weights", "lag") if getattr(self, name)]
+        if self.engine != "server" and named:
+            raise ValueError(
+                f"{named[0]} is for engine='server', and engine is {self.engine!r}; set rollout.engine too"
+            )
+        if self.engine == "server" and bool(self.url) == bool(self.serve):
+            raise ValueError(
+                "engine='server' needs to know where it is: give either url, of a server that runs, or serve, to have "
+                "one started"
+            )
+        for name in ("serve", "restart"):
+            _check_command(name, getattr(self, name))
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -59,7 +59,7 @@ def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, s
 
     Raises PresetError if so many shards cannot train as the preset says.
     """
-    Processes(0, shards, sharded=shards > 1).check_trainable(preset.distill)
+    Processes(0, shards, sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
     cost = Cost(preset, network, machine.cpu, shards)
     phases, disk = cost.phases(), as_parts(cost.disk())
     peak, sequences = peak_bytes(phases), preset.distill.steps * preset.distill.rows_per_step

@@ -6,6 +6,7 @@ decides which prompt it takes from a source. Nothing depends on what ran before,
 micro-batches or another number of processes sees the same data.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import shuffled_index, uniform
 from kdctl.config.preset import DistillSection
-from kdctl.rollout.engine import RolloutEngine, record_of
 from kdctl.rollout.sampler import Item, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.rollout.work import RolloutEngine
 from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
@@ -35,6 +36,14 @@ class RolloutSource(Protocol):
 
     def resume(self, step: int) -> None:
         """Take up what was there when training was interrupted after ``step`` steps."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is worth a line of ``metrics.jsonl`` about where the rows come from."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what writes them."""
         ...
 
 
@@ -55,6 +64,15 @@ class Feed:
         draws = on_policy_rows(settings.seed, step, count, settings.lmbda)
         return [self._row(step * count + row, drawn) for row, drawn in enumerate(draws)]
 
+    def metrics(self) -> dict[str, float]:
+        """Return what is worth a line of ``metrics.jsonl`` about where the rows come from."""
+        return {} if self.on_policy is None else self.on_policy.metrics()
+
+    def close(self) -> None:
+        """Let go of what writes rollouts."""
+        if self.on_policy is not None:
+            self.on_policy.close()
+
     def _row(self, slot: int, drawn: bool) -> Rollout:
         if drawn and self.on_policy is not None:
             return self.on_policy.row(slot)
@@ -69,6 +87,13 @@ class Stored:
         """Do nothing."""
 
     def resume(self, step: int) -> None:
+        """Do nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def close(self) -> None:
         """Do nothing."""
 
 
@@ -121,10 +146,14 @@ class Live:
     identity: str
     writer: str
     processes: Processes = ALONE
+    lag: int = 0
+    """1: the next interval is written while this one is trained on, by the student as it is now."""
     keep: Callable[[ShardEntry, Sequence[Rollout]], None] | None = None
     """Told of each shard before it is trained on, to keep the teacher's states of it."""
     progress: Callable[[int], None] | None = None
     _interval: int = -1
+    _ahead: "Ahead | None" = None
+    _loaded: int = -1
     _rows: dict[int, Rollout] = field(default_factory=dict)
     _shards: list[ShardEntry] = field(default_factory=list)
     _steps: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -132,6 +161,14 @@ class Live:
     def row(self, slot: int) -> Rollout:
         """Return the rollout of a slot of the current interval."""
         return self._rows[slot]
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the engine found about the last weights."""
+        return self.engine.metrics()
+
+    def close(self) -> None:
+        """End what the engine started."""
+        self.engine.close()
 
     def prepare(self, step: int) -> None:
         """Make sure that the rollouts of a step's interval are there."""
@@ -186,17 +223,38 @@ class Live:
     def _write(self, interval: int) -> None:
         items, processes = self._items(interval), self.processes
         if items:
-            rollouts = self._generate(items, self._first(interval))
+            rollouts = self._generated(interval, items)
             entry = processes.on_main(lambda: self.store.write_shard(interval, rollouts, self.identity))
             self._note(interval, entry)
             processes.main_first(lambda: self._take(entry, rollouts))
         processes.on_main(lambda: self.store.finish(self._manifest()))
+        if self.lag:
+            self._begin(interval + 1, self._first(interval))
 
-    def _generate(self, items: Sequence[Item], step: int) -> list[Rollout]:
-        """Write completions with the student as it is after ``step`` steps, divided among the processes."""
-        self.engine.load(self.student, step)
+    def _generated(self, interval: int, items: Sequence[Item]) -> list[Rollout]:
+        """Return the completions of an interval, divided among the processes, which may have been begun before."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return self.processes.merge(ahead.result())
+        step = self._first(interval)
+        self._load(step)
+        return self.processes.merge(self._complete(items, step))
+
+    def _begin(self, interval: int, step: int) -> None:
+        """Begin to write an interval with the student as it is after ``step`` steps, and go on without waiting."""
+        if self._first(interval) < self.settings.steps and (items := self._items(interval)):
+            self._load(step)
+            self._ahead = Ahead(lambda: self._complete(items, step))
+
+    def _load(self, step: int) -> None:
+        """Have the engine take up the student as it is now, unless it did."""
+        if self._loaded != step:
+            self.engine.load(self.student, step)
+            self._loaded = step
+
+    def _complete(self, items: Sequence[Item], step: int) -> list[Rollout]:
         mine = self.processes.share(items)
-        return self.processes.merge(self.engine.complete(mine, self.sampling, step, self.progress) if mine else [])
+        return self.engine.complete(mine, self.sampling, step, self.progress) if mine else []
 
     def _reload(self, interval: int) -> None:
         entry = self._kept(interval) if self._slots(interval) else None
@@ -221,8 +279,31 @@ class Live:
             sampling=self.sampling.record(),
             shards=tuple(self._shards),
             steps=dict(self._steps),
-            engine=record_of(self.engine),
+            engine=self.engine.record(),
         )
+
+
+class Ahead:
+    """Work that a thread does meanwhile; the process may end without it."""
+
+    def __init__(self, work: Callable[[], list[Rollout]]):
+        self._found: list[Rollout] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._do, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _do(self, work: Callable[[], list[Rollout]]) -> None:
+        try:
+            self._found = work()
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            self._error = error
+
+    def result(self) -> list[Rollout]:
+        """Wait for the end and return what was made. Raises what the work raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 def on_policy_rows(seed: int, step: int, rows: int, lmbda: float) -> list[bool]:

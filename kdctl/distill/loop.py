@@ -95,6 +95,7 @@ class Trainer:
             f"train/{self.objective.name}": loss,
             "train/completion_tokens": tokens,
             **rollout_metrics(rollouts),
+            **self.feed.metrics(),
             "optim/lr": rate,
             "optim/grad_norm": norm,
             "time/generate_s": generated,

@@ -43,7 +43,7 @@ from kdctl.quant.affine import (
     pack,
     unpack,
 )
-from kdctl.run.files import atomic_folder, naming, write_text, writing
+from kdctl.run.files import atomic_folder, naming, read_bytes, write_bytes, write_text, writing
 from kdctl.run.record_files import remedy, write_record
 from kdctl.run.records import QuantizeReport
 from kdctl.run.sums import SUMS, listed_sums
@@ -158,6 +158,23 @@ def save_student(
         write_text(temporary / CARD, card(report))
         with writing(temporary / HELDOUT):
             pq.write_table(heldout, temporary / HELDOUT)
+        write_sums(temporary)
+
+
+def save_changed(folder: Path, source: Path, changed: Mapping[str, Tensor]) -> None:
+    """Write a student folder again with some tensors changed, for a server to load; what was measured is left out.
+
+    source: the folder as it was. It appears whole or not at all.
+    """
+    tensors = {**dict(read_tensors(source)), **changed}
+    left = {SUMS, REPORT, CARD, HELDOUT}
+    kept = [path for path in source.iterdir() if path.is_file() and path.name not in left]
+    with atomic_folder(folder) as temporary:
+        with writing(temporary / "model.safetensors"):
+            save_torch_state_dict({name: one.to("cpu").contiguous() for name, one in tensors.items()}, temporary)
+        for path in kept:
+            if ".safetensors" not in path.name:
+                write_bytes(temporary / path.name, read_bytes(path))
         write_sums(temporary)
 
 

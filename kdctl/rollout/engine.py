@@ -1,47 +1,27 @@
 """Engines: what writes completions. An entry of ``ENGINES`` is all that one needs to be chosen by a preset."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
-from transformers import PreTrainedModel
+from collections.abc import Callable
 
 from kdctl.base.errors import PresetError
 from kdctl.config.resolve import suggest
-from kdctl.rollout.sampler import InProcess, Item, Progress, Sampling
-from kdctl.run.records import EngineRecord, Rollout
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.work import RolloutEngine, Work
 
 
-class RolloutEngine(Protocol):
-    """Completes prompts with one model's weights."""
-
-    name: str
-    """Its name in presets and manifests."""
-    reproducible: bool
-    """Whether equal weights, items and sampling give equal tokens; only such a store can be written again."""
-
-    def load(self, model: PreTrainedModel, policy_step: int) -> None:
-        """Take up a model's weights as they are now, that many optimizer steps behind their first. Every process calls.
-
-        Called before every ``complete`` that is to see new weights, and never needed after construction.
-        """
-        ...
-
-    def complete(
-        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
-    ) -> list[Rollout]:
-        """Write a completion for each (prompt, sample index), in order. progress: told of tokens as they are drawn."""
-        ...
+def in_process(work: Work) -> RolloutEngine:
+    """Make the engine that samples in this process."""
+    return InProcess(work.model, work.stop, work.source, work.settings.batch_size)
 
 
-Make = Callable[[PreTrainedModel, Sequence[int], str, int], RolloutEngine]
-"""Makes an engine for a model, its stop tokens, what rollouts say of who wrote them, and completions at once."""
+def served(work: Work) -> RolloutEngine:
+    """Make the engine that asks servers."""
+    from kdctl.rollout.server.engine import Served  # what speaks HTTP takes a while to import
 
-ENGINES: dict[str, Make] = {"transformers": InProcess}
+    return Served(work)
 
 
-def record_of(engine: RolloutEngine) -> EngineRecord:
-    """Describe an engine for a manifest."""
-    return EngineRecord(name=engine.name, reproducible=engine.reproducible)
+Make = Callable[[Work], RolloutEngine]
+ENGINES: dict[str, Make] = {"transformers": in_process, "server": served}
 
 
 def engine_named(name: str) -> Make:

@@ -8,9 +8,9 @@ from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.data.prompts import PromptSet
 from kdctl.model.batch import split
-from kdctl.rollout.engine import RolloutEngine, record_of
 from kdctl.rollout.sampler import Item, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.rollout.work import RolloutEngine
 from kdctl.run.record_files import damaged
 from kdctl.run.records import EngineRecord, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
@@ -48,7 +48,7 @@ class Plan:
             identity=self.identity,
             writer=self.writer,
             sampling=sampling.record() if sampling else None,
-            engine=record_of(engine) if engine else EngineRecord(),
+            engine=engine.record() if engine else EngineRecord(),
             shards=tuple(shards),
             skipped_prompts=self.prompts.skipped,
         )

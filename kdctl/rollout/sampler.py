@@ -17,7 +17,7 @@ from kdctl.base.rng import uniform
 from kdctl.config.preset import RolloutSection
 from kdctl.model.attention import Layout, RowCache, forward
 from kdctl.model.head import rows_at_once
-from kdctl.run.records import Prompt, Rollout, SamplingRecord
+from kdctl.run.records import EngineRecord, Prompt, Rollout, SamplingRecord
 from kdctl.system.cpu_products import packed
 
 Progress = Callable[[int], None]
@@ -84,9 +84,6 @@ class InProcess:
     in the making at once.
     """
 
-    name = "transformers"
-    reproducible = True
-
     def __init__(self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64):
         self.model = model
         self.stop = set(stop)
@@ -96,6 +93,17 @@ class InProcess:
     def load(self, model: PreTrainedModel, policy_step: int) -> None:
         """Take up a model; its weights are read where they are, so that nothing else is to be done."""
         self.model = model
+
+    def record(self) -> EngineRecord:
+        """Describe itself for a manifest."""
+        return EngineRecord()
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: what trains is what generates."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
 
     def complete(
         self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None

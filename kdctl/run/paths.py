@@ -22,6 +22,7 @@ class RunDir:
         self.report = self.path / "report"
         self.sweeps = self.path / "sweeps"
         self.heldout = self.path / "rollouts" / "heldout"
+        self.served = self.path / "served"
         self.locks = self.path / ".locks"
 
     def rollouts(self, source: str) -> Path:
@@ -75,6 +76,7 @@ class VariantDir:
         self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
+        self.served = path / "served"
         self.report = path / "distill.json"
 
 

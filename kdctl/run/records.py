@@ -102,11 +102,30 @@ class SamplingRecord(Record):
     seed: int
 
 
+class ServerRecord(Record):
+    """The servers that wrote a store, and what was asked of them. Its address and key are written nowhere."""
+
+    kind: str
+    """``vllm``, ``sglang`` or ``llama-server``."""
+    version: str
+    model: str
+    """What the server calls the model."""
+    servers: int
+    request: dict[str, Any]
+    """Every field of a request but the prompt; each has a seed of its own."""
+    gap: float
+    """Mean absolute difference of log-probabilities, nats a token, to those computed in process, when last looked."""
+
+
 class EngineRecord(Record):
-    """What sampled the completions of a store, and whether equal settings sample equal tokens again."""
+    """What sampled the completions of a store, and whether equal settings sample equal tokens again.
+
+    A store of an engine that is not reproducible is kept: it cannot be written again byte for byte.
+    """
 
     name: str = "transformers"
     reproducible: bool = True
+    server: ServerRecord | None = None
 
 
 class StoreManifest(Record):

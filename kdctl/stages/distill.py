@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -48,6 +49,7 @@ from kdctl.stages.rollout import (
     needed_sources,
     train_prompts,
 )
+from kdctl.stages.served import StudentFiles
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 from kdctl.system.memory import give_back
 
@@ -95,7 +97,7 @@ def distill(
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
-    context.ranks.check_trainable(context.preset.distill)
+    context.ranks.check_trainable(context.preset.distill, context.preset.rollout)
     if not math.isfinite(min_gap):
         raise PresetError(f"--min-gap {min_gap} is no number of nats; leave it out to train in any case")
     variant = context.paths.variant(check_name(name) if name is not None else default_name(context))
@@ -203,17 +205,19 @@ def _whole(context: Context, teacher: Teacher, student: Student) -> Student:
 def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Student, watch: Watch | None) -> Outcome:
     """Run the training loop, which leaves the student as it is to be kept."""
     settings, ranks, teacher = context.preset.distill, context.ranks, measuring.teacher
-    feed, states = _feed(context, teacher, plan, student)
+    files = StudentFiles(context, plan.variant.served)
+    feed, states = _feed(context, teacher, plan, student, files)
     if ranks.sharded:
         for model in (teacher.load(), student.model):
             shard(model, student.weights.keys(), ranks)
     shadow = make_shadow(settings, student.model, local_rows(student.model, student.weights), teacher.load())
+    files.follow(shadow, student)
     student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     set_checkpointing(student.model, context.preset.runtime.activation_checkpointing)
     trainer = Trainer(teacher.load(), student.model, shadow, feed, settings, states)
     small = measuring.yardstick(settings.heldout_documents)
     give_back()
-    with context.reporter.task(f"distilling {plan.variant.name}", "steps") as advance:
+    with closing(feed), context.reporter.task(f"distilling {plan.variant.name}", "steps") as advance:
         opened = _tracker(context, plan, watch)
         outputs = Outputs(plan.variant.checkpoints, opened, plan.identity, advance, context.reporter.note)
         outcome = train(trainer, small, outputs)
@@ -245,7 +249,9 @@ def recorded(context: Context, name: str) -> RolloutStore:
     return store
 
 
-def _feed(context: Context, teacher: Teacher, plan: Plan, ptq: Student) -> tuple[Feed, TeacherStates | None]:
+def _feed(
+    context: Context, teacher: Teacher, plan: Plan, ptq: Student, files: StudentFiles
+) -> tuple[Feed, TeacherStates | None]:
     """Put together where each row of a step comes from, and the teacher's states of it where they are kept."""
     settings, stores, ranks = context.preset.distill, plan.stores, context.ranks
     off_policy = stores[settings.off_policy_source].read() if settings.lmbda < 1 else []
@@ -258,13 +264,16 @@ def _feed(context: Context, teacher: Teacher, plan: Plan, ptq: Student) -> tuple
         return Feed(settings, off_policy, None, ranks), states
     if not settings.live:
         return Feed(settings, off_policy, Replay(stores["student"].read(), settings.seed), ranks), states
-    return Feed(settings, off_policy, _live(context, teacher, plan, ptq, states), ranks), states
+    return Feed(settings, off_policy, _live(context, teacher, plan, ptq, states, files), ranks), states
 
 
-def _live(context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: TeacherStates | None) -> Live:
+def _live(
+    context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: TeacherStates | None, files: StudentFiles
+) -> Live:
     """Generate during training into the variant's own store."""
     prompts, store = train_prompts(context, teacher).prompts, RolloutStore(plan.variant.rollouts)
-    engine, sampling = engine_of(context, teacher, ptq.model, "student"), Sampling.of(context.preset.rollout)
+    engine = engine_of(context, teacher, ptq.model, "student", prompts, files)
+    sampling = Sampling.of(context.preset.rollout)
     live = Live(
         settings=context.preset.distill,
         prompts=prompts,
@@ -275,6 +284,7 @@ def _live(context: Context, teacher: Teacher, plan: Plan, ptq: Student, states: 
         identity=plan.identity,
         writer=fingerprint(context.paths.student),
         processes=context.ranks,
+        lag=context.preset.rollout.lag,
     )
     if states is not None:
         live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, teacher.load())

@@ -1,6 +1,7 @@
 """Rollout stores of a run: which ones a preset needs, and how they are filled."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from transformers import PreTrainedModel
 
@@ -12,14 +13,16 @@ from kdctl.formats.student import load_student
 from kdctl.model.context import check_completions
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
-from kdctl.rollout.engine import RolloutEngine, engine_named
+from kdctl.rollout.engine import engine_named
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
 from kdctl.rollout.sampler import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
+from kdctl.rollout.work import RolloutEngine, WeightFiles, Work
 from kdctl.run.files import remove
-from kdctl.run.records import Rollout
+from kdctl.run.records import Prompt, Rollout
 from kdctl.stages.context import Context
+from kdctl.stages.served import StudentFiles, TeacherFiles
 from kdctl.stages.yardstick import heldout_prompts, prompt_reader
 
 Stores = dict[Source, RolloutStore]
@@ -61,10 +64,22 @@ def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> 
     return found
 
 
-def engine_of(context: Context, teacher: Teacher, model: PreTrainedModel, source: str) -> RolloutEngine:
-    """Make the engine that the preset names, to complete prompts with a model."""
-    settings = context.preset.rollout
-    return engine_named(settings.engine)(model, teacher.stop_ids(), source, settings.batch_size)
+def engine_of(
+    context: Context,
+    teacher: Teacher,
+    model: PreTrainedModel,
+    source: Source,
+    prompts: Sequence[Prompt],
+    files: WeightFiles | None = None,
+) -> RolloutEngine:
+    """Make the engine that the preset names, to complete prompts with a model whose weights ``files`` has."""
+    settings, served = context.preset.rollout, context.paths.served
+    if files is None and settings.engine != "transformers":
+        teachers = TeacherFiles(teacher, served / "server.log")
+        files = teachers if source == "teacher" else StudentFiles(context, served)
+    name = f"{fingerprint(context.paths.student) if source == 'student' else teacher.fingerprint()}"[:16]
+    work = Work(model, teacher.stop_ids(), source, settings, prompts, files, name, context.reporter, context.ranks)
+    return engine_named(settings.engine)(work)
 
 
 def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> RolloutStore:
@@ -131,8 +146,9 @@ def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStor
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, plan.prompts)))
     else:
         model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
-        engine = engine_of(context, teacher, model, source)
-        fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
+        with closing(engine_of(context, teacher, model, source, plan.prompts.prompts)) as engine:
+            engine.load(model, 0)
+            fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
 
 
 def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:

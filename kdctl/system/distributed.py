@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from kdctl.base.errors import PresetError, ProcessError
-from kdctl.config.preset import DistillSection
+from kdctl.config.preset import DistillSection, RolloutSection
 
 T = TypeVar("T")
 OTHER_SHARDING = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
@@ -57,7 +57,7 @@ class Processes:
                 f"{fitting} processes, or change one of the two"
             )
 
-    def check_trainable(self, settings: DistillSection) -> None:
+    def check_trainable(self, settings: DistillSection, rollout: RolloutSection | None = None) -> None:
         """Raise PresetError if a step's rows do not divide evenly, or if models do and training needs them whole."""
         self.check_rows(settings.rows_per_step)
         if not self.sharded:
@@ -65,7 +65,12 @@ class Processes:
         for unfit, what, instead in (
             (settings.train != "weights", f"distill.train={settings.train}", "launch copies with --multi_gpu"),
             (settings.optimizer != "adamw", f"distill.optimizer={settings.optimizer}", "use adamw"),
-            (settings.live, "live generation", "fill the store with kdctl rollout and set distill.refresh_every=0"),
+            (
+                settings.live and (rollout is None or rollout.engine == "transformers"),
+                "live generation in process",
+                "let a server write (rollout.engine=server), or fill the store with kdctl rollout and set "
+                "distill.refresh_every=0",
+            ),
         ):
             if unfit:
                 raise PresetError(f"the models are to be divided by FSDP2, and {what} needs them whole; {instead}")

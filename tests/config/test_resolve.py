@@ -191,8 +191,13 @@ def test_an_identity_changes_with_every_field_of_a_section(section: Section) -> 
 def test_what_a_store_is_identified_by_says_of_engines_only_another_than_kdctls_own() -> None:
     own = RolloutSection().model_dump(mode="json")
     assert own.pop("engine") == "transformers"
+    for name in ("url", "serve", "restart", "weights", "timeout_s", "lag"):  # where, not which; lag 0 was the only one
+        del own[name]
     assert RolloutSection().decisive() == own
     assert RolloutSection(engine="mine").decisive() == own | {"engine": "mine"}
+    served = RolloutSection(engine="server", url=("http://one:1",), restart="load {weights}", timeout_s=9.0)
+    assert served.decisive() == own | {"engine": "server"}
+    assert served.model_copy(update={"lag": 1}).decisive() == own | {"engine": "server", "lag": 1}
 
 
 def test_an_identity_changes_with_stage_inputs_and_their_names() -> None:

@@ -11,12 +11,13 @@ from kdctl.base.sums import without_sum
 from kdctl.config.preset import RolloutSection
 from kdctl.config.resolve import build_preset, identity
 from kdctl.data.prompts import PromptSet
-from kdctl.rollout import engine
 from kdctl.rollout.engine import ENGINES, engine_named
 from kdctl.rollout.fill import Plan, fill
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.store import RolloutStore
+from kdctl.rollout.work import Work
 from kdctl.run.records import EngineRecord, Prompt, Rollout, StoreManifest
+from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
 
@@ -27,12 +28,20 @@ PLAN = Plan("teacher", "identity", "writer", PromptSet([Prompt("p", 0, [1, 2]), 
 class Constant:
     """Always says 7 and stops; notes the policy steps whose weights it was given."""
 
-    name = "constant"
-    reproducible = False
     loaded: ClassVar[list[int]] = []
+    closed: ClassVar[list[bool]] = []
 
-    def __init__(self, model, stop, source, batch_size):
-        self.stop, self.source = stop, source
+    def __init__(self, work):
+        self.stop, self.source = work.stop, work.source
+
+    def record(self):
+        return EngineRecord(name="constant", reproducible=False)
+
+    def metrics(self):
+        return {"rollout/constant": 7.0}
+
+    def close(self):
+        self.closed.append(True)
 
     def load(self, model, policy_step):
         self.loaded.append(policy_step)
@@ -49,6 +58,7 @@ class Constant:
 def _entry(monkeypatch):
     monkeypatch.setitem(ENGINES, "constant", Constant)
     monkeypatch.setattr(Constant, "loaded", [])
+    monkeypatch.setattr(Constant, "closed", [])
 
 
 def test_unknown_engine_is_named_with_those_there_are():
@@ -57,7 +67,7 @@ def test_unknown_engine_is_named_with_those_there_are():
 
 
 def test_manifest_says_who_sampled_and_whether_it_can_be_had_again(tmp_path, teacher):
-    made = engine_named("constant")(teacher, [258], "teacher", 4)
+    made = engine_named("constant")(Work(teacher, (258,), "teacher", RolloutSection()))
     store = RolloutStore(tmp_path)
     fill(store, PLAN, made, SAMPLING, Silent())
     assert store.manifest().engine == EngineRecord(name="constant", reproducible=False)
@@ -82,8 +92,10 @@ def test_an_entry_is_all_that_a_new_engine_needs(smoke, tmp_path):
     run = open_run(build_preset(smoke.model_dump(), changes, "test"), tmp_path)
     report = pipeline.distill(*run)
     assert report.steps == 4
-    assert Constant.loaded == [0, 2]
+    assert Constant.loaded == [0, 0, 2]  # the teacher's store, then two intervals
     live = RolloutStore(run[0].paths.variant(report.variant).rollouts)
     assert {rollout.completion_ids[0] for rollout in live.read()} == {7}
     assert live.manifest().engine.name == "constant"
-    assert engine.record_of(Constant(None, [258], "student", 1)) == live.manifest().engine
+    assert live.manifest().engine == EngineRecord(name="constant", reproducible=False)
+    assert {line["rollout/constant"] for line in read_metrics(run[0].paths.variant(report.variant).metrics)} == {7.0}
+    assert Constant.closed == [True, True]

@@ -85,7 +85,10 @@ def test_what_shards_in_another_way_is_refused(
     [
         ({"train": "lora"}, "train=lora needs them whole; launch copies with --multi_gpu"),
         ({"optimizer": "adafactor"}, "optimizer=adafactor needs them whole; use adamw"),
-        ({"lmbda": 0.5}, "live generation needs them whole; fill the store with kdctl rollout"),
+        (
+            {"lmbda": 0.5},
+            "live generation in process needs them whole; let a server write .*, or fill the store with kdctl rollout",
+        ),
     ],
 )
 def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str, Any], words: str) -> None:

@@ -1,0 +1,1 @@
+"""Completions from the servers that people serve with: vLLM, SGLang and llama-server."""

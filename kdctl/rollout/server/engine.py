@@ -1,0 +1,204 @@
+"""The rollout engine that has servers write completions, and takes from them nothing that it did not check.
+
+Before the first completion: what the server is, where a completion's last token is, by which rule it draws, and whether
+it holds these weights. After every refresh: whether it holds the new ones.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdctl.base.errors import ServerError
+from kdctl.rollout.sampler import Item, Progress, Sampling
+from kdctl.rollout.server.child import START_S, Child
+from kdctl.rollout.server.client import Client, Gone, Refused
+from kdctl.rollout.server.gap import Gap, gap
+from kdctl.rollout.server.pool import Place, Pool
+from kdctl.rollout.server.protocol import Malformed
+from kdctl.rollout.server.refresh import run_command
+from kdctl.rollout.server.rules import USUAL, Rule, asked_rule, log_probabilities, read, rules_of
+from kdctl.rollout.server.trust import check_gap, check_rule
+from kdctl.rollout.server.writer import Writer
+from kdctl.rollout.work import WeightFiles, Work
+from kdctl.run.records import EngineRecord, Rollout, ServerRecord
+
+NAME = "server"
+FIXED = 8
+"""Sequences on which a server's log-probabilities are compared with those computed here."""
+TOKENS = 64
+"""Longest completion of them; they are drawn by the server, which shows how it draws."""
+
+
+@dataclass
+class Served:
+    """Has servers write completions."""
+
+    work: Work
+    _child: Child | None = None
+    _looked: list[list[Rollout]] = field(default_factory=list)
+    _before: Tensor | None = None
+    _gap: Gap | None = None
+
+    def __post_init__(self) -> None:
+        settings, work = self.work.settings, self.work
+        self._pool = Pool(settings.url, settings.batch_size, settings.timeout_s, work.reporter.note)
+        vocabulary = work.model.config.get_text_config().vocab_size
+        self._writer = Writer(self._pool, work.stop, vocabulary, work.source, work.name)
+
+    def load(self, model: PreTrainedModel, policy_step: int) -> None:
+        """Have every server hold a model's weights, and make sure that it does. Every process calls.
+
+        Raises ServerError for a server that does not, or that does not do what the protocol says.
+        """
+        first = not self._looked
+        if first:
+            self._share(self._meet)
+        if policy_step or not first:
+            self._refresh(policy_step)
+        if first:
+            self._looked = self.work.processes.on_main(self._look)
+        self._check(model, policy_step)
+        if first:
+            self._check_rule(model)
+
+    def complete(
+        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
+    ) -> list[Rollout]:
+        """Have a completion written for each (prompt, sample index), in order."""
+        return self._writer.draw(items, sampling, policy_step, progress)
+
+    def record(self) -> EngineRecord:
+        """Describe what wrote, for a manifest."""
+        if not self._pool.places or self._gap is None:
+            return EngineRecord(name=NAME, reproducible=False)
+        place = self._pool.places[0]
+        request = place.server.fields(self._writer.request([], Sampling.of(self.work.settings), 0))
+        server = ServerRecord(
+            kind=place.server.kind,
+            version=place.about.version,
+            model=place.about.model,
+            servers=len(self._pool.urls),
+            request={name: value for name, value in request.items() if name != "seed"},
+            gap=self._gap.mean,
+        )
+        return EngineRecord(name=NAME, reproducible=False, server=server)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the gap of the last weights."""
+        return {} if self._gap is None else {"rollout/server_gap": self._gap.mean}
+
+    def close(self) -> None:
+        """End the server that was started for this."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    @property
+    def _files(self) -> WeightFiles:
+        if self.work.files is None:
+            raise ServerError("a server has its weights from files, and there are none here; use another engine")
+        return self.work.files
+
+    def _share(self, find: Callable[[], None]) -> None:
+        """Do in the main process what finds out about servers, and tell the others."""
+
+        def found() -> tuple[list[Place], dict[str, bool]]:
+            find()
+            return self._pool.places, self._writer.stops_kept
+
+        self._pool.places, self._writer.stops_kept = self.work.processes.on_main(found)
+
+    # Before the first completion.
+
+    def _meet(self) -> None:
+        """Start the server where that is asked for; find out what each is and where its completions end."""
+        settings, reporter = self.work.settings, self.work.reporter
+        if settings.serve is not None:
+            self._child = Child(settings.serve, self._files.log, reporter)
+            self._pool.urls = [self._child.start(self._files.start(settings.weights or self._child.form))]
+        for place in self._pool.meet():
+            reporter.note(f"{place.described} serves {place.about.model}")
+            if settings.min_new_tokens and not place.server.masks_stop:
+                raise ServerError(
+                    f"{place.described} cannot keep a completion from ending before rollout.min_new_tokens="
+                    f"{settings.min_new_tokens}; set it to 0, or use another server"
+                )
+        self._writer.find_stops(self.work.prompts[0].prompt_ids)
+
+    @property
+    def _short(self) -> Sampling:
+        """Return how completions that are looked at are drawn: like all others, and no longer than need be."""
+        found = Sampling.of(self.work.settings)
+        longest = min(TOKENS, found.max_new_tokens)
+        return replace(found, max_new_tokens=longest, min_new_tokens=min(longest, found.min_new_tokens))
+
+    def _look(self) -> list[list[Rollout]]:
+        """Have every server draw a few completions as the work itself will."""
+        prompts = self.work.prompts[:FIXED]
+        items = [(prompt, sample) for sample in range(-(-FIXED // len(prompts))) for prompt in prompts]
+        drawn = [
+            self._writer.draw(items, self._short, -1 - number, only=place)
+            for number, place in enumerate(self._pool.places)
+        ]
+        return [[rollout for rollout in each if rollout.completion_ids] for each in drawn]
+
+    def _check_rule(self, model: PreTrainedModel) -> None:
+        """Check how each server draws."""
+        rules, rule = (Rule(), *USUAL, *rules_of(self._files.start("packed"))), asked_rule(self._short)
+        for place, looked in zip(self._pool.places, self._looked, strict=True):
+            found = read(model, looked, self._short, rules)
+            self.work.processes.on_main(lambda at=place, drawn=looked, by=found: check_rule(at, drawn, by, rule))
+
+    # Whenever weights change.
+
+    def _refresh(self, policy_step: int) -> None:
+        """Give every server the model's weights as they are now."""
+        self._writer.salt = f"{self.work.name}-{policy_step}"
+        own = "gguf" if self._pool.places[0].server.kind == "llama-server" else "packed"
+        weights = self._files.write(self.work.settings.weights or own, policy_step)  # each process has a part of them
+        self._share(lambda: self._reload(weights))
+        self._files.clear(policy_step)
+
+    def _reload(self, weights: Path) -> None:
+        """Have servers load new weights, or start again with them where they cannot."""
+        if self.work.settings.restart is not None:
+            run_command(self.work.settings.restart, weights, self.work.reporter)
+            self._pool.meet(START_S)
+            return
+        try:
+            for place in self._pool.places:
+                asyncio.run(self._reload_one(place, weights))
+        except ServerError:
+            if self._child is None:
+                raise
+            self._pool.urls = [self._child.restart(weights)]
+            self._pool.meet()
+            self._writer.find_stops(self.work.prompts[0].prompt_ids)
+
+    async def _reload_one(self, place: Place, weights: Path) -> None:
+        try:
+            async with Client(place.url, self._pool.timeout_s, 1) as client:
+                await place.server.reload(client, weights)
+        except (Refused, Malformed, Gone) as error:
+            raise ServerError(
+                f"{place.described} does not take new weights ({error}); {place.server.reload_advice}"
+            ) from None
+
+    def _check(self, model: PreTrainedModel, policy_step: int) -> None:
+        """Compare every server's log-probabilities of fixed tokens with the model's; keep the largest gap."""
+        fixed = self._looked[0][:FIXED]
+        here = log_probabilities(model, fixed)  # every process computes its part where models are divided
+
+        def compared() -> Gap:
+            found = []
+            for place in self._pool.places:
+                found.append(gap(torch.tensor(self._writer.score(fixed, place)), here, self._before))
+                check_gap(place, found[-1], policy_step, str(self._files.start("packed")))
+            return max(found, key=lambda one: one.mean)
+
+        self._gap, self._before = self.work.processes.on_main(compared), here

@@ -1,0 +1,82 @@
+"""What an engine is made for, and what it has to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from kdctl.base.progress import Reporter, Silent
+from kdctl.config.preset import Form, RolloutSection
+from kdctl.rollout.sampler import Item, Progress, Sampling
+from kdctl.run.records import EngineRecord, Prompt, Rollout
+from kdctl.system.distributed import ALONE, Processes
+
+
+class RolloutEngine(Protocol):
+    """Completes prompts with one model's weights."""
+
+    def load(self, model: PreTrainedModel, policy_step: int) -> None:
+        """Take up a model's weights as they are now, that many optimizer steps behind their first. Every process calls.
+
+        Called before the first ``complete`` and before every other one that is to see new weights.
+        """
+        ...
+
+    def complete(
+        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
+    ) -> list[Rollout]:
+        """Write a completion for each (prompt, sample index), in order. progress: told of tokens as they are drawn."""
+        ...
+
+    def record(self) -> EngineRecord:
+        """Describe itself for a manifest: only a store of a reproducible one can be written again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is worth a line of ``metrics.jsonl`` about the last ``load``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds besides memory."""
+        ...
+
+
+class WeightFiles(Protocol):
+    """The weights that complete, as files for another program."""
+
+    @property
+    def log(self) -> Path:
+        """Return where a program that is started for them writes what it prints."""
+        ...
+
+    def start(self, form: Form) -> Path:
+        """Return the weights as they are before the first optimizer step. Raises ServerError where there are none."""
+        ...
+
+    def write(self, form: Form, policy_step: int) -> Path:
+        """Write the weights as they are now; every process calls."""
+        ...
+
+    def clear(self, policy_step: int) -> None:
+        """Remove what was written for earlier steps; every process calls."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is made for. source: what rollouts say of who wrote them; name: what its caches go by.
+
+    prompts: those to be completed, some of which may be looked at first; files: None where nobody else needs weights.
+    """
+
+    model: PreTrainedModel
+    stop: tuple[int, ...]
+    source: str
+    settings: RolloutSection
+    prompts: Sequence[Prompt] = ()
+    files: WeightFiles | None = None
+    name: str = ""
+    reporter: Reporter = Silent()  # noqa: RUF009 - it says nothing and holds nothing
+    processes: Processes = ALONE
