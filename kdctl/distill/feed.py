@@ -177,7 +177,7 @@ class Live:
             return
         if step != self._first(interval):
             self.processes.main_first(lambda: self._reload(interval))
-        else:
+        elif not self._keep_written(interval):
             self._write(interval)
         self._interval = interval
 
@@ -219,6 +219,16 @@ class Live:
         """Return the entry of an interval's shard, if it is whole."""
         places = [(prompt.index, slot) for prompt, slot in self._items(interval)]
         return self.store.kept_shard(interval, self.identity, places)
+
+    def _keep_written(self, interval: int) -> bool:
+        """Take up a shard that was written before an interruption, where the engine would write another one."""
+        if self.engine.record().reproducible or self._ahead is not None:
+            return False
+        entry = self.processes.on_main(lambda: self._kept(interval) if self._slots(interval) else None)
+        if entry is not None:
+            self._note(interval, entry)
+            self.processes.main_first(lambda: self._take(entry, self.store.read_shard(entry)))
+        return entry is not None
 
     def _write(self, interval: int) -> None:
         items, processes = self._items(interval), self.processes

@@ -4,14 +4,12 @@ import re
 from dataclasses import dataclass
 
 from kdctl.config.preset import DistillSection
+from kdctl.formats.kernels import BITS, GROUPS
 from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, Unit, fixed
 from kdctl.run.records import DistributionMetrics, Estimate, QuantizeReport, TextMetrics
 
 LICENSE = re.compile(r"[\w.-]+")
 DIGITS: dict[Unit, int] = {"nats": 4, "share": 4, "perplexity": 2}
-VLLM_BITS = {True: (4, 8), False: (4,)}
-"""Widths of symmetric and of asymmetric grids."""
-VLLM_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,11 @@ def _loading(report: QuantizeReport) -> str:
 def _vllm(report: QuantizeReport) -> str:
     kind = "symmetric" if report.symmetric else "asymmetric"
     name = f"W{report.bits}A16, {kind}, with group size {report.group_size}"
-    if report.bits in VLLM_BITS[report.symmetric] and report.group_size in VLLM_GROUP_SIZES:
+    if report.bits in BITS[report.symmetric] and report.group_size in GROUPS:
         return f"vLLM documents this format ({name}): `vllm serve FOLDER`. vLLM was not run when this folder was made."
     return (
-        f"transformers only: vLLM documents weight-only `pack-quantized` folders of {_listed(VLLM_BITS[True])} bits "
-        f"(asymmetric: {_listed(VLLM_BITS[False])}) and group sizes {_listed(VLLM_GROUP_SIZES)}, not {name}; vLLM was "
+        f"transformers only: vLLM documents weight-only `pack-quantized` folders of {_listed(BITS[True])} bits "
+        f"(asymmetric: {_listed(BITS[False])}) and group sizes {_listed(GROUPS)}, not {name}; vLLM was "
         "not run when this folder was made."
     )
 

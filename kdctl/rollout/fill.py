@@ -98,20 +98,53 @@ def fill(
     """
     processes.on_main(store.reopen)
     longest = sampling.max_new_tokens
-    blocks, shards = processes.share(list(enumerate(plan.blocks()))), []
-    total, done = sum(len(block) for _, block in blocks) * longest, 0
+    blocks = processes.share(list(enumerate(plan.blocks())))
+    found = {index: store.kept_shard(index, plan.identity, _places(block)) for index, block in blocks}
+    missing = [(index, block) for index, block in blocks if found[index] is None]
+    total = sum(len(block) for _, block in blocks) * longest
+    done = total - sum(len(block) for _, block in missing) * longest
     with reporter.task(f"generating {plan.whose or store.path.name} completions", "tokens") as advance:
-        for index, block in blocks:
-            entry = store.kept_shard(index, plan.identity, [(prompt.index, sample) for prompt, sample in block])
-            if entry is None:
-                drawn = _Counter(done, total, advance)
-                entry = store.write_shard(index, engine.complete(block, sampling, progress=drawn), plan.identity)
-            shards.append(entry)
-            done += len(block) * longest
+        for first in range(0, len(missing), engine.blocks_at_once):
+            some = missing[first : first + engine.blocks_at_once]
+            written = _Written(store, plan.identity, some)
+            items, drawn = [item for _, block in some for item in block], _Counter(done, total, advance)
+            written.rest(engine.complete(items, sampling, progress=drawn, finished=written.take))
+            found |= written.entries
+            done += len(items) * longest
             advance(done, total)
+    shards = [entry for entry in found.values() if entry is not None]
     manifest = plan.manifest(processes.merge(shards), sampling, engine)
     processes.on_main(lambda: store.finish(manifest))
     return manifest
+
+
+def _places(block: Sequence[Item]) -> list[tuple[int, int]]:
+    return [(prompt.index, sample) for prompt, sample in block]
+
+
+class _Written:
+    """Writes blocks that are completed together, each as soon as its last row is there."""
+
+    def __init__(self, store: RolloutStore, identity: str, blocks: Sequence[tuple[int, list[Item]]]):
+        self.store, self.identity = store, identity
+        self.entries: dict[int, ShardEntry] = {}
+        self._rows: dict[int, list[Rollout | None]] = {index: [None] * len(block) for index, block in blocks}
+        self._owner = [(index, row) for index, block in blocks for row in range(len(block))]
+
+    def take(self, place: int, rollout: Rollout) -> None:
+        """Take up the completion of an item; the last one of a block has it written."""
+        index, row = self._owner[place]
+        rows = self._rows[index]
+        rows[row] = rollout
+        whole = [one for one in rows if one is not None]
+        if len(whole) == len(rows):
+            self.entries[index] = self.store.write_shard(index, whole, self.identity)
+
+    def rest(self, rollouts: Sequence[Rollout]) -> None:
+        """Take up what an engine returned and did not tell of before."""
+        for place, rollout in enumerate(rollouts):
+            if self._owner[place][0] not in self.entries:
+                self.take(place, rollout)
 
 
 class _Counter:

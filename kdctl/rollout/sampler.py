@@ -84,6 +84,8 @@ class InProcess:
     in the making at once.
     """
 
+    blocks_at_once = 1  # so that a block's tokens do not depend on what ran beside it
+
     def __init__(self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64):
         self.model = model
         self.stop = set(stop)
@@ -106,7 +108,12 @@ class InProcess:
         """Do nothing."""
 
     def complete(
-        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
+        self,
+        items: Sequence[Item],
+        sampling: Sampling,
+        policy_step: int = 0,
+        progress: Progress | None = None,
+        finished: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights."""
         rows = [Row(prompt, sample) for prompt, sample in items]

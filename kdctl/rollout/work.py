@@ -1,6 +1,6 @@
 """What an engine is made for, and what it has to do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +13,14 @@ from kdctl.rollout.sampler import Item, Progress, Sampling
 from kdctl.run.records import EngineRecord, Prompt, Rollout
 from kdctl.system.distributed import ALONE, Processes
 
+Finished = Callable[[int, Rollout], None]
+
 
 class RolloutEngine(Protocol):
     """Completes prompts with one model's weights."""
+
+    blocks_at_once: int
+    """Blocks of a store that are worked on together; the last row of each may be told long before all are done."""
 
     def load(self, model: PreTrainedModel, policy_step: int) -> None:
         """Take up a model's weights as they are now, that many optimizer steps behind their first. Every process calls.
@@ -25,9 +30,17 @@ class RolloutEngine(Protocol):
         ...
 
     def complete(
-        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
+        self,
+        items: Sequence[Item],
+        sampling: Sampling,
+        policy_step: int = 0,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
-        """Write a completion for each (prompt, sample index), in order. progress: told of tokens as they are drawn."""
+        """Write a completion for each (prompt, sample index), in order.
+
+        progress: told of tokens as they are drawn; finished: may be told of each item's place and completion.
+        """
         ...
 
     def record(self) -> EngineRecord:

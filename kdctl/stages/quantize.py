@@ -11,11 +11,14 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
+from kdctl.formats.kernels import vllm_misfits
 from kdctl.formats.offsets import save_offsets
 from kdctl.formats.student import Student, check_sums
 from kdctl.model.batch import Batch, collate, split
 from kdctl.model.folder import weights_bytes
+from kdctl.model.load import skeleton
 from kdctl.model.teacher import Teacher
+from kdctl.quant.affine import grid_of
 from kdctl.quant.apply import build_student, layer_errors, sqnr
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
@@ -88,12 +91,23 @@ def read_made(path: Path, recipe: Recipe) -> QuantizeReport:
 
 def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe, path: Path) -> QuantizeReport:
     """Make the student, measure it and publish it."""
+    say_misfits(context, teacher)
     student, seconds = make_student(context, teacher, recipe)
     per_document = measuring.measure(student.model, "student")
     report = describe_student(context, measuring, student, recipe.identity, per_document, seconds)
     save_offsets(context.paths.offsets, student.weights, recipe.identity)
     publish_student(context, teacher, path.parent, student, Described(report, per_document))
     return read_record(path, QuantizeReport)
+
+
+def say_misfits(context: Context, teacher: Teacher) -> None:
+    """Say, where the preset has vLLM serve the student, for which of its versions the grid or a shape has no kernel."""
+    if "vllm" in (context.preset.rollout.serve or ""):
+        empty, names = skeleton(teacher.config()), layers_of(teacher, context.preset)
+        weights = {name: empty.get_parameter(f"{name}.weight") for name in names}
+        shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        for text in vllm_misfits(grid_of(context.preset.quantize), shapes):
+            context.reporter.note(f"warning: {text}")
 
 
 def compare(

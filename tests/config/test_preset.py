@@ -168,3 +168,33 @@ def test_the_ends_of_a_range_are_in_it(key: str, value: object) -> None:
 def test_a_step_has_as_many_sequences_as_fit_in_memory() -> None:
     with pytest.raises(PresetError, match="4294967296 sequences in one step"):
         load_preset("smoke", {"distill.micro_batch_size": 2**16, "distill.gradient_accumulation": 2**16})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "server"}, "needs to know where it is: give either url, of a server that runs, or serve"),
+        ({"engine": "server", "url": ["http://a:1"], "serve": "vllm"}, "give either url"),
+        ({"url": ["http://a:1"]}, "url is for engine='server', and engine is 'transformers'"),
+        ({"lag": 1}, "lag is for engine='server'"),
+        ({"engine": "server", "url": ["a:1"]}, "is no address of a server; write it like http://127.0.0.1:8000"),
+        ({"engine": "server", "url": ["http://a:99999"]}, "is no address of a server"),
+        (
+            {"engine": "server", "url": ["https://k@a"]},
+            "must not hold a secret; give https://a and the key in KDCTL_SER",
+        ),
+        ({"engine": "server", "serve": "run {port}"}, r"nor a command with \{port\} and \{weights\} in it"),
+        ({"engine": "server", "serve": "run {port} {weights} {gpu}"}, r"nothing else in braces"),
+        ({"engine": "server", "serve": "run '{port} {weights}"}, "cannot be read as a command: No closing quotation"),
+        ({"engine": "server", "url": ["http://a"], "restart": "now"}, r"is no command with \{weights\} in it"),
+        ({"engine": "server", "url": ["http://a"], "timeout_s": 0}, "timeout_s"),
+    ],
+)
+def test_what_does_not_say_where_a_server_is_is_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RolloutSection.model_validate(settings)
+
+
+def test_an_address_is_kept_without_what_clients_add_to_it() -> None:
+    served = RolloutSection.model_validate({"engine": "server", "url": ["http://a:1/v1/", "https://b/proxy/"]})
+    assert served.url == ("http://a:1", "https://b/proxy")

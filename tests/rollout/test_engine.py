@@ -46,7 +46,9 @@ class Constant:
     def load(self, model, policy_step):
         self.loaded.append(policy_step)
 
-    def complete(self, items, sampling, policy_step=0, progress=None):
+    blocks_at_once = 1
+
+    def complete(self, items, sampling, policy_step=0, progress=None, finished=None):
         ids = [7, self.stop[0]]
         return [
             Rollout(p.id, p.index, i, p.prompt_ids, ids, None, "stop", policy_step, sampling.seed, self.source)

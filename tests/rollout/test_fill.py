@@ -48,12 +48,12 @@ class Dying(InProcess):
     lives = 0
     asked = 0
 
-    def complete(self, items, sampling, policy_step=0, progress=None):
+    def complete(self, items, sampling, policy_step=0, progress=None, finished=None):
         """Generate, or die."""
         if self.asked == self.lives:
             raise KeyboardInterrupt
         self.asked += 1
-        return super().complete(items, sampling, policy_step, progress)
+        return super().complete(items, sampling, policy_step, progress, finished)
 
 
 class Counting(Silent):

@@ -48,7 +48,7 @@ class Child:
     @property
     def form(self) -> Form:
         """Return how the server takes weights, by what it is."""
-        return "gguf" if Path(self.command.split()[0]).name == "llama-server" else "packed"
+        return "gguf" if re.search(r"llama.*server", Path(self.command.split()[0]).name) else "packed"
 
     def start(self, weights: Path) -> str:
         """Start the server with some weights, wait until it answers and return its address.

@@ -5,7 +5,8 @@ it holds these weights. After every refresh: whether it holds the new ones.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from kdctl.base.errors import ServerError
 from kdctl.rollout.sampler import Item, Progress, Sampling
 from kdctl.rollout.server.child import START_S, Child
 from kdctl.rollout.server.client import Client, Gone, Refused
-from kdctl.rollout.server.gap import Gap, gap
+from kdctl.rollout.server.gap import Gap, gap, slope
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Malformed
 from kdctl.rollout.server.refresh import run_command
 from kdctl.rollout.server.rules import USUAL, Rule, asked_rule, log_probabilities, read, rules_of
-from kdctl.rollout.server.trust import check_gap, check_rule
+from kdctl.rollout.server.trust import check_gap, check_prompt, check_rule, with_token
 from kdctl.rollout.server.writer import Writer
-from kdctl.rollout.work import WeightFiles, Work
+from kdctl.rollout.work import Finished, WeightFiles, Work
 from kdctl.run.records import EngineRecord, Rollout, ServerRecord
 
 NAME = "server"
@@ -39,6 +40,8 @@ class Served:
     """Has servers write completions."""
 
     work: Work
+    blocks_at_once: int = 16
+    """Enough that the requests at hand rarely run out, and few enough to be in memory."""
     _child: Child | None = None
     _looked: list[list[Rollout]] = field(default_factory=list)
     _before: Tensor | None = None
@@ -55,6 +58,10 @@ class Served:
 
         Raises ServerError for a server that does not, or that does not do what the protocol says.
         """
+        with self._said_in_log():
+            self._load(model, policy_step)
+
+    def _load(self, model: PreTrainedModel, policy_step: int) -> None:
         first = not self._looked
         if first:
             self._share(self._meet)
@@ -67,10 +74,27 @@ class Served:
             self._check_rule(model)
 
     def complete(
-        self, items: Sequence[Item], sampling: Sampling, policy_step: int = 0, progress: Progress | None = None
+        self,
+        items: Sequence[Item],
+        sampling: Sampling,
+        policy_step: int = 0,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
     ) -> list[Rollout]:
-        """Have a completion written for each (prompt, sample index), in order."""
-        return self._writer.draw(items, sampling, policy_step, progress)
+        """Have a completion written for each (prompt, sample index), in order; finished: told of each as it comes."""
+        with self._said_in_log():
+            return self._writer.draw(items, sampling, policy_step, progress, finished)
+
+    @contextmanager
+    def _said_in_log(self) -> Iterator[None]:
+        """Say of an error where the server that was started for this may say more."""
+        try:
+            yield
+        except ServerError as error:
+            log = str(self._files.log)
+            if self._child is None or log in str(error):
+                raise
+            raise ServerError(f"{error}. What the server printed is in {log}") from None
 
     def record(self) -> EngineRecord:
         """Describe what wrote, for a manifest."""
@@ -193,12 +217,22 @@ class Served:
         """Compare every server's log-probabilities of fixed tokens with the model's; keep the largest gap."""
         fixed = self._looked[0][:FIXED]
         here = log_probabilities(model, fixed)  # every process computes its part where models are divided
+        shifted = [log_probabilities(model, with_token(fixed, token)) for token in self._first_tokens(model)]
 
         def compared() -> Gap:
-            found = []
+            found, folder = [], str(self._files.start("packed"))
             for place in self._pool.places:
-                found.append(gap(torch.tensor(self._writer.score(fixed, place)), here, self._before))
-                check_gap(place, found[-1], policy_step, str(self._files.start("packed")))
+                there = torch.tensor(self._writer.score(fixed, place))
+                check_prompt(place, [slope(there, other, here) for other in shifted])
+                found.append(gap(there, here, self._before))
+                check_gap(place, found[-1], policy_step, folder)
             return max(found, key=lambda one: one.mean)
 
         self._gap, self._before = self.work.processes.on_main(compared), here
+
+    def _first_tokens(self, model: PreTrainedModel) -> list[int | None]:
+        """List what a server may put before a prompt unasked: its first token once more, or the model's beginning."""
+        if self._before is not None:
+            return []  # it would have done so from the start
+        own = model.config.get_text_config().bos_token_id
+        return [None, own] if isinstance(own, int) and own != self.work.prompts[0].prompt_ids[0] else [None]

@@ -3,7 +3,7 @@
 Two programs that compute with the same weights in bfloat16 differ by some hundredths of a nat a token. Other weights
 differ by tenths, and so does another prompt. A few training steps change less than the rounding, but not at random:
 with d = new − old of each token and e = server − old, the slope Σ d·e / Σ d² is 1 for a server that has the new weights
-and 0 for one that kept the old.
+and 0 for one that kept the old. A token more before the prompt is told in the same way.
 """
 
 import math

@@ -77,11 +77,12 @@ class Pool:
         self,
         items: Sequence[T],
         ask: Callable[[Client, Place, T], Awaitable[R]],
-        done: Callable[[R], None] = lambda _: None,
+        done: Callable[[int, R], None] = lambda _, __: None,
         only: Place | None = None,
     ) -> list[R]:
-        """Have every item answered, in order. done: told of each answer as it comes; only: the one server to ask.
+        """Have every item answered, in order.
 
+        done: told of an item's place and its answer as it comes; only: the one server to ask.
         Raises ServerError when no server is left, or where an answer is not what was asked for.
         """
         return asyncio.run(self._run(items, ask, done, only))
@@ -90,7 +91,7 @@ class Pool:
         self,
         items: Sequence[T],
         ask: Callable[[Client, Place, T], Awaitable[R]],
-        done: Callable[[R], None],
+        done: Callable[[int, R], None],
         only: Place | None,
     ) -> list[R]:
         waiting, found, dropped = deque(range(len(items))), dict[int, R](), set[str]()
@@ -107,7 +108,7 @@ class Pool:
                         dropped.add(place.url)
                         self._drop(place, error, only)
                 else:
-                    done(found[item])
+                    done(item, found[item])
 
         while waiting:
             places = self.places if only is None else [only]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.model.batch import collate, predicting_states
+from kdctl.model.batch import collate, predicting_hidden
 from kdctl.model.head import head_of, token_chunk
 from kdctl.rollout.sampler import Sampling
 from kdctl.run.records import Rollout
@@ -134,7 +134,8 @@ def _rows(
 ) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield, for parts of the tokens: log p (m,), log q of each rule (r, m), −log q − H(q) and its variance (m,)."""
     batch = collate(rollouts)
-    hidden, targets, head = predicting_states(model, batch), batch.targets(), head_of(model)
+    with torch.no_grad():  # not inference mode, whose tensors a divided model cannot gather into again
+        hidden, targets, head = predicting_hidden(model, batch), batch.targets(), head_of(model)
     before = _before(rollouts)
     size = max(1, token_chunk(head.weight.shape[0]) // 4)
     for first in range(0, len(targets), size):

@@ -1,6 +1,7 @@
 """What has to be true of a server before its completions are trained on, and what it means where it is not."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,25 @@ def check_rule(place: Place, looked: Sequence[Rollout], found: Reading, rule: Ru
         raise ServerError(
             f"{place.described} does not draw as it was asked to: its tokens are {found.surprise:+.1f} standard "
             f"deviations off what {rule} draws; {place.server.own_defaults_advice}"
+        )
+
+
+def with_token(rollouts: Sequence[Rollout], token: int | None) -> list[Rollout]:
+    """Return completions behind prompts that have one more token before them, None for their first one once more."""
+    return [
+        replace(one, prompt_ids=[one.prompt_ids[0] if token is None else token, *one.prompt_ids]) for one in rollouts
+    ]
+
+
+def check_prompt(place: Place, moved: Sequence[float | None]) -> None:
+    """Raise ServerError where a server reads more than the prompt that it was sent.
+
+    moved: for tokens that it may put before it, the slope of its log-probabilities on what such a token changes.
+    """
+    if any(one is not None and one > 0.5 for one in moved):
+        raise ServerError(
+            f"{place.described} puts a token before the prompt that was not sent, as a second beginning of sequence: "
+            "its log-probabilities move as with one. Switch that off there, or in the tokenizer beside its weights"
         )
 
 

@@ -11,6 +11,7 @@ from kdctl.rollout.sampler import Item, Progress, Sampling
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Draw, Drawn, Malformed
+from kdctl.rollout.work import Finished
 from kdctl.run.records import Rollout
 
 T = TypeVar("T")
@@ -39,16 +40,24 @@ class Writer:
         sampling: Sampling,
         policy_step: int,
         progress: Progress | None = None,
+        finished: Finished | None = None,
         only: Place | None = None,
     ) -> list[Rollout]:
-        """Draw a completion for each (prompt, sample index), in order. only: the server that is to draw all of them."""
+        """Draw a completion for each (prompt, sample index), in order.
+
+        progress, finished: told of tokens, and of an item's place and its completion, as they come; only: the server
+        that is to draw all of them.
+        """
         self._check_reach(items, sampling)
-        tell = progress or (lambda _: None)
+
+        def tell(place: int, rollout: Rollout) -> None:
+            if progress is not None:
+                progress(len(rollout.completion_ids))
+            if finished is not None:
+                finished(place, rollout)
+
         return self.pool.run(
-            items,
-            lambda client, place, item: self._one(client, place, item, sampling, policy_step),
-            lambda rollout: tell(len(rollout.completion_ids)),
-            only,
+            items, lambda client, place, item: self._one(client, place, item, sampling, policy_step), tell, only
         )
 
     def score(self, rollouts: Sequence[Rollout], only: Place) -> list[float]:
