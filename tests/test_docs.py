@@ -26,6 +26,8 @@ COMMANDS = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportA
 OF_OTHERS = {
     *("--constraint", "--no-deps", "--num_processes", "--multi_gpu", "--config_file", "--nproc-per-node"),
     *("--use_fsdp", "--fsdp_version", "--version", "--help", "--state", "--short", "--budget"),
+    *("--generation-config", "--gpu-memory-utilization", "--no-enable-chunked-prefill", "--dtype"),  # vLLM
+    *("--model-path", "--sampling-defaults", "--parallel", "--ctx-size", "--port"),  # SGLang, llama-server
 }
 BLOCK = re.compile(r"(?P<above>[^\n]*)\n+```console\n(?P<text>.*?)```", re.DOTALL)
 PYTHON = re.compile(r"<!-- run -->\n+```python\n(.*?)```", re.DOTALL)
