@@ -114,7 +114,7 @@ class Stub:
             body["top_p"],
             max(0, body["top_k"]),
             body["max_tokens"],
-            body["min_tokens"],
+            0 if "ends_early" in self.faults else body["min_tokens"],
             body["seed"],
         )
         bias = {int(key): value for key, value in body.get("logit_bias", {}).items()}

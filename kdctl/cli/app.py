@@ -139,7 +139,7 @@ def rollout(
                 "rollout: this preset generates during training (distill.refresh_every > 0); "
                 "nothing to do, name a --source to fill a store anyway"
             )
-        manifests = {name: pipeline.rollout(*opened, name, force=common.force) for name in sources}
+        manifests = {name: pipeline.rollout(*opened, name, force=common.force, named=bool(source)) for name in sources}
         if common.as_json:
             show_json(manifests)
             return

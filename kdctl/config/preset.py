@@ -81,8 +81,9 @@ def _server_url(text: str) -> str:
     except ValueError:
         sound = False
     if not sound:
+        text = text if "@" not in text else "what is given"
         raise ValueError(f"{text!r:.200} is no address of a server; write it like http://127.0.0.1:8000")
-    if found.username or found.password or found.query:
+    if found.username or found.password or found.query or found.fragment:
         raise ValueError(
             f"the address of a server is written into the run folder, so it must not hold a secret; give "
             f"{found.scheme}://{found.hostname}{f':{found.port}' if found.port else ''} and the key in KDCTL_SERVER_KEY"

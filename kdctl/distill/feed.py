@@ -22,6 +22,9 @@ from kdctl.rollout.work import RolloutEngine
 from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
+LEAVE_S = 30.0
+"""Seconds that completions which nobody needs any more are waited for."""
+
 
 class RolloutSource(Protocol):
     """Where the on-policy rows of a step come from."""
@@ -167,8 +170,10 @@ class Live:
         return self.engine.metrics()
 
     def close(self) -> None:
-        """End what the engine started."""
+        """End what the engine started, and wait a while for what it is at."""
         self.engine.close()
+        if self._ahead is not None:
+            self._ahead.wait(LEAVE_S)
 
     def prepare(self, step: int) -> None:
         """Make sure that the rollouts of a step's interval are there."""
@@ -227,6 +232,7 @@ class Live:
         entry = self.processes.on_main(lambda: self._kept(interval) if self._slots(interval) else None)
         if entry is not None:
             self._note(interval, entry)
+            self.processes.on_main(lambda: self.store.describe(self._manifest()))
             self.processes.main_first(lambda: self._take(entry, self.store.read_shard(entry)))
         return entry is not None
 
@@ -307,6 +313,10 @@ class Ahead:
             self._found = work()
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             self._error = error
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end, some seconds at most, whatever comes of it."""
+        self._thread.join(seconds)
 
     def result(self) -> list[Rollout]:
         """Wait for the end and return what was made. Raises what the work raised."""

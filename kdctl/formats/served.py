@@ -99,6 +99,7 @@ def _served(folder: Path, engine: str, form: Form | None, reporter: Reporter) ->
             child = Child(engine, scratch / "server.log", reporter)
             held.callback(child.stop)
             url = child.start(_in_form(folder, form or child.form, scratch))
+        (url,) = RolloutSection(engine="server", url=(url,)).url  # as clients need it
         pool = Pool([url], settings.batch_size, settings.timeout_s, reporter.note)
         pool.meet()
         yield pool

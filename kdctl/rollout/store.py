@@ -132,6 +132,10 @@ class RolloutStore:
             if path.name not in named:
                 remove(path)
         sweep_up(self.path)
+        self.describe(manifest)
+
+    def describe(self, manifest: StoreManifest) -> None:
+        """Write the manifest and leave all shards where they are."""
         write_record(self.manifest_path, manifest)
 
     def reopen(self) -> None:

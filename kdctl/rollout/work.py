@@ -64,6 +64,11 @@ class WeightFiles(Protocol):
         """Return where a program that is started for them writes what it prints."""
         ...
 
+    @property
+    def trained(self) -> bool:
+        """Tell whether training changes the weights."""
+        ...
+
     def start(self, form: Form) -> Path:
         """Return the weights as they are before the first optimizer step. Raises ServerError where there are none."""
         ...
@@ -72,8 +77,8 @@ class WeightFiles(Protocol):
         """Write the weights as they are now; every process calls."""
         ...
 
-    def clear(self, policy_step: int) -> None:
-        """Remove what was written for earlier steps; every process calls."""
+    def clear(self, policy_step: int = -1) -> None:
+        """Remove what was written for other steps than one, or for all; every process calls."""
         ...
 
 

@@ -221,6 +221,7 @@ def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Stude
         opened = _tracker(context, plan, watch)
         outputs = Outputs(plan.variant.checkpoints, opened, plan.identity, advance, context.reporter.note)
         outcome = train(trainer, small, outputs)
+    files.clear()
     student.weights.update(whole_rows(shadow.quantized(), ranks))
     shadow.detach()
     return outcome
@@ -272,7 +273,7 @@ def _live(
 ) -> Live:
     """Generate during training into the variant's own store."""
     prompts, store = train_prompts(context, teacher).prompts, RolloutStore(plan.variant.rollouts)
-    engine = engine_of(context, teacher, ptq.model, "student", prompts, files)
+    engine = engine_of(context, teacher, ptq.model, "student", prompts, f"{plan.variant.name}-{plan.identity}", files)
     sampling = Sampling.of(context.preset.rollout)
     live = Live(
         settings=context.preset.distill,

@@ -36,12 +36,17 @@ __all__ = [
 ]
 
 
-def rollout(context: Context, teacher: Teacher, source: Source, *, force: bool = False) -> StoreManifest:
-    """Fill one rollout store: student- or teacher-written completions, or those of a data set."""
+def rollout(
+    context: Context, teacher: Teacher, source: Source, *, force: bool = False, named: bool = False
+) -> StoreManifest:
+    """Fill one rollout store: student- or teacher-written completions, or those of a data set.
+
+    named: a server that the preset names holds what writes this source; else it holds the student.
+    """
     store = RolloutStore(context.paths.rollouts(source))
     if source == "student":
         ensure_student(context, teacher)
-    if not fill_source(context, teacher, source, store, force=force):
+    if not fill_source(context, teacher, source, store, force=force, named=named):
         context.reporter.note(f"rollout: {store.path} is complete, skipped")
     ensure_teacher_states(context, teacher, [store])
     return store.manifest()

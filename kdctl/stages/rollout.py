@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -70,14 +71,17 @@ def engine_of(
     model: PreTrainedModel,
     source: Source,
     prompts: Sequence[Prompt],
+    name: str,
     files: WeightFiles | None = None,
 ) -> RolloutEngine:
-    """Make the engine that the preset names, to complete prompts with a model whose weights ``files`` has."""
+    """Make the engine that the preset names, to complete prompts with a model whose weights ``files`` has.
+
+    name: what its caches go by, another one for other weights.
+    """
     settings, served = context.preset.rollout, context.paths.served
-    if files is None and settings.engine != "transformers":
+    if files is None:
         teachers = TeacherFiles(teacher, served / "server.log")
         files = teachers if source == "teacher" else StudentFiles(context, served)
-    name = f"{fingerprint(context.paths.student) if source == 'student' else teacher.fingerprint()}"[:16]
     work = Work(model, teacher.stop_ids(), source, settings, prompts, files, name, context.reporter, context.ranks)
     return engine_named(settings.engine)(work)
 
@@ -90,12 +94,21 @@ def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> Rollo
 
 
 def fill_source(
-    context: Context, teacher: Teacher, source: Source, store: RolloutStore, *, force: bool = False, why: str = ""
+    context: Context,
+    teacher: Teacher,
+    source: Source,
+    store: RolloutStore,
+    *,
+    force: bool = False,
+    named: bool = False,
+    why: str = "",
 ) -> bool:
     """Fill a store unless it is complete; tell whether anything was done. A student must be there to write its own.
 
-    force: write it anew; why: said where it is filled.
+    force: write it anew; named: the user asked for this source, so that a server holds what writes it; why: said where
+    it is filled.
     """
+    context = context if named or source == "student" else in_process(context)
     plan = plan_of(context, teacher, source)
     if not force and is_usable(context, store, plan):
         return False
@@ -108,6 +121,16 @@ def fill_source(
             context.reporter.note(why)
         _fill(context, teacher, source, store, plan)
     return True
+
+
+def in_process(context: Context) -> Context:
+    """Return the same with kdctl's own engine in place of a server, which holds the student."""
+    settings = context.preset.rollout
+    if settings.engine != "server":
+        return context
+    away = {"engine": "transformers", "url": (), "serve": None, "restart": None, "weights": None, "lag": 0}
+    own = settings.model_copy(update=away)
+    return replace(context, preset=context.preset.model_copy(update={"rollout": own}))
 
 
 def is_usable(context: Context, store: RolloutStore, plan: Plan) -> bool:
@@ -134,7 +157,10 @@ def plan_of(context: Context, teacher: Teacher, source: Source) -> Plan:
         "dataset": prompts.fingerprint,
     }[source]()
     inputs = {"writer": writer, "prompts": prompts.fingerprint(), "source": source, **teacher.new_stops()}
-    decisive = {name: value for name, value in settings.decisive().items() if name != "keep_states"}
+    # The teacher's completions are the same whichever server draws them, so training takes what is there.
+    served = source == "teacher" and settings.engine == "server"
+    left = ("keep_states", "lag", *(("engine",) if served else ()))
+    decisive = {name: value for name, value in settings.decisive().items() if name not in left}
     name = identity("rollout", {"rollout": decisive}, inputs)
     return Plan(source, name, writer, prompts, settings.prompts_per_block, settings.num_generations)
 
@@ -146,9 +172,10 @@ def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStor
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, plan.prompts)))
     else:
         model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
-        with closing(engine_of(context, teacher, model, source, plan.prompts.prompts)) as engine:
+        with closing(engine_of(context, teacher, model, source, plan.prompts.prompts, plan.identity)) as engine:
             engine.load(model, 0)
             fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
+        StudentFiles(context, context.paths.served).clear()
 
 
 def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:

@@ -22,6 +22,7 @@ class TeacherFiles:
 
     teacher: Teacher
     log: Path
+    trained: bool = False
 
     def start(self, form: Form) -> Path:
         """Return its folder, or the GGUF file that it comes from. Raises ServerError where there is none."""
@@ -39,7 +40,7 @@ class TeacherFiles:
         """Return the same: nothing trains a teacher."""
         return self.start(form)
 
-    def clear(self, policy_step: int) -> None:
+    def clear(self, policy_step: int = -1) -> None:
         """Do nothing."""
 
 
@@ -55,6 +56,11 @@ class StudentFiles:
     """The tensors outside the quantized layers."""
 
     @property
+    def trained(self) -> bool:
+        """Tell whether training changes the weights."""
+        return self.shadow is not None
+
+    @property
     def log(self) -> Path:
         """Return where a server that is started for it writes what it prints."""
         return self.folder / "server.log"
@@ -62,7 +68,7 @@ class StudentFiles:
     def start(self, form: Form) -> Path:
         """Return ``student/``, or its export."""
         student = self.context.paths.student
-        return self._in_form(student, form, 0)
+        return self._in_form(student, form, 0).resolve()
 
     def write(self, form: Form, policy_step: int) -> Path:
         """Write the student as it is now; it is divided where training is, and the main process writes it."""
@@ -77,12 +83,12 @@ class StudentFiles:
         def written() -> Path:
             remove(folder)
             save_changed(folder, self.context.paths.student, {**self.others, **changed})
-            return self._in_form(folder, form, policy_step)
+            return self._in_form(folder, form, policy_step).resolve()
 
         return self.context.ranks.on_main(written)
 
-    def clear(self, policy_step: int) -> None:
-        """Remove what was written for earlier steps."""
+    def clear(self, policy_step: int = -1) -> None:
+        """Remove what was written for other steps than one; all of it once no server needs it any more."""
 
         def cleared() -> None:
             for path in self.folder.glob("step-*"):

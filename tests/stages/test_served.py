@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from kdctl.base.errors import ServerError
 from kdctl.base.sums import without_sum
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
+from kdctl.distill.feed import Live
 from kdctl.formats.student import load_student, read_student
 from kdctl.model.folder import read_tensors
 from kdctl.rollout.store import RolloutStore
+from kdctl.run.records import Rollout, ShardEntry
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
 from kdctl.stages.context import Context, Run, open_run
@@ -51,7 +53,7 @@ def test_each_refresh_gives_the_server_the_student_as_it_is(smoke: Preset, tmp_p
     with live(smoke, tmp_path, kind=kind) as (run, stub):
         report = pipeline.distill(*run, name="live")
         held = stub.model
-    assert [path.name for path in stub.loaded] == ["step-000002"]
+    assert [path.name for path in stub.loaded] == ["step-000000", "step-000002"]
     variant = run.context.paths.variant("live")
     store = RolloutStore(variant.rollouts)
     assert [shard.policy_step for shard in store.manifest().shards] == [0, 2]
@@ -78,6 +80,38 @@ def test_a_server_that_keeps_its_old_weights_is_told(smoke: Preset, tmp_path: Pa
         pipeline.distill(*run, name="live")
 
 
+def test_a_server_that_holds_another_variants_weights_is_given_the_first(smoke: Preset, tmp_path: Path) -> None:
+    with live(smoke, tmp_path) as (run, stub):
+        pipeline.distill(*run, name="one")
+        pipeline.distill(*run, name="two")
+    stores = [RolloutStore(run.context.paths.variant(name).rollouts).shard_path(0) for name in ("one", "two")]
+    assert stub.loaded[2].parts[-3:] == ("two", "served", "step-000000")
+    tokens = [RolloutStore(path.parent).read()[0].logprobs for path in stores]
+    torch.testing.assert_close(torch.tensor(tokens[0]), torch.tensor(tokens[1]), atol=1e-3, rtol=0)
+    assert not list(run.context.paths.variant("two").served.glob("step-*"))
+
+
+def test_a_shard_that_an_interruption_left_is_named(
+    smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Live._take
+
+    def cut_off(self: Live, entry: ShardEntry, rollouts: Sequence[Rollout]) -> None:
+        if len(self._shards) == 2:
+            raise RuntimeError("killed")
+        taken(self, entry, rollouts)
+
+    with live(smoke, tmp_path) as (run, _):
+        monkeypatch.setattr(Live, "_take", cut_off)
+        with pytest.raises(RuntimeError, match="killed"):
+            pipeline.distill(*run, name="live")
+        monkeypatch.setattr(Live, "_take", taken)
+        pipeline.distill(*run, name="live")
+    manifest = RolloutStore(run.context.paths.variant("live").rollouts).manifest()
+    assert [shard.policy_step for shard in manifest.shards] == [0, 2]
+    assert list(manifest.steps) == ["0-1", "2-3"]
+
+
 def test_a_server_that_takes_no_weights_is_refused_with_the_ways_out(smoke: Preset, tmp_path: Path) -> None:
     with (
         live(smoke, tmp_path, "no_reload") as (run, _),
@@ -92,7 +126,7 @@ def test_a_command_restarts_what_cannot_reload(smoke: Preset, tmp_path: Path) ->
         command = f'{sys.executable} -c "{code}" {stub.url} {{weights}}'
         preset = build_preset(run.context.preset.model_dump(), {"rollout.restart": command}, "test")
         pipeline.distill(*open_run(preset, tmp_path), name="live")
-    assert [path.name for path in stub.loaded] == ["step-000002"]
+    assert [path.name for path in stub.loaded] == ["step-000000", "step-000002"]
 
 
 def test_a_restart_that_fails_says_what_it_said(smoke: Preset, tmp_path: Path) -> None:
@@ -109,7 +143,7 @@ def test_with_lag_completions_come_from_the_student_before(smoke: Preset, tmp_pa
         pipeline.distill(*run, name="live")
     shards = RolloutStore(run.context.paths.variant("live").rollouts).manifest().shards
     assert [shard.policy_step for shard in shards] == [0, 0, 2]
-    assert [path.name for path in stub.loaded] == ["step-000002"]
+    assert [path.name for path in stub.loaded] == ["step-000000", "step-000002"]
 
 
 def test_training_goes_on_after_a_stop_with_the_weights_of_its_checkpoint(smoke: Preset, tmp_path: Path) -> None:
@@ -148,7 +182,7 @@ def test_shards_of_several_processes_generate_live_on_a_server(smoke: Preset, tm
         file.write_text(run.context.preset.model_dump_json())
         done = subprocess.run([*launched, "--preset", str(file)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-    assert [path.name for path in stub.loaded] == ["step-000002"]
+    assert [path.name for path in stub.loaded] == ["step-000000", "step-000002"]
     variant = run.context.paths.variant("live")
     assert max(line["rollout/server_gap"] for line in read_metrics(variant.metrics)) < 0.05
     assert [shard.rows for shard in RolloutStore(variant.rollouts).manifest().shards] == [8, 8]
@@ -157,7 +191,7 @@ def test_shards_of_several_processes_generate_live_on_a_server(smoke: Preset, tm
 def test_when_all_servers_are_gone_what_is_complete_is_kept(smoke: Preset, tmp_path: Path) -> None:
     """The command line: exit code 2, and only what is missing is asked for again."""
     with live(smoke, tmp_path, rollout__num_prompts=24) as (run, stub):
-        said = ["rollout.num_prompts=24", "rollout.prompts_per_block=8"]
+        said = ["rollout.num_prompts=24", "rollout.prompts_per_block=8", "rollout.batch_size=1"]
         command = [sys.executable, "-m", "kdctl", "rollout", "--run", str(tmp_path), "--source", "student"]
         command += ["--engine", "server", "--url", stub.url, *(word for text in said for word in ("--set", text))]
         looked = 8 + 8 + 1  # drawn to be looked at, scored, and one stop token forced

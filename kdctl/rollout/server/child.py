@@ -29,6 +29,7 @@ COMMANDS = {
 """How each server that has a name is started."""
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 """What lets a server of our own take new weights."""
+LAUNCHER = re.compile(r"(TORCHELASTIC|ACCELERATE|FSDP|MASTER|GROUP|ROLE)_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$")
 START_S = 900.0
 """Seconds that a server may take to load its weights."""
 LOOK_S = 0.5
@@ -48,7 +49,8 @@ class Child:
     @property
     def form(self) -> Form:
         """Return how the server takes weights, by what it is."""
-        return "gguf" if re.search(r"llama.*server", Path(self.command.split()[0]).name) else "packed"
+        gguf = any(re.match(r"llama.*server", Path(word).name) for word in self.command.split())
+        return "gguf" if gguf else "packed"
 
     def start(self, weights: Path) -> str:
         """Start the server with some weights, wait until it answers and return its address.
@@ -70,7 +72,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **ENVIRONMENT},
+                env=_environment(),
                 start_new_session=True,
             )
         url = f"http://{HOST}:{port}"
@@ -114,6 +116,11 @@ class Child:
             lines = []
         cause = next((found[0] for line in lines if (found := ERROR.search(line))), None)
         return cause or " | ".join(line.strip() for line in lines[-LAST_LINES:] if line.strip())[-600:] or "nothing"
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without what a launcher of several processes set in it, which is not for a server."""
+    return {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)} | ENVIRONMENT
 
 
 def free_port() -> int:

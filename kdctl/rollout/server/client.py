@@ -36,7 +36,9 @@ class Client:
 
     def __init__(self, url: str, timeout_s: float, width: int):
         self.url = url
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and (key.isprintable())):
+            raise ServerError(f"the environment variable {KEY} holds characters that no key has; set it again")
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None),
@@ -81,9 +83,8 @@ class Client:
 
 def _wait(times: int, asked: str | None = None) -> float:
     """Return how long to wait, seconds: as long as the server asks for, else twice as long each time."""
-    if asked is not None and asked.isdecimal():
-        return min(float(asked), LONGEST_WAIT_S)
-    return min(FIRST_WAIT_S * 2 ** (times - 1), LONGEST_WAIT_S)
+    least = float(asked) if asked is not None and asked.isdecimal() else 0.0
+    return min(max(least, FIRST_WAIT_S * 2 ** (times - 1)), LONGEST_WAIT_S)
 
 
 def _content(answer: httpx.Response) -> Any:

@@ -67,6 +67,8 @@ class Served:
             self._share(self._meet)
         if policy_step or not first:
             self._refresh(policy_step)
+        elif self._files.trained and self._child is None:
+            self._refresh(0, self._try_reload)  # another training may have left its weights there
         if first:
             self._looked = self.work.processes.on_main(self._look)
         self._check(model, policy_step)
@@ -118,6 +120,7 @@ class Served:
 
     def close(self) -> None:
         """End the server that was started for this."""
+        self._pool.closed = True
         if self._child is not None:
             self._child.stop()
             self._child = None
@@ -152,6 +155,7 @@ class Served:
                     f"{place.described} cannot keep a completion from ending before rollout.min_new_tokens="
                     f"{settings.min_new_tokens}; set it to 0, or use another server"
                 )
+        self._writer.check_reach(self.work.prompts, Sampling.of(settings))
         self._writer.find_stops(self.work.prompts[0].prompt_ids)
 
     @property
@@ -175,18 +179,26 @@ class Served:
         """Check how each server draws."""
         rules, rule = (Rule(), *USUAL, *rules_of(self._files.start("packed"))), asked_rule(self._short)
         for place, looked in zip(self._pool.places, self._looked, strict=True):
-            found = read(model, looked, self._short, rules)
+            found = read(model, looked, self._short, rules, self.work.stop)
             self.work.processes.on_main(lambda at=place, drawn=looked, by=found: check_rule(at, drawn, by, rule))
 
     # Whenever weights change.
 
-    def _refresh(self, policy_step: int) -> None:
+    def _refresh(self, policy_step: int, reload: Callable[[Path], None] | None = None) -> None:
         """Give every server the model's weights as they are now."""
+        reload = reload or self._reload
         self._writer.salt = f"{self.work.name}-{policy_step}"
         own = "gguf" if self._pool.places[0].server.kind == "llama-server" else "packed"
         weights = self._files.write(self.work.settings.weights or own, policy_step)  # each process has a part of them
-        self._share(lambda: self._reload(weights))
+        self._share(lambda: reload(weights))
         self._files.clear(policy_step)
+
+    def _try_reload(self, weights: Path) -> None:
+        """Have servers load the first weights; those that cannot must hold them already."""
+        try:
+            self._reload(weights)
+        except ServerError as error:
+            self.work.reporter.note(f"warning: {error}. It must hold what it was started with")
 
     def _reload(self, weights: Path) -> None:
         """Have servers load new weights, or start again with them where they cannot."""
@@ -208,7 +220,9 @@ class Served:
         try:
             async with Client(place.url, self._pool.timeout_s, 1) as client:
                 await place.server.reload(client, weights)
-        except (Refused, Malformed, Gone) as error:
+        except Gone as error:
+            raise ServerError(f"{place.described} does not answer any more ({error}); start it again") from None
+        except (Refused, Malformed) as error:
             raise ServerError(
                 f"{place.described} does not take new weights ({error}); {place.server.reload_advice}"
             ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdctl.rollout.server.client import Client, Refused
-from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, pick, token_ids
+from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, pick, token_ids
 
 FORCE = 1e6
 """What is added to the logit of a token that is to be drawn."""
@@ -62,7 +62,7 @@ class Llama:
         """Return all fields of a request but the prompt."""
         return {
             **NEUTRAL,
-            "samplers": ["top_k", "top_p", "temperature"] if (draw.top_k or draw.top_p < 1) else ["temperature"],
+            "samplers": ["temperature", "top_k", "top_p"] if (draw.top_k or draw.top_p < 1) else ["temperature"],
             "temperature": draw.temperature,
             "top_p": draw.top_p,
             "top_k": draw.top_k,
@@ -97,7 +97,8 @@ class Llama:
         found = []
         for place, token in enumerate(completion_ids):
             before = [*prompt_ids, *completion_ids[:place]]
-            found.append(await self._forced(client, before, token) or await self._listed(client, before, token))
+            value = await self._forced(client, before, token)
+            found.append(await self._listed(client, before, token) if value is None else value)
         return found
 
     async def _forced(self, client: Client, before: Sequence[int], token: int) -> float | None:
@@ -106,14 +107,14 @@ class Llama:
         if pick(answer, "tokens") != [token]:
             raise Malformed(f"it draws {pick(answer, 'tokens')} where a bias of {FORCE:g} forces token {token}")
         found = answer.get("completion_probabilities")
-        return None if not found else float(pick(found, 0, "logprob"))
+        return None if not found else number(pick(found, 0, "logprob"))
 
     async def _listed(self, client: Client, before: Sequence[int], token: int) -> float:
         """Find a token in the list of all while another is drawn, which is whole: the prompt's first."""
         answer = await client.post("/completion", {**self._one(before, before[0]), "n_probs": EVERY})
         for one in pick(answer, "completion_probabilities", 0, "top_logprobs"):
             if one.get("id") == token:
-                return float(pick(one, "logprob"))
+                return number(pick(one, "logprob"))
         raise Malformed(f"its list of all tokens has no token {token}")
 
     def _one(self, before: Sequence[int], token: int) -> dict[str, Any]:

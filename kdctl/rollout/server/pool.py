@@ -40,6 +40,8 @@ class Pool:
     def __init__(self, urls: Sequence[str], width: int, timeout_s: float, say: Callable[[str], None]):
         self.urls, self.width, self.timeout_s, self.say = [*urls], width, timeout_s, say
         self.places: list[Place] = []
+        self.closed = False
+        """Nobody waits for answers any more; those that are asked for come, and no other is asked."""
 
     def meet(self, patience_s: float = 0.0) -> list[Place]:
         """Find out what each server is; one that starts may take a while to answer.
@@ -53,6 +55,7 @@ class Pool:
             except ServerError:
                 if time.monotonic() > until:
                     raise
+                time.sleep(1.0)
             else:
                 return self.places
 
@@ -98,7 +101,7 @@ class Pool:
 
         async def work(client: Client, place: Place) -> None:
             """Take one item after the other while there are any and the server lives."""
-            while waiting and place.url not in dropped:
+            while waiting and place.url not in dropped and not self.closed:
                 item = waiting.popleft()
                 try:
                     found[item] = await ask(client, place, items[item])
@@ -111,6 +114,8 @@ class Pool:
                     done(item, found[item])
 
         while waiting:
+            if self.closed:
+                raise ServerError("the work ended before its completions were written")
             places = self.places if only is None else [only]
             width = -(-min(self.width, len(waiting)) // len(places))
             async with AsyncExitStack() as opened:
@@ -130,7 +135,11 @@ class Pool:
     def _drop(self, place: Place, error: Gone, only: Place | None) -> None:
         """Do without a server from now on. Raises ServerError for the last one, and the only one."""
         self.places = [one for one in self.places if one is not place]
-        if only is not None or not self.places:
+        if only is not None:
+            raise ServerError(
+                f"{place.described} does not answer any more ({error}); start it, or leave its address out"
+            )
+        if not self.places:
             raise ServerError(
                 f"{place.described} does not answer any more ({error}) and no other is left; what is complete is kept, "
                 "and the same command goes on from there once a server runs"

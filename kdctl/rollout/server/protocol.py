@@ -116,6 +116,13 @@ def token_ids(found: Any, where: str) -> list[int]:
     return found
 
 
+def number(found: Any) -> float:
+    """Check one log-probability."""
+    if type(found) not in (int, float):
+        raise Malformed(f"it states the log-probability {str(found)[:40]!r}, which is no number")
+    return float(found)
+
+
 def numbers(found: Any, where: str) -> list[float | None]:
     """Check a list of log-probabilities; None stands for one that is not given."""
     if not isinstance(found, list) or not all(one is None or type(one) in (int, float) for one in found):

@@ -114,10 +114,19 @@ def log_probabilities(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> Te
     return torch.cat([plain for plain, *_ in _rows(model, rollouts, [])])
 
 
-def read(model: PreTrainedModel, rollouts: Sequence[Rollout], sampling: Sampling, others: Iterable[Rule]) -> Reading:
-    """Have a model read completions that a server drew, and compare rules that it may have drawn them by."""
+def read(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    sampling: Sampling,
+    others: Iterable[Rule],
+    stop: Sequence[int] = (),
+) -> Reading:
+    """Have a model read completions that a server drew, and compare rules that it may have drawn them by.
+
+    stop: the tokens that no rule draws before ``min_new_tokens``.
+    """
     rules = [asked_rule(sampling), *dict.fromkeys(others)]
-    parts = list(_rows(model, rollouts, rules))
+    parts = list(_rows(model, rollouts, rules, stop, sampling.min_new_tokens))
     plain = torch.cat([part[0] for part in parts])
     chosen = torch.cat([part[1] for part in parts], -1).double()  # (rules, M)
     excess, variance = (torch.cat([part[place] for part in parts]).double() for place in (2, 3))
@@ -130,13 +139,18 @@ def read(model: PreTrainedModel, rollouts: Sequence[Rollout], sampling: Sampling
 
 
 def _rows(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], rules: Sequence[Rule]
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    rules: Sequence[Rule],
+    stop: Sequence[int] = (),
+    shortest: int = 0,
 ) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield, for parts of the tokens: log p (m,), log q of each rule (r, m), −log q − H(q) and its variance (m,)."""
     batch = collate(rollouts)
     with torch.no_grad():  # not inference mode, whose tensors a divided model cannot gather into again
         hidden, targets, head = predicting_hidden(model, batch), batch.targets(), head_of(model)
     before = _before(rollouts)
+    places = [place for one in rollouts for place in range(0 if one.prompt_ids else 1, len(one.completion_ids))]
     size = max(1, token_chunk(head.weight.shape[0]) // 4)
     for first in range(0, len(targets), size):
         part = slice(first, first + size)
@@ -146,6 +160,9 @@ def _rows(
         if not rules:
             yield plain, plain, plain, plain
             continue
+        for row, tokens in enumerate(places[part]):
+            if tokens < shortest:
+                logits[row, [*stop]] = -torch.inf
         seen = torch.zeros(logits.shape, dtype=torch.bool)
         for row, tokens in enumerate(before[part]):
             seen[row, tokens] = True

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdctl.rollout.server.client import Client, Refused
-from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, numbers, pick, token_ids
+from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, numbers, pick, token_ids
 
 FORCE = 100.0
 """What is added to the logit of a token that is to be drawn."""
@@ -74,7 +74,7 @@ class Sglang:
         meta = pick(answer, "meta_info")
         triples = pick(meta, "output_token_logprobs")
         ids = token_ids(pick(answer, "output_ids"), "output_ids")
-        if [one[1] for one in triples] != ids:
+        if [pick(one, 1) for one in triples or []] != ids:
             raise Malformed("the tokens of meta_info.output_token_logprobs are not those of output_ids")
         logprobs = numbers([one[0] for one in triples], "meta_info.output_token_logprobs")
         ended = pick(meta, "finish_reason", "type") == "stop"
@@ -89,7 +89,7 @@ class Sglang:
         found = triples[-len(completion_ids) :]
         if [one[1] for one in found] != [*completion_ids]:
             raise Malformed("the tokens of meta_info.input_token_logprobs are not those that were sent")
-        return [float(one[0]) for one in found]
+        return [number(one[0]) for one in found]
 
     async def reload(self, client: Client, folder: Path) -> None:
         """Replace the weights from disk; SGLang forgets keys and values of the old ones itself."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdctl.rollout.server.client import Client, Refused
-from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, numbers, pick, token_ids
+from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, numbers, pick, token_ids
 
 FORCE = 100.0
 """What is added to the logit of a token that is to be drawn; vLLM takes no more."""
@@ -69,8 +69,8 @@ class Vllm:
             body["logit_bias"] = {str(draw.forced): FORCE}
         answer = await client.post("/v1/completions", body)
         choices = pick(answer, "choices")
-        if len(choices) != 1:
-            raise Malformed(f"it answers one request with {len(choices)} completions")
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise Malformed(f"it answers one request with {len(choices or [])} completions")
         choice = choices[0]
         ids = token_ids(pick(choice, "token_ids"), "token_ids")
         if (echoed := choice.get("prompt_token_ids")) is not None and echoed != [*draw.prompt_ids]:
@@ -89,7 +89,7 @@ class Vllm:
         if not isinstance(found, list) or len(found) != len(whole):
             raise Malformed("its answer has no prompt_logprobs, one for each token of the prompt")
         places = range(len(prompt_ids), len(whole))
-        return [float(pick(found, place, str(whole[place]), "logprob")) for place in places]
+        return [number(pick(found, place, str(whole[place]), "logprob")) for place in places]
 
     async def reload(self, client: Client, folder: Path) -> None:
         """Replace the weights through the engine's own loader, and forget keys and values of the old ones."""

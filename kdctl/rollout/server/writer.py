@@ -12,7 +12,7 @@ from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Draw, Drawn, Malformed
 from kdctl.rollout.work import Finished
-from kdctl.run.records import Rollout
+from kdctl.run.records import Prompt, Rollout
 
 T = TypeVar("T")
 SEEDS = 2**31
@@ -48,7 +48,7 @@ class Writer:
         progress, finished: told of tokens, and of an item's place and its completion, as they come; only: the server
         that is to draw all of them.
         """
-        self._check_reach(items, sampling)
+        self.check_reach([prompt for prompt, _ in items], sampling)
 
         def tell(place: int, rollout: Rollout) -> None:
             if progress is not None:
@@ -113,9 +113,9 @@ class Writer:
             self.salt,
         )
 
-    def _check_reach(self, items: Sequence[Item], sampling: Sampling) -> None:
+    def check_reach(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Raise ServerError if a sequence can become longer than a server takes."""
-        longest = max((len(prompt.prompt_ids) for prompt, _ in items), default=0) + sampling.max_new_tokens
+        longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
         for place in self.pool.places:
             if place.about.reach is not None and longest > place.about.reach:
                 raise ServerError(
@@ -155,6 +155,11 @@ class Writer:
         _check_counts(place, draw, drawn, self.vocabulary)
         ids, logprobs = drawn.ids, drawn.logprobs
         end = next((number for number, token in enumerate(ids) if token in self.stop), None)
+        if end is not None and end < draw.min_new_tokens:
+            raise ServerError(
+                f"{place.described} ended a completion after {end + 1} tokens, and it was asked not to before "
+                f"rollout.min_new_tokens={draw.min_new_tokens}; it does not take that field"
+            )
         if end is not None:
             return ids[: end + 1], logprobs[: end + 1]
         if len(ids) == draw.max_new_tokens:

@@ -14,6 +14,8 @@ from kdctl.config.preset import RolloutSection
 from kdctl.model.load import load_model
 from kdctl.rollout.sampler import InProcess, Sampling
 from kdctl.rollout.server.engine import Served
+from kdctl.rollout.server.llama import Llama
+from kdctl.rollout.server.protocol import About, Draw
 from kdctl.rollout.work import Work
 from kdctl.run.records import Prompt
 
@@ -34,7 +36,7 @@ class Files:
     """The teacher's folder."""
 
     def __init__(self, folder):
-        self.folder, self.log = folder, folder / "log"
+        self.folder, self.log, self.trained = folder, folder / "log", False
 
     def start(self, form):
         return self.folder
@@ -42,7 +44,7 @@ class Files:
     def write(self, form, policy_step):
         return self.folder
 
-    def clear(self, policy_step):
+    def clear(self, policy_step=-1):
         pass
 
 
@@ -225,6 +227,7 @@ def test_a_key_is_sent_and_asked_for(made, teacher_fp32, monkeypatch):
     assert "s3cret" not in json.dumps(engine.record().model_dump(mode="json"))
 
 
+@pytest.mark.slow
 def test_a_server_that_leaves_the_stop_token_out_gets_it_back(made, teacher_fp32):
     stop = _likely(teacher_fp32)
     with serving("sglang", teacher_fp32, "drops_stop") as stub:
@@ -258,6 +261,7 @@ def test_a_stop_at_a_token_that_is_none_of_the_models_is_refused(made, teacher_f
         complete(made(stub.url, max_new_tokens=40, stop=()), teacher_fp32)
 
 
+@pytest.mark.slow
 def test_tokens_behind_a_stop_token_of_the_model_are_cut(made, teacher_fp32):
     stop = _likely(teacher_fp32)
     with serving("llama-server", teacher_fp32, stop=()) as stub:
@@ -290,6 +294,7 @@ def test_a_sequence_longer_than_the_server_takes_is_refused_before_any_is_drawn(
         assert stub.seen["/v1/completions"] == drawn
 
 
+@pytest.mark.slow
 def test_two_servers_share_and_one_that_dies_leaves_its_requests(made, teacher_fp32, monkeypatch):
     monkeypatch.setattr("kdctl.rollout.server.client.FIRST_WAIT_S", 0.01)
     with serving("vllm", teacher_fp32) as one, serving("vllm", teacher_fp32) as two:
@@ -308,3 +313,25 @@ def test_two_servers_share_and_one_that_dies_leaves_its_requests(made, teacher_f
         one.faults.add("closes_all")
         with pytest.raises(ServerError, match="no other is left; what is complete is kept"):
             engine.complete(items, sampling)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_ends_that_are_masked_are_no_sign_of_another_rule(kind, made, teacher_fp32):
+    stop = _likely(teacher_fp32)
+    with serving(kind, teacher_fp32) as stub:
+        found = complete(made(stub.url, stop=stop, min_new_tokens=6), teacher_fp32)
+    assert all(len(one.completion_ids) > 6 for one in found)
+
+
+def test_an_end_before_the_shortest_length_is_refused(made, teacher_fp32):
+    stop = _likely(teacher_fp32)
+    with (
+        serving("vllm", teacher_fp32, "ends_early") as stub,
+        pytest.raises(ServerError, match=r"asked not to before rollout.min_new_tokens=6"),
+    ):
+        complete(made(stub.url, stop=stop, min_new_tokens=6), teacher_fp32)
+
+
+def test_llama_server_masks_in_the_order_of_the_engine_in_process():
+    fields = Llama(About("b1", "m")).fields(Draw([1], 0.7, 0.9, 5, 0, 8, (), 1))
+    assert fields["samplers"] == ["temperature", "top_k", "top_p"]
