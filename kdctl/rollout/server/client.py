@@ -110,8 +110,3 @@ def _said(answer: httpx.Response) -> str:
     while isinstance(found, dict):
         found = next((found[name] for name in ("error", "message", "detail") if found.get(name)), str(found))
     return " ".join(str(found).split())[:300] or "no reason given"
-
-
-def refused(url: str, what: str, error: Exception, instead: str) -> ServerError:
-    """Make the error of a server that does not do what was asked."""
-    return ServerError(f"{url} does not {what} ({error}); {instead}")

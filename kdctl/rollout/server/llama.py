@@ -54,7 +54,7 @@ class Llama:
             found = await client.get("/props")
             version, model = pick(found, "build_info"), pick(found, "model_path")
             settings = pick(found, "default_generation_settings")
-            return About(str(version), Path(model).name, settings.get("n_ctx"), settings.get("params"))
+            return About(str(version), Path(model).name, settings.get("n_ctx"))
         except (Refused, Malformed):
             return None
 

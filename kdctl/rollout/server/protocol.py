@@ -1,6 +1,6 @@
 """What a server has to speak, and what kdctl makes of its answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -47,8 +47,6 @@ class About:
     version: str
     model: str
     reach: int | None = None
-    defaults: Mapping[str, Any] | None = None
-    """Sampling fields that it takes where a request gives none."""
 
 
 class Malformed(Exception):
@@ -91,10 +89,6 @@ class Server(Protocol):
 
     async def reload(self, client: Client, folder: Path) -> None:
         """Replace the weights by those of a model folder and forget what was computed with the old ones."""
-        ...
-
-    def contradictions(self, answer: Mapping[str, Any], draw: Draw) -> list[str]:
-        """List sampling fields of which an answer says that it did not take them as they were sent."""
         ...
 
 

@@ -149,8 +149,7 @@ def _rows(
     batch = collate(rollouts)
     with torch.no_grad():  # not inference mode, whose tensors a divided model cannot gather into again
         hidden, targets, head = predicting_hidden(model, batch), batch.targets(), head_of(model)
-    before = _before(rollouts)
-    places = [place for one in rollouts for place in range(0 if one.prompt_ids else 1, len(one.completion_ids))]
+    before = _before(rollouts) if rules else []
     size = max(1, token_chunk(head.weight.shape[0]) // 4)
     for first in range(0, len(targets), size):
         part = slice(first, first + size)
@@ -160,12 +159,11 @@ def _rows(
         if not rules:
             yield plain, plain, plain, plain
             continue
-        for row, tokens in enumerate(places[part]):
-            if tokens < shortest:
-                logits[row, [*stop]] = -torch.inf
         seen = torch.zeros(logits.shape, dtype=torch.bool)
-        for row, tokens in enumerate(before[part]):
+        for row, (place, tokens) in enumerate(before[part]):
             seen[row, tokens] = True
+            if place < shortest:
+                logits[row, [*stop]] = -torch.inf
         own = logits.sort(-1, descending=True)
         picked = []
         for rule in rules:
@@ -181,10 +179,10 @@ def _rows(
         yield plain, torch.stack(picked), -picked[0] - entropy, spread
 
 
-def _before(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """List, for each token that carries loss, the tokens before it."""
+def _before(rollouts: Sequence[Rollout]) -> list[tuple[int, list[int]]]:
+    """List, for each token that carries loss, its place in the completion and all tokens before it."""
     return [
-        [*rollout.prompt_ids, *rollout.completion_ids[:place]]
+        (place, [*rollout.prompt_ids, *rollout.completion_ids[:place]])
         for rollout in rollouts
         for place in range(0 if rollout.prompt_ids else 1, len(rollout.completion_ids))
     ]

@@ -1,6 +1,6 @@
 """SGLang's native server: ``/generate`` with token ids both ways. Written after its documentation; not run here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,9 +35,7 @@ class Sglang:
             model = pick(await _newer(client, "model_info"), "model_path")
             found = await _newer(client, "server_info")
             reach = found.get("context_length") or found.get("max_req_input_len")
-            return About(
-                str(found.get("version", "unknown")), str(model), reach, found.get("preferred_sampling_params")
-            )
+            return About(str(found.get("version", "unknown")), str(model), reach)
         except (Refused, Malformed, AttributeError):
             return None
 
@@ -97,10 +95,6 @@ class Sglang:
         answer = await client.post("/update_weights_from_disk", body)
         if not pick(answer, "success"):
             raise Malformed(f"/update_weights_from_disk says {str(answer.get('message'))[:200]!r}")
-
-    def contradictions(self, answer: Mapping[str, Any], draw: Draw) -> list[str]:
-        """Return nothing: SGLang does not say what it took."""
-        return []
 
 
 async def _newer(client: Client, page: str) -> Any:

@@ -1,6 +1,6 @@
 """vLLM's OpenAI server: ``/v1/completions`` with token ids both ways."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,7 +96,3 @@ class Vllm:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         await client.post("/collective_rpc", call)
         await client.post("/reset_prefix_cache", {})
-
-    def contradictions(self, answer: Mapping[str, Any], draw: Draw) -> list[str]:
-        """Return nothing: vLLM does not say what it took."""
-        return []
