@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import budget
+import pytest
 
 TESTS = """
 import time
@@ -59,3 +60,11 @@ def test_a_run_fails_where_a_fast_test_takes_longer(tmp_path: Path) -> None:
     assert done.returncode == 1
     named = {line.split("::")[1].split()[0] for line in done.stdout.splitlines() if "of processor time" in line}
     assert named == {"test_long", "test_with_its_own_fixture", "test_with_a_child"}
+
+
+def test_a_slow_machine_is_given_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "slowness", lambda: 2.0)
+    found = budget.Budget(shown=0, given_s=None)
+    found.seconds, found.fast = {"long": 5.9, "longer": 6.1, "slow": 9.0}, {"long", "longer"}
+    found.judge()
+    assert found.over == ["longer"]

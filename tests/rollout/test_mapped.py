@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from budget import slowness
 
 from kdctl.base.errors import StoreError
 from kdctl.base.sums import without_sum
@@ -119,7 +120,7 @@ def test_a_million_rollouts_open_within_a_gigabyte(tmp_path):
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert found["rollouts"] == 1_000_000
     assert found["peak_rss_gb"] < 1.0
-    assert found["cpu_s"] < 2.0, "about 1 s on an idle machine; processor time, so that other work does not count"
+    assert found["cpu_s"] < 2.0 * slowness(), "about 1 s where importing torch takes one"
 
 
 def test_a_cache_folder_that_cannot_be_used_is_named_and_the_store_is_not_blamed(tmp_path, monkeypatch):
