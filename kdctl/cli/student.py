@@ -10,7 +10,7 @@ from kdctl.base.errors import PresetError
 from kdctl.cli import console, render
 from kdctl.cli.options import DEFAULT_PRESET, JsonOption, VerboseOption, guarded, prepare_libraries, show
 from kdctl.config.preset import Form, RolloutSection
-from kdctl.formats.records import ExportFormat, VerifyReport
+from kdctl.formats.records import ExportFormat
 
 DEFAULT_STUDENT = Path("runs") / DEFAULT_PRESET / "student"
 StudentFolder = Annotated[Path, typer.Argument(help="Student folder: a run's student, or distill/VARIANT/final in it.")]
@@ -70,7 +70,7 @@ def verify(
     with guarded():
         _check_engine(engine, weights)
         prepare_libraries(teacher is None, verbose)
-        from kdctl.formats.verify import find_teacher
+        from kdctl.formats.verify import find_teacher, reported
         from kdctl.formats.verify import verify as verify_student
         from kdctl.model.load import pick_device
 
@@ -79,8 +79,7 @@ def verify(
             from kdctl.formats.served import check_served
 
             served = check_served(folder, engine, weights, pick_device("auto"), console.ConsoleReporter())
-            checks = (*report.checks, *served)
-            report = VerifyReport(folder=str(folder), passed=all(one.acceptable for one in checks), checks=checks)
+            report = reported(folder, (*report.checks, *served))
         show(report, as_json, render.show_verified)
         if not report.passed:
             raise typer.Exit(1)

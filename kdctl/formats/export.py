@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import ModelError, StoreError
+from kdctl.config.preset import Form
 from kdctl.formats.gguf import check_layout, quantized_blocks, tokenizer_fields, write_gguf
 from kdctl.formats.records import ExportFormat, ExportReport
 from kdctl.formats.student import Student, load_student, no_student, save_description, stored_grid
@@ -19,7 +20,7 @@ from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.affine import Grid, QuantizedWeight, grouped
-from kdctl.run.files import atomic_folder, atomic_path, scratch_folder, writing
+from kdctl.run.files import atomic_folder, atomic_path, remove, scratch_folder, writing
 from kdctl.run.locks import Say, holding, lock_of
 from kdctl.run.paths import require_free_space
 
@@ -47,6 +48,15 @@ def export(
             if not _same_bytes(beside / place.name, place):
                 raise _taken(place)
         return found.model_copy(update={"path": str(place)})
+
+
+def in_form(folder: Path, form: Form, place: Path) -> Path:
+    """Return a student folder as a server takes it: itself where that is packed, else what it is exported to."""
+    if form == "packed":
+        return folder.resolve()
+    to = place.with_name(f"{place.name}.gguf" if form == "gguf" else f"{place.name}-{form}")
+    remove(to)
+    return Path(export(folder, form, to).path).resolve()
 
 
 def _export(folder: Path, to: ExportFormat, place: Path, exact: bool) -> ExportReport:

@@ -16,7 +16,7 @@ from kdctl import stats
 from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.config.preset import Form, RolloutSection
-from kdctl.formats.export import export
+from kdctl.formats.export import in_form
 from kdctl.formats.records import Check
 from kdctl.formats.student import load_student
 from kdctl.model.stops import stop_ids
@@ -98,17 +98,11 @@ def _served(folder: Path, engine: str, form: Form | None, reporter: Reporter) ->
             scratch = Path(held.enter_context(TemporaryDirectory(prefix="kdctl-")))
             child = Child(engine, scratch / "server.log", reporter)
             held.callback(child.stop)
-            url = child.start(_in_form(folder, form or child.form, scratch))
+            url = child.start(in_form(folder, form or child.form, scratch / "student"))
         (url,) = RolloutSection(engine="server", url=(url,)).url  # as clients need it
         pool = Pool([url], settings.batch_size, settings.timeout_s, reporter.note)
         pool.meet()
         yield pool
-
-
-def _in_form(folder: Path, form: Form, scratch: Path) -> Path:
-    if form == "packed":
-        return folder.resolve()
-    return Path(export(folder, form, scratch / ("student.gguf" if form == "gguf" else "student")).path)
 
 
 def _divergence(drawn: list[Rollout], here: torch.Tensor) -> Estimate:

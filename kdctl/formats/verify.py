@@ -4,7 +4,7 @@ What can be proven from the folder alone must be; what needs the teacher is "unk
 none. ``accept`` is the gate that every new folder passes before it takes its place, with its student still in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def verify(folder: Path, teacher: Teacher, device: torch.device, reporter: Repor
         told("error of each layer", found.layer_errors, needs_teacher=True),
         told("KL to the teacher", found.divergence, needs_teacher=True),
     ]
-    return _report(folder, [*stored, *measured])
+    return reported(folder, [*stored, *measured])
 
 
 def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> None:
@@ -94,7 +94,7 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
         sure("tensors", lambda: prove(pending, student)),
         sure("tokenizer", found.same_tokenizer, needs_teacher=True),
     ]
-    report = _report(folder, checks)
+    report = reported(folder, checks)
     if report.passed:
         replace_folder(pending, folder)
         return
@@ -107,7 +107,8 @@ def accept(pending: Path, folder: Path, student: Student, teacher: Teacher) -> N
     )
 
 
-def _report(folder: Path, checks: list[Check]) -> VerifyReport:
+def reported(folder: Path, checks: Sequence[Check]) -> VerifyReport:
+    """Say whether all checks of a folder are acceptable."""
     return VerifyReport(folder=str(folder), passed=all(each.acceptable for each in checks), checks=tuple(checks))
 
 

@@ -9,7 +9,7 @@ from kdctl.base.errors import ServerError
 from kdctl.config.preset import Form
 from kdctl.distill.fsdp import whole_rows
 from kdctl.distill.shadow import Shadow
-from kdctl.formats.export import export
+from kdctl.formats.export import in_form
 from kdctl.formats.student import Student, packed_tensors, save_changed, unquantized_tensors
 from kdctl.model.teacher import Teacher
 from kdctl.run.files import remove
@@ -68,7 +68,7 @@ class StudentFiles:
     def start(self, form: Form) -> Path:
         """Return ``student/``, or its export."""
         student = self.context.paths.student
-        return self._in_form(student, form, 0).resolve()
+        return in_form(student, form, self._place(0))
 
     def write(self, form: Form, policy_step: int) -> Path:
         """Write the student as it is now; it is divided where training is, and the main process writes it."""
@@ -78,21 +78,24 @@ class StudentFiles:
         for name, weight in whole_rows(self.shadow.quantized(), self.context.ranks):
             if self.context.ranks.is_main:
                 changed |= packed_tensors(name, weight)
-        folder = self.folder / f"step-{policy_step:06d}"
+        folder = self._place(policy_step)
 
         def written() -> Path:
             remove(folder)
             save_changed(folder, self.context.paths.student, {**self.others, **changed})
-            return self._in_form(folder, form, policy_step).resolve()
+            return in_form(folder, form, folder)
 
         return self.context.ranks.on_main(written)
+
+    def _place(self, policy_step: int) -> Path:
+        return self.folder / f"step-{policy_step:06d}"
 
     def clear(self, policy_step: int = -1) -> None:
         """Remove what was written for other steps than one; all of it once no server needs it any more."""
 
         def cleared() -> None:
             for path in self.folder.glob("step-*"):
-                if not path.name.startswith(f"step-{policy_step:06d}"):
+                if not path.name.startswith(self._place(policy_step).name):
                     remove(path)
 
         self.context.ranks.on_main(cleared)
@@ -102,11 +105,3 @@ class StudentFiles:
         self.shadow = shadow
         if not self.context.ranks.sharded:
             self.others = unquantized_tensors(student.model, student.weights)
-
-    def _in_form(self, folder: Path, form: Form, policy_step: int) -> Path:
-        """Return a student folder, or what it is exported to."""
-        if form == "packed":
-            return folder
-        place = self.folder / f"step-{policy_step:06d}{'.gguf' if form == 'gguf' else '-dense'}"
-        remove(place)
-        return Path(export(folder, form, place).path)

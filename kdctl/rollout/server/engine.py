@@ -4,7 +4,6 @@ Before the first completion: what the server is, where a completion's last token
 it holds these weights. After every refresh: whether it holds the new ones.
 """
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import ServerError
+from kdctl.config.preset import Form
 from kdctl.rollout.sampler import Item, Progress, Sampling
 from kdctl.rollout.server.child import START_S, Child
-from kdctl.rollout.server.client import Client, Gone, Refused
+from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.gap import Gap, gap, slope
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Malformed
@@ -43,7 +43,8 @@ class Served:
     blocks_at_once: int = 16
     """Enough that the requests at hand rarely run out, and few enough to be in memory."""
     _child: Child | None = None
-    _looked: list[list[Rollout]] = field(default_factory=list)
+    _looked: dict[str, list[Rollout]] = field(default_factory=dict)
+    """What each server drew at first, by address."""
     _before: Tensor | None = None
     _gap: Gap | None = None
 
@@ -165,22 +166,26 @@ class Served:
         longest = min(TOKENS, found.max_new_tokens)
         return replace(found, max_new_tokens=longest, min_new_tokens=min(longest, found.min_new_tokens))
 
-    def _look(self) -> list[list[Rollout]]:
-        """Have every server draw a few completions as the work itself will."""
+    def _look(self) -> dict[str, list[Rollout]]:
+        """Have every server draw a few completions as the work itself will, each its own."""
         prompts = self.work.prompts[:FIXED]
         items = [(prompt, sample) for sample in range(-(-FIXED // len(prompts))) for prompt in prompts]
-        drawn = [
-            self._writer.draw(items, self._short, -1 - number, only=place)
-            for number, place in enumerate(self._pool.places)
-        ]
-        return [[rollout for rollout in each if rollout.completion_ids] for each in drawn]
+        numbers = {place.url: -1 - number for number, place in enumerate(self._pool.places)}
+
+        def drawn(place: Place) -> list[Rollout]:
+            found = self._writer.draw(items, self._short, numbers[place.url], only=place)
+            return [rollout for rollout in found if rollout.completion_ids]
+
+        return self._pool.each(drawn)
 
     def _check_rule(self, model: PreTrainedModel) -> None:
         """Check how each server draws."""
         rules, rule = (Rule(), *USUAL, *rules_of(self._files.start("packed"))), asked_rule(self._short)
-        for place, looked in zip(self._pool.places, self._looked, strict=True):
+        places = {place.url: place for place in self._pool.places}
+        for url, looked in self._looked.items():  # of every one, since each process computes its part
             found = read(model, looked, self._short, rules, self.work.stop)
-            self.work.processes.on_main(lambda at=place, drawn=looked, by=found: check_rule(at, drawn, by, rule))
+            if self.work.processes.is_main and url in places:
+                check_rule(places[url], looked, found, rule)
 
     # Whenever weights change.
 
@@ -188,10 +193,21 @@ class Served:
         """Give every server the model's weights as they are now."""
         reload = reload or self._reload
         self._writer.salt = f"{self.work.name}-{policy_step}"
-        own = "gguf" if self._pool.places[0].server.kind == "llama-server" else "packed"
-        weights = self._files.write(self.work.settings.weights or own, policy_step)  # each process has a part of them
+        weights = self._files.write(self._form(), policy_step)  # each process has a part of them
         self._share(lambda: reload(weights))
         self._files.clear(policy_step)
+
+    def _form(self) -> Form:
+        """Return how the servers take weights. Raises ServerError where they differ in that."""
+        asked = self.work.settings.weights
+        forms: set[Form] = {asked} if asked else {place.server.form for place in self._pool.places}
+        if len(forms) > 1:
+            kinds = ", ".join(sorted({place.server.kind for place in self._pool.places}))
+            raise ServerError(
+                f"{kinds} take weights in different files, and a refresh writes one for all; give rollout.url servers "
+                "of one kind, or set rollout.weights to what all of them take"
+            )
+        return forms.pop()
 
     def _try_reload(self, weights: Path) -> None:
         """Have servers load the first weights; those that cannot must hold them already."""
@@ -207,8 +223,7 @@ class Served:
             self._pool.meet(START_S)
             return
         try:
-            for place in self._pool.places:
-                asyncio.run(self._reload_one(place, weights))
+            self._pool.each(lambda place: self._reload_one(place, weights))
         except ServerError:
             if self._child is None:
                 raise
@@ -216,12 +231,12 @@ class Served:
             self._pool.meet()
             self._writer.find_stops(self.work.prompts[0].prompt_ids)
 
-    async def _reload_one(self, place: Place, weights: Path) -> None:
+    def _reload_one(self, place: Place, weights: Path) -> None:
+        async def reloaded(client: Client, place: Place, folder: Path) -> None:
+            await place.server.reload(client, folder)
+
         try:
-            async with Client(place.url, self._pool.timeout_s, 1) as client:
-                await place.server.reload(client, weights)
-        except Gone as error:
-            raise ServerError(f"{place.described} does not answer any more ({error}); start it again") from None
+            self._pool.run([weights], reloaded, only=place)
         except (Refused, Malformed) as error:
             raise ServerError(
                 f"{place.described} does not take new weights ({error}); {place.server.reload_advice}"
@@ -229,18 +244,21 @@ class Served:
 
     def _check(self, model: PreTrainedModel, policy_step: int) -> None:
         """Compare every server's log-probabilities of fixed tokens with the model's; keep the largest gap."""
-        fixed = self._looked[0][:FIXED]
+        fixed = next(iter(self._looked.values()))[:FIXED]
         here = log_probabilities(model, fixed)  # every process computes its part where models are divided
         shifted = [log_probabilities(model, with_token(fixed, token)) for token in self._first_tokens(model)]
 
         def compared() -> Gap:
-            found, folder = [], str(self._files.start("packed"))
-            for place in self._pool.places:
+            folder = str(self._files.start("packed"))
+
+            def of(place: Place) -> Gap:
                 there = torch.tensor(self._writer.score(fixed, place))
                 check_prompt(place, [slope(there, other, here) for other in shifted])
-                found.append(gap(there, here, self._before))
-                check_gap(place, found[-1], policy_step, folder)
-            return max(found, key=lambda one: one.mean)
+                found = gap(there, here, self._before)
+                check_gap(place, found, policy_step, folder)
+                return found
+
+            return max(self._pool.each(of).values(), key=lambda one: one.mean)
 
         self._gap, self._before = self.work.processes.on_main(compared), here
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kdctl.config.preset import Form
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, pick, token_ids
 
@@ -38,6 +39,7 @@ class Llama:
     """Speaks to llama-server."""
 
     kind: ClassVar[str] = "llama-server"
+    form: ClassVar[Form] = "gguf"
     ids_advice: ClassVar[str] = "return_tokens needs a llama-server of 2025 or newer"
     raw_advice: ClassVar[str] = "post_sampling_probs was sent as false: a proxy in between drops it"
     reload_advice: ClassVar[str] = "give rollout.restart, or have kdctl start it with rollout.serve='llama-server'"

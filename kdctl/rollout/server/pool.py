@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,10 @@ from kdctl.rollout.server.vllm import Vllm
 T = TypeVar("T")
 R = TypeVar("R")
 KINDS: tuple[type[Server], ...] = (Vllm, Sglang, Llama)
+
+
+class Dropped(Exception):
+    """The one server that was asked does not answer any more, and others do."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,24 @@ class Pool:
         return [found[item] for item in range(len(items))]
 
     def _drop(self, place: Place, error: Gone, only: Place | None) -> None:
-        """Do without a server from now on. Raises ServerError for the last one, and the only one."""
+        """Do without a server from now on. Raises ServerError for the last one, Dropped for the only one asked."""
         self.places = [one for one in self.places if one is not place]
-        if only is not None:
-            raise ServerError(
-                f"{place.described} does not answer any more ({error}); start it, or leave its address out"
-            )
         if not self.places:
             raise ServerError(
                 f"{place.described} does not answer any more ({error}) and no other is left; what is complete is kept, "
                 "and the same command goes on from there once a server runs"
             )
         self.say(f"warning: {place.described} does not answer any more ({error}); the others take its requests")
+        if only is not None:
+            raise Dropped(place.described)
+
+    def each(self, do: Callable[[Place], T]) -> dict[str, T]:
+        """Do something at every server, by address; one that does not answer any more is dropped while others live."""
+        found = {}
+        for place in list(self.places):
+            with suppress(Dropped):
+                found[place.url] = do(place)
+        return found
 
 
 async def _status(client: Client) -> int:

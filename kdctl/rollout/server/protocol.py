@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from kdctl.config.preset import Form
 from kdctl.rollout.server.client import Client
 
 
@@ -57,6 +58,8 @@ class Server(Protocol):
     """One kind of server. Its methods are called inside a running event loop and raise what ``Client`` does."""
 
     kind: ClassVar[str]
+    form: ClassVar[Form]
+    """How it takes weights."""
     ids_advice: ClassVar[str]
     """What to do where answers lack token ids or log-probabilities."""
     raw_advice: ClassVar[str]

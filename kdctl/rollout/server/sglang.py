@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kdctl.config.preset import Form
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, numbers, pick, token_ids
 
@@ -17,6 +18,7 @@ class Sglang:
     """Speaks to SGLang."""
 
     kind: ClassVar[str] = "sglang"
+    form: ClassVar[Form] = "packed"
     ids_advice: ClassVar[str] = "output_ids comes with SGLang's own /generate, not through a router that drops it"
     raw_advice: ClassVar[str] = "start SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
     reload_advice: ClassVar[str] = "give rollout.restart, or have kdctl start it with rollout.serve='sglang'"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kdctl.config.preset import Form
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.protocol import About, Draw, Drawn, Malformed, number, numbers, pick, token_ids
 
@@ -15,6 +16,7 @@ class Vllm:
     """Speaks to vLLM."""
 
     kind: ClassVar[str] = "vllm"
+    form: ClassVar[Form] = "packed"
     ids_advice: ClassVar[str] = "return_token_ids needs vLLM 0.10.2 or newer, without a proxy that drops it"
     raw_advice: ClassVar[str] = "start vLLM without --logprobs-mode, or with raw_logprobs"
     reload_advice: ClassVar[str] = (

@@ -77,9 +77,12 @@ class Writer:
             draw = replace(self.request(prompt_ids, Sampling(1.0, 1.0, 0, 2, 0, 0), 0), forced=stop)
             return await answered(place, lambda: place.server.draw(client, draw))
 
-        for place in self.pool.places if self.stop else ():
+        def found(place: Place) -> bool:
             (drawn,) = self.pool.run(self.stop[:1], forced, only=place)
-            self.stops_kept[place.url] = self._kept(place, drawn)
+            return self._kept(place, drawn)
+
+        if self.stop:
+            self.stops_kept |= self.pool.each(found)
 
     def _kept(self, place: Place, drawn: Drawn) -> bool:
         """Read the answer of a server that was made to draw the first stop token."""

@@ -1,11 +1,13 @@
 """Each server, and each thing that one does wrong: the right message, and nothing that was not checked."""
 
 import json
+import re
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 import torch
-from stub_server import serving
+from stub_server import Stub, serving
 from tiny import build
 
 from kdctl.base.errors import ServerError
@@ -313,6 +315,36 @@ def test_two_servers_share_and_one_that_dies_leaves_its_requests(made, teacher_f
         one.faults.add("closes_all")
         with pytest.raises(ServerError, match="no other is left; what is complete is kept"):
             engine.complete(items, sampling)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_at_a_check_is_dropped_while_others_live(made, teacher_fp32, monkeypatch):
+    monkeypatch.setattr("kdctl.rollout.server.client.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(Stub, "reload", lambda stub, folder: None)
+    with ExitStack() as held:
+        one, two, three = (held.enter_context(serving("vllm", teacher_fp32)) for _ in range(3))
+        engine = made(one.url, two.url, three.url, reporter=(told := Notes()))
+        one.faults.add("closes_all")  # before any check
+        engine.load(teacher_fp32, 0)
+        three.faults.add("closes_all")  # before a refresh
+        engine.load(teacher_fp32, 1)
+        assert [url for text in told.said if "warning" in text for url in urls(text)] == [one.url, three.url]
+        assert len(engine.complete([(PROMPTS[0], 0)], Sampling.of(engine.work.settings))) == 1
+        two.faults.add("closes_all")
+        with pytest.raises(ServerError, match="no other is left"):
+            engine.load(teacher_fp32, 2)
+
+
+def test_servers_that_take_other_files_cannot_be_refreshed_together(made, teacher_fp32):
+    with serving("vllm", teacher_fp32) as one, serving("llama-server", teacher_fp32) as two:
+        engine = made(one.url, two.url)
+        with pytest.raises(ServerError, match=r"llama-server, vllm take weights in different files.*rollout.weights"):
+            engine.load(teacher_fp32, 1)
+
+
+def urls(text):
+    """List the addresses in a message."""
+    return re.findall(r"http://[\d.:]+\d", text)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
