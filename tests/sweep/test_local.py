@@ -139,18 +139,18 @@ def test_no_trial_starts_once_the_target_is_reached(tmp_path: Path, tiny_dir: Pa
 @pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_for_good(tmp_path: Path, tiny_dir: Path) -> None:
     early = {"type": "hyperband", "min_iter": 1, "eta": 2}
-    entries = {"distill.lr": {"values": [1e-12, 1e-3]}}
+    entries = {"distill.lr": {"values": [1e-12, 1.0]}}
     board, notes = board_of(tmp_path, tiny_dir, entries, False, early_terminate=early), Notes()
     run_shard(board, Shard(), notes)
     assert statuses(board) == ["complete", "stopped"]
-    assert "trial lr=0.001 stopped by early_terminate at step 1" in notes.said
+    assert "trial lr=1.0 stopped by early_terminate at step 1" in notes.said
     assert [variant.name for variant in board.run.variants()] == ["lambda0_beta0_lr1e-12_seed0"]
     run_shard(board, Shard(), notes)
-    assert notes.said[-1] == "trial lr=0.001 was stopped by early_terminate, skipped"
+    assert notes.said[-1] == "trial lr=1.0 was stopped by early_terminate, skipped"
     assert statuses(board) == ["complete", "stopped"]
     pipeline.distill(*open_run(board.plan.trial_preset(board.plan.trials[1]), board.run.path))
     assert [variant.name for variant in board.run.variants()] == [
-        "lambda0_beta0_lr0.001_seed0",
+        "lambda0_beta0_lr1_seed0",
         "lambda0_beta0_lr1e-12_seed0",
     ]
 
@@ -158,7 +158,7 @@ def test_a_trial_that_falls_behind_is_stopped_for_good(tmp_path: Path, tiny_dir:
 @pytest.mark.slow
 def test_a_trial_that_is_trained_to_its_end_is_not_stopped_there(tmp_path: Path, tiny_dir: Path) -> None:
     early = {"type": "hyperband", "min_iter": 2, "eta": 2}
-    board = board_of(tmp_path, tiny_dir, {"distill.lr": {"values": [1e-12, 1e-3]}}, False, early_terminate=early)
+    board = board_of(tmp_path, tiny_dir, {"distill.lr": {"values": [1e-12, 1.0]}}, False, early_terminate=early)
     run_shard(board, Shard(), Silent())
     assert statuses(board) == ["complete", "complete"]
 
