@@ -423,6 +423,27 @@ class EvalSection(Section):
     """Sequences in one forward pass."""
     student_written: bool = True
     """Let each model write held-out completions itself, and measure KL to the teacher on those too."""
+    samples: Few = 1
+    """Answers that each model writes to an item of a task that generates; their mean counts."""
+    temperature: Annotated[float, Field(ge=0), Coldest] | None = None
+    """Of those answers; the task's own where no number is set, mostly 0: greedy."""
+    seed: Seed = 0
+    """Of the random numbers with which they are drawn, the same for every model."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what results are identified by; how answers are drawn, only where that is not as it always was."""
+        new = ("samples", "temperature", "seed")
+        usual = {name for name in new if getattr(self, name) == EvalSection.model_fields[name].default}
+        return self.model_dump(mode="json", exclude=usual)
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} at temperature=0 are {self.samples} times the same answer; set a temperature, "
+                "or one sample"
+            )
+        return self
 
 
 class TrackingSection(Section):

@@ -29,16 +29,17 @@ PROBE_TIMEOUT_S = 3.0
 class Meter(CacheHook):
     """Counts the answers that lm-eval offers to a cache of answers, which kdctl does not keep."""
 
-    def __init__(self, task: Task, report: Callable[[float], None]):
+    def __init__(self, task: Task, report: Callable[[float], None], repeats: int = 1):
         super().__init__(None)
         self.task = task
+        self.repeats = repeats
         self.report = report
         self.answered = 0
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         """Report the share of the task's requests that is answered."""
         self.answered += 1
-        self.report(self.answered / len(self.task.instances))
+        self.report(self.answered / len(self.task.instances) / self.repeats)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import difflib
 import hashlib
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 from lm_eval.api.task import ConfigurableTask
 
 from kdctl.config.resolve import canonical
+from kdctl.eval.answers import Written
 from kdctl.run.documents import item_values
 from kdctl.run.measures import ACCURACY, NORMALIZED_ACCURACY, Choices, ItemMeasure
 
@@ -32,19 +34,48 @@ SCHEMA = pa.schema(
     }
 )
 
+SCORED = pa.schema(
+    {
+        "task": pa.string(),
+        "subtask": pa.string(),
+        "cluster": pa.string(),
+        "item_id": pa.string(),
+        "doc_index": pa.int32(),
+        "score": pa.float64(),
+        "scores": pa.list_(pa.float64()),
+        "answers": pa.list_(pa.string()),
+        "tokens": pa.list_(pa.int32()),
+        "ended": pa.list_(pa.bool_()),
+        "repetition": pa.list_(pa.float64()),
+    }
+)
+"""Items that are no multiple choice; the lists have one entry for each answer, and none where nothing is written."""
+
 Sample = Mapping[str, Any]
 TWINS = 0.7
 """Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.76 or more."""
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """One answer to every item of a task: what each is worth, and how it was written where it was."""
+
+    scores: list[float]
+    written: list[Written]
+
+
+@dataclass(frozen=True)
 class Run:
-    """lm-eval's account of one task: its log of every document, and its metrics by name."""
+    """lm-eval's account of one task: its log of every document, and its metrics by name.
+
+    repeats: of a task that is no multiple choice, one for each answer to its items.
+    """
 
     name: str
     task: ConfigurableTask
     samples: list[Sample]
     metrics: dict[str, float]
+    repeats: list[Repeat] = field(default_factory=list)
 
 
 def items_table(name: str, runs: Iterable[Run]) -> pa.Table:
@@ -55,8 +86,9 @@ def items_table(name: str, runs: Iterable[Run]) -> pa.Table:
     """
     rows = [row for run in runs for row in _rows(run)]
     ids = item_ids(row.pop("requests") for row in rows)
+    schema = SCORED if any("score" in row for row in rows) else SCHEMA
     return pa.Table.from_pylist(
-        [{"task": name, "item_id": item_id, **row} for item_id, row in zip(ids, rows, strict=True)], SCHEMA
+        [{"task": name, "item_id": item_id, **row} for item_id, row in zip(ids, rows, strict=True)], schema
     )
 
 
@@ -72,7 +104,7 @@ def item_ids(requests: Iterable[str]) -> Iterator[str]:
 def _rows(run: Run) -> Iterator[dict[str, Any]]:
     """Turn each logged document into a row."""
     clusters = cluster_labels(run.name, [sample["doc"] for sample in run.samples])
-    for sample, cluster in zip(run.samples, clusters, strict=True):
+    for place, (sample, cluster) in enumerate(zip(run.samples, clusters, strict=True)):
         doc = sample["doc"]
         contexts, continuations = zip(*(arguments[:2] for arguments in sample["arguments"]), strict=True)
         yield {
@@ -80,8 +112,22 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
             "cluster": cluster,
             "requests": canonical({"context": contexts, "choices": continuations}),
             "doc_index": sample["doc_id"],
-            **_verdict(run.task, doc, [value for value, _ in sample["filtered_resps"]]),
+            **(_scored(run, place) if run.repeats else _verdict(run.task, sample)),
         }
+
+
+def _scored(run: Run, place: int) -> dict[str, Any]:
+    """Say what the answers to a document are worth and how they were written."""
+    written = [repeat.written[place] for repeat in run.repeats if repeat.written]
+    scores = [repeat.scores[place] for repeat in run.repeats]
+    return {
+        "score": statistics.fmean(scores),
+        "scores": scores,
+        "answers": [one.text for one in written],
+        "tokens": [one.tokens for one in written],
+        "ended": [one.ended for one in written],
+        "repetition": [one.repetition for one in written],
+    }
 
 
 def cluster_labels(name: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -108,11 +154,12 @@ def _are_twins(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return same and difflib.SequenceMatcher(None, *words, autojunk=False).ratio() >= TWINS
 
 
-def _verdict(task: ConfigurableTask, doc: Mapping[str, Any], loglikelihoods: list[float]) -> dict[str, Any]:
+def _verdict(task: ConfigurableTask, sample: Sample) -> dict[str, Any]:
     """Decide what the model answers, as lm-eval does: ``acc_norm`` divides by characters of the choice.
 
     In a task with several contexts and one continuation (WinoGrande) the choices, also to lm-eval, are the contexts.
     """
+    doc, loglikelihoods = sample["doc"], [value for value, _ in sample["filtered_resps"]]
     choices = task.doc_to_choice(doc)
     gold: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str):

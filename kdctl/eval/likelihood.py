@@ -118,10 +118,10 @@ class Encoder:
         if not context:
             tokens = self.tokenizer.encode(continuation, add_special_tokens=False)
             return ([self.first], tokens) if tokens[:1] != [self.first] else (tokens[:1], tokens[1:])
-        before = self._encode(context.rstrip())
-        return before, self._encode(context + continuation)[len(before) :]
+        before = self.encode(context.rstrip())
+        return before, self.encode(context + continuation)[len(before) :]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Encode with the tokenizer's special tokens, unless the text brings its own beginning."""
         return self.tokenizer.encode(text, add_special_tokens=not text.startswith(self.first_text))
 

@@ -6,15 +6,18 @@ statistics need, and refuses to go on where they do not add up to lm-eval's own 
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
+from lm_eval.api.metrics import mean as lm_eval_mean
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -24,15 +27,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.config.resolve import suggest
+from kdctl.eval.answers import LiveModel
 from kdctl.eval.harness import Meter, hub_access, quiet
-from kdctl.eval.items import Run, derived, items_table
+from kdctl.eval.items import Repeat, Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
+from kdctl.rollout.work import RolloutEngine
 from kdctl.run.files import atomic_path, sha256
 from kdctl.run.measures import derived_measures, reported_measures
-from kdctl.run.records import TaskScore
+from kdctl.run.records import TaskScore, WrittenAnswers
 
 BUNDLED = Path(__file__).parent / "task_files"
-MULTIPLE_CHOICE = "multiple_choice"
+MULTIPLE_CHOICE, GENERATES = "multiple_choice", "generate_until"
+KINDS = (MULTIPLE_CHOICE, GENERATES, "loglikelihood")
+MEANS = (lm_eval_mean, np.mean, statistics.mean, statistics.fmean)
+"""Aggregations by which a task's score is the mean of its items'."""
 REPORTED = {measure.name for measure in reported_measures()}
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +69,7 @@ def build_tasks(settings: EvalSection, offline: bool) -> dict[str, LoadedTask]:
             for name in settings.tasks:
                 built = _load(manager, name, obstacle)
                 for task in built["tasks"].values():
-                    _check(task, settings.num_fewshot)
+                    _check(task, settings)
                 loaded |= {entry.name: entry for entry in _entries(name, built)}
     return loaded
 
@@ -102,11 +110,11 @@ def _check_name(manager: TaskManager, name: str) -> None:
 
 
 def _check_kind(name: str, kind: str | None) -> None:
-    """Refuse every kind of task but multiple choice."""
-    if kind != MULTIPLE_CHOICE:
+    """Refuse the kinds of task whose items have no score of their own."""
+    if kind not in KINDS:
         raise DataError(
-            f"task {name!r} is of kind {kind!r}; kdctl compares models item by item, which it can do for "
-            f"{MULTIPLE_CHOICE!r} tasks only; take it out of eval.tasks"
+            f"task {name!r} is of kind {kind!r}; kdctl compares models item by item, which it can do for tasks of the "
+            f"kinds {', '.join(KINDS)} only; take it out of eval.tasks"
         )
 
 
@@ -142,15 +150,51 @@ def _is_pooled(group: Group) -> bool:
     return bool(metrics and shared) and all(metric.weight_by_size for metric in metrics)
 
 
-def _check(task: Task, num_fewshot: int | None) -> None:
+def _check(task: Task, settings: EvalSection) -> None:
     """Refuse a task whose items cannot be scored one by one, and set its number of examples."""
     name = task.task_name
     _check_kind(name, task.OUTPUT_TYPE)
-    if not isinstance(task, ConfigurableTask) or task.config.process_results is not None or task.multiple_target:
+    if not isinstance(task, ConfigurableTask):
+        raise DataError(f"task {name!r} does not score items in lm-eval's usual way; take it out of eval.tasks")
+    if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+        _check_scored(name, task, settings)
+    elif task.config.process_results is not None or task.multiple_target:
         raise DataError(f"task {name!r} does not score items as right or wrong in lm-eval's usual way; take it out")
-    if not REPORTED & set(task.aggregation()):
+    elif not REPORTED & set(task.aggregation()):
         raise DataError(f"task {name!r} reports neither acc nor acc_norm; take it out of eval.tasks")
-    _set_fewshot(task, num_fewshot)
+    _set_fewshot(task, settings.num_fewshot)
+
+
+def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> None:
+    """Refuse a task that runs what a model writes, has no mean score, or of which samples would be the same."""
+    if getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code:
+        raise DataError(f"task {name!r} executes code that the model writes, which kdctl does not; take it out")
+    if not _means(task):
+        raise DataError(
+            f"no score of task {name!r} is the mean of its items' ({', '.join(task.aggregation())}), so models cannot "
+            "be compared item by item; take it out of eval.tasks"
+        )
+    if (task.config.repeats or 1) > 1:
+        raise DataError(
+            f"task {name!r} has each item answered {task.config.repeats} times and judged together; take it out and "
+            "set eval.samples for answers that are judged one by one"
+        )
+    sampled = (task.config.generation_kwargs or {}).get("do_sample")
+    if task.OUTPUT_TYPE == GENERATES and settings.samples > 1 and settings.temperature is None and not sampled:
+        raise DataError(
+            f"eval.samples={settings.samples}, and task {name!r} is greedy, so that all would be the same; set "
+            "eval.temperature"
+        )
+
+
+def _means(task: ConfigurableTask) -> list[str]:
+    """List a task's metrics that are means over its items."""
+    return [name for name, aggregation in task.aggregation().items() if aggregation in MEANS]
+
+
+def _headline(task: ConfigurableTask) -> str:
+    """Return the metric that items are compared by: F1, which tells more than right and wrong, else the first."""
+    return "f1" if "f1" in _means(task) else _means(task)[0]
 
 
 def _set_fewshot(task: ConfigurableTask, wanted: int | None) -> None:
@@ -186,46 +230,69 @@ def score_tasks(
     tasks: Mapping[str, LoadedTask],
     settings: EvalSection,
     progress: Progress | None = None,
+    engine: RolloutEngine | None = None,
 ) -> tuple[dict[str, TaskScore], dict[str, pa.Table]]:
     """Run a live model on tasks: scores and per-item tables, by task name.
 
-    ``progress`` is told the task, its documents done and its documents in all. A limit holds for each subtask of a
-    group, as in lm-eval. Model and tokenizer are left as they were.
+    engine: holds the model's weights and writes answers; only tasks that generate need one. progress: told the task,
+    its documents done and its documents in all. A limit holds for each subtask of a group, as in lm-eval. Model and
+    tokenizer are left as they were.
     """
     scores, tables = {}, {}
     training = model.training
     try:
         with quiet():
-            lm = LikelihoodModel(model.eval(), tokenizer, settings.batch_size)
+            lm = _lm(model.eval(), tokenizer, settings, engine)
             for name, task in tasks.items():
-                runs = list(_runs(lm, task, settings.limit, progress))
+                started = time.perf_counter()
+                runs = list(_runs(lm, task, settings, progress))
                 tables[name] = items_table(name, runs)
-                scores[name] = _score(task, tables[name], runs)
+                scores[name] = _score(task, tables[name], runs, time.perf_counter() - started)
     finally:
         model.train(training)
     return scores, tables
 
 
-def _runs(lm: LikelihoodModel, task: LoadedTask, limit: int | None, progress: Progress | None) -> Iterator[Run]:
+def _lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvalSection, engine: RolloutEngine | None
+) -> LikelihoodModel:
+    """Show a model to lm-eval."""
+    if engine is None:
+        return LikelihoodModel(model, tokenizer, settings.batch_size)
+    return LiveModel(model, tokenizer, engine, settings)
+
+
+def generates(tasks: Mapping[str, LoadedTask]) -> bool:
+    """Tell whether any task has answers written."""
+    return any(one.OUTPUT_TYPE == GENERATES for task in tasks.values() for one in task.subtasks.values())
+
+
+def _runs(lm: LikelihoodModel, task: LoadedTask, settings: EvalSection, progress: Progress | None) -> Iterator[Run]:
     """Evaluate a task's subtasks one after the other."""
+    limit = settings.limit
     documents = [len(subtask.eval_docs) for subtask in task.subtasks.values()]
     counts = documents if limit is None else [min(count, limit) for count in documents]
     done = count = 0
 
     def report(share: float) -> None:
         if progress is not None:
-            progress(task.name, done + int(share * count), sum(counts))
+            progress(task.name, done + int(min(1.0, share) * count), sum(counts))
 
     for (name, subtask), count in zip(task.subtasks.items(), counts, strict=True):
         report(0)
-        lm.set_cache_hook(Meter(subtask, report))
-        yield _run(lm, name, subtask, limit)
+        repeats = settings.samples if subtask.OUTPUT_TYPE == GENERATES else 1
+        lm.set_cache_hook(Meter(subtask, report, repeats))
+        found = [_run(lm, name, subtask, limit, sample) for sample in range(repeats)]
+        metrics = {key: statistics.fmean(one.metrics[key] for one in found) for key in found[0].metrics}
+        yield Run(name, subtask, found[0].samples, metrics, [repeat for one in found for repeat in one.repeats])
         done += count
 
 
-def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | None) -> Run:
-    """Evaluate one lm-eval task, with the same few-shot examples for every model."""
+def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | None, sample: int = 0) -> Run:
+    """Evaluate one lm-eval task, with the same few-shot examples for every model. sample: which answer to write."""
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    if isinstance(lm, LiveModel):
+        lm.answers.sample = sample
     results: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0)
     samples = results["samples"][name]
     first = samples[0]["filter"]
@@ -234,11 +301,29 @@ def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | No
         for key, value in results["results"][name].items()
         if key.endswith(f",{first}") and "_stderr," not in key
     }
-    return Run(name, task, [sample for sample in samples if sample["filter"] == first], metrics)
+    kept = [one for one in samples if one["filter"] == first]
+    return Run(name, task, kept, metrics, [] if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [_repeat(lm, task, kept)])
 
 
-def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
+def _repeat(lm: LikelihoodModel, task: ConfigurableTask, samples: Sequence[Mapping[str, Any]]) -> Repeat:
+    """Read what lm-eval says that each answer is worth. Raises DataError for worth that is no share."""
+    metric = _headline(task)
+    scores = [float(sample[metric]) for sample in samples]
+    if not all(0 <= score <= 1 for score in scores):
+        raise DataError(
+            f"task {task.task_name!r} has a score {metric} of {max(scores):g} and {min(scores):g}, and items are "
+            "compared by scores from 0 to 1; take it out of eval.tasks"
+        )
+    written = []
+    if task.OUTPUT_TYPE == GENERATES and isinstance(lm, LiveModel):
+        written = [lm.answers.written[task.task_name, sample["doc_id"]] for sample in samples]
+    return Repeat(scores, written)
+
+
+def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run], seconds_s: float) -> TaskScore:
     """Sum up a task; the headline figure and its standard error come from the items."""
+    if runs[0].repeats:
+        return _score_answers(task, table, runs, seconds_s)
     _check_sums(table, runs)
     metrics = _pooled(runs)
     accuracy = {one.name: _mean(table, one.name) for one in reported_measures() if one.name in metrics}
@@ -253,6 +338,28 @@ def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
         items=table.num_rows,
         num_fewshot=max(run.task.config.num_fewshot or 0 for run in runs),
         metrics=metrics | accuracy | others,
+    )
+
+
+def _score_answers(task: LoadedTask, table: pa.Table, runs: Sequence[Run], seconds_s: float) -> TaskScore:
+    """Sum up a task that is no multiple choice."""
+    (run,) = runs  # such tasks are never pooled
+    metric, values = _headline(run.task), table["score"].to_numpy()
+    if not math.isclose(values.mean(), run.metrics[metric], rel_tol=1e-9, abs_tol=1e-12):
+        raise RuntimeError(f"{run.name}: items give {metric}={values.mean()}, lm-eval {run.metrics[metric]}")
+    answers = None
+    if run.repeats[0].written:
+        means = {name: float(np.mean(table[name].to_pylist())) for name in ("tokens", "ended", "repetition")}
+        answers = WrittenAnswers(samples=len(run.repeats), **means, seconds_s=seconds_s)
+    return TaskScore(
+        version=task.version,
+        metric=metric,
+        value=float(values.mean()),
+        stderr=float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0,
+        items=len(values),
+        num_fewshot=run.task.config.num_fewshot or 0,
+        metrics=run.metrics,
+        answers=answers,
     )
 
 

@@ -21,7 +21,7 @@ from kdctl.report.contrasts import (
 )
 from kdctl.report.study import Kind, Study
 from kdctl.report.tables import Block, Cell, Column, Style
-from kdctl.run.measures import ITEM_MEASURES, TokenMeasure, Unit, column_measures, derived_measures
+from kdctl.run.measures import ITEM_MEASURES, P_RIGHT, TokenMeasure, Unit, column_measures, derived_measures
 from kdctl.run.records import Estimate
 
 AVERAGE = "average"
@@ -64,9 +64,16 @@ class Results:
         self.rows = self.all_rows if rows is None else list(rows)
         self.tasks = tuple(study.tasks)
         self.averages = judge(self._family([self.tasks]))
-        self.derived = [one.name for one in derived_measures() if one.heading and self.tasks]
-        self.beside = {name: judge(self._family([self.tasks], name)) for name in self.derived}
+        self.choices = tuple(task for task in self.tasks if self._has_choices(task))
+        self.derived = [one.name for one in derived_measures() if one.heading and self.choices]
+        self.beside = {
+            name: judge(self._family([self.choices], name), ITEM_MEASURES[name].unit) for name in self.derived
+        }
         self.single = judge(self._family([(task,) for task in self.tasks] if len(self.tasks) > 1 else []))
+
+    def _has_choices(self, task: str) -> bool:
+        """Tell whether a task is multiple choice, its likelihoods kept."""
+        return any(row.answers(task, P_RIGHT.name) is not None for row in self.all_rows)
 
     def _family(self, parts: Sequence[tuple[str, ...]], measure: str = "") -> dict[tuple[str, ...], Found | None]:
         return {
@@ -92,7 +99,7 @@ class Results:
         if len(found) > 1:
             found.append(Scale(AVERAGE, Column(AVERAGE, "average", "percent"), self.tasks))
         for name in self.derived:
-            found.append(Scale(name, Column(name, ITEM_MEASURES[name].heading, "percent"), self.tasks, items=name))
+            found.append(Scale(name, Column(name, ITEM_MEASURES[name].heading, "kl"), self.choices, items=name))
         return found + [Scale(one.name, measure_column(one), measure=one) for one in column_measures() if one.ranked]
 
     def cell(self, row: Row, scale: Scale) -> Cell:

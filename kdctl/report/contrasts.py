@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from kdctl import stats
 from kdctl.report.study import Kind, Model, Settings, Study
 from kdctl.run.documents import PerDocument
-from kdctl.run.measures import ITEM_MEASURES, TokenMeasure
+from kdctl.run.measures import ITEM_MEASURES, ScoreUnit, TokenMeasure
 from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated
 from kdctl.stats.findings import Comparison, SeedComparison
+from kdctl.stats.verdicts import SAID
 
 Found = Comparison | SeedComparison
 SIGNIFICANT = 0.05
@@ -108,9 +109,11 @@ class Contrasts:
             pairs[task] = Repeated(first, second, row.clusters(task))
         if not pairs:
             return None
-        graded = bool(measure) and not ITEM_MEASURES[measure].binary
-        if graded or len(base.models) > 1 or len(row.models) > 1:
-            return stats.compare_seeds_average(pairs, margin=self.margin, fixed=base.kind != "variant")
+        graded = not all(np.isin(one, (0, 1)).all() for pair in pairs.values() for one in (pair.a, pair.b))
+        unit = ITEM_MEASURES[measure].unit if measure else "points"
+        if graded or unit != "points" or len(base.models) > 1 or len(row.models) > 1:
+            fixed = base.kind != "variant"
+            return stats.compare_seeds_average(pairs, margin=self.margin, fixed=fixed, unit=unit)
         single = {
             task: Paired(np.asarray(pair.a)[0], np.asarray(pair.b)[0], pair.clusters) for task, pair in pairs.items()
         }
@@ -151,6 +154,7 @@ class Judged:
     p_holm: float
     family: int
     """Comparisons that it was corrected for."""
+    unit: ScoreUnit = "points"
 
     @property
     def lost(self) -> bool:
@@ -168,14 +172,14 @@ class Judged:
         if not self.lost:
             return self.found.words
         return (
-            f"cannot tell: {100 * self.found.difference.value:+.2f} points would be a difference alone (p = "
+            f"cannot tell: {SAID[self.unit].signed(self.found.difference.value)} would be a difference alone (p = "
             f"{self.found.p:.3f}), not as one of {self.family} comparisons (Holm's p = {self.p_holm:.3f})"
         )
 
 
-def judge(family: dict[tuple[str, ...], Found | None]) -> dict[tuple[str, ...], Judged]:
-    """Correct a family of comparisons for being several."""
+def judge(family: dict[tuple[str, ...], Found | None], unit: ScoreUnit = "points") -> dict[tuple[str, ...], Judged]:
+    """Correct a family of comparisons for being several. unit: what differences are said in."""
     known = {key: found for key, found in family.items() if found is not None}
     keys = {"\x1f".join(key): key for key in known}
     adjusted = stats.holm({text: known[key].p for text, key in keys.items()})
-    return {key: Judged(known[key], adjusted[text], len(known)) for text, key in keys.items()}
+    return {key: Judged(known[key], adjusted[text], len(known), unit) for text, key in keys.items()}

@@ -9,7 +9,7 @@ from kdctl.report.columns import AVERAGE, BASELINES, Results
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.run.measures import FORWARD_KL, TokenMeasure, column_measures
+from kdctl.run.measures import FORWARD_KL, P_RIGHT, TokenMeasure, column_measures
 from kdctl.run.records import Estimate
 from kdctl.stats import Trio
 from kdctl.stats.findings import Comparison, Recovery
@@ -124,8 +124,8 @@ def recovery_of(results: Results, row: Row, tasks: Sequence[str]) -> Recovery | 
     trios = {}
     for task in tasks:
         found = [one.answers(task) for one in (row, ptq, teacher)]
-        if any(answers is None for answers in found):
-            return None
+        if any(answers is None or answers.dtype != np.bool_ for answers in found):
+            return None  # of answers that are right or wrong only
         student, before, best = (np.asarray(answers)[0] for answers in found)
         trios[task] = Trio(student, before, best, row.clusters(task))
     return stats.recovery_average(trios)
@@ -179,31 +179,77 @@ def spreads(results: Results) -> Table:
 
 
 def measures(results: Results) -> Table:
-    """List every comparison by measures of items beside the headline, on the average of all tasks."""
+    """List every comparison by measures of items beside the headline, on the average of the multiple-choice tasks."""
     rows = []
     for name in results.derived:
         for row in results.rows:
             for kind in BASELINES:
-                judged = results.judged(row, kind, results.tasks, name)
+                judged = results.judged(row, kind, results.choices, name)
                 if judged:
                     found, texts = judged.found, (row.name, NAMES[kind], name)
                     numbers = (_estimate(found.difference), Cell(found.p), Cell(judged.p_holm), Cell(found.mde))
-                    rows.append((*map(Cell, texts), *numbers, Cell(judged.words)))
+                    sharp = [Cell(_blur(results, row, kind, measure)) for measure in (name, "")]
+                    rows.append((*map(Cell, texts), *numbers, *sharp, Cell(judged.words)))
     columns = (
         Column("model", "model"),
         Column("baseline", "against"),
         Column("measure", "measure"),
-        Column("difference", "difference, points [95 %]", "points"),
+        Column("difference", "difference [95 %]", "kl"),
         Column("p", "p", "p"),
         Column("p_holm", "Holm's p", "p"),
-        Column("mde", "detectable, points", "percent"),
+        Column("mde", "detectable", "kl"),
+        Column("blur", "half interval over what quantization cost", "ratio"),
+        Column("accuracy_blur", "the same of accuracy", "ratio"),
         Column("verdict", "verdict"),
     )
-    note = "Paired by item, on the average of all tasks; Holm's p is corrected within each measure."
+    note = (
+        "Paired by item, on the average of the multiple-choice tasks; Holm's p is corrected within each measure. "
+        f"p_right is the {P_RIGHT.label}: another quantity than accuracy, and not to be read as points of it."
+    )
     return Table("measures", "Other measures, item by item", columns, (Block("", tuple(rows)),), (note,))
+
+
+def _blur(results: Results, row: Row, kind: Kind, measure: str) -> float | None:
+    """Return half of a difference's interval in units of what quantization alone cost, by the same measure."""
+    base = baseline(results.study, results.all_rows, row, kind)
+    ptq = row if row.kind == "ptq" else baseline(results.study, results.all_rows, row, "ptq")
+    teacher = baseline(results.study, results.all_rows, row, "teacher")
+    if base is None or ptq is None or teacher is None:
+        return None
+    found = results.contrasts.over(base, row, results.choices, measure)
+    cost = results.contrasts.over(teacher, ptq, results.choices, measure)
+    if found is None or cost is None or not cost.difference.value:
+        return None
+    return (found.difference.high - found.difference.low) / 2 / abs(cost.difference.value)
+
+
+def answers(results: Results) -> Table:
+    """List what the answers of each model are like, on the tasks that generate."""
+    rows = []
+    for row in results.rows:
+        for model in row.models:
+            scored = model.result.tasks if model.result else {}
+            for task, score in scored.items():
+                if (found := score.answers) is not None:
+                    texts = (Cell(model.name), Cell(task.removesuffix("_offline")), Cell(score.metric))
+                    numbers = (score.value, found.samples, found.tokens, found.ended, found.repetition)
+                    rows.append((*texts, *map(Cell, numbers)))
+    columns = (
+        Column("model", "model"),
+        Column("task", "on"),
+        Column("metric", "score"),
+        Column("value", "score, %", "percent"),
+        Column("samples", "answers an item", "number"),
+        Column("tokens", "tokens an answer", "ratio"),
+        Column("ended", "ended by itself, %", "percent"),
+        Column("repetition", "repeated runs of four tokens, %", "percent"),
+    )
+    note = "On-policy training moves how long answers are, whether they end, and how much they repeat."
+    return Table("answers", "Written answers", columns, (Block("", tuple(rows)),), (note,))
 
 
 def detail_tables(results: Results) -> list[Table]:
     """Return the tables behind the verdicts that have any row."""
-    made = [comparisons(results), measures(results), distances(results), recoveries(results), spreads(results)]
+    made = [comparisons(results), measures(results), answers(results)]
+    made += [distances(results), recoveries(results), spreads(results)]
     return [table for table in made if table.rows]

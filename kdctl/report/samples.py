@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdctl.base.errors import brief
-from kdctl.run.documents import PerDocument, from_table, item_values
+from kdctl.run.documents import PerDocument, from_table, is_scored, item_values, scores
 from kdctl.run.files import sha256
-from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY
+from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY, derived_measures
 from kdctl.run.record_files import damaged
 
+DERIVED = {one.name for one in derived_measures()}
 NEEDED = (FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY)
 """What a report reads by name; other measures have a column where they were taken."""
 TEACHER_TOLERANCE = 0.02
@@ -43,22 +44,33 @@ class Items:
 
 
 def read_items(path: Path, metric: str, sums: Mapping[str, str] = NO_SUMS) -> Items | None:
-    """Read ``samples/<task>.parquet`` by a measure; None where there is none.
+    """Read ``samples/<task>.parquet`` by a measure or what lm-eval calls a task's own; None where there is none.
 
     sums: the files' hashes, where the results name them. Raises StoreError if it is damaged, or named and missing.
     """
-    measure = ITEM_MEASURES[metric]
-    needed = [metric] if measure.reported else ["loglikelihoods", "lengths", "gold"]
-    table = _read(path, ["item_id", "subtask", "cluster", "doc_index", *needed], sums)
+    table = _read(path, ["item_id", "subtask", "cluster", "doc_index"], sums)
     if table is None:
         return None
+    if is_scored(table):
+        if metric in DERIVED:
+            return None  # there are no choices
+        return _items(table, scores(table))
+    measure = ITEM_MEASURES[metric]
+    if measure.reported:
+        _check_columns(path, table, [metric])
+    elif not {"loglikelihoods", "lengths", "gold"} <= {*table.column_names}:
+        return None  # a table of before they were kept
+    return _items(table, item_values(table, measure))
+
+
+def _items(table: pa.Table, values: NDArray[np.generic]) -> Items:
     ids = np.array(table["item_id"].to_pylist(), np.str_)
     order = np.argsort(ids)
     subtasks = np.array(table["subtask"].to_pylist(), np.str_)
     numbers = np.array([str(index) for index in table["doc_index"].to_pylist()], np.str_)
     places = np.char.add(np.char.add(subtasks, " "), numbers)
     labels = np.array(table["cluster"].to_pylist(), np.str_)
-    return Items(ids[order], places[order], labels[order], item_values(table, measure)[order])
+    return Items(ids[order], places[order], labels[order], values[order])
 
 
 def read_documents(path: Path, sums: Mapping[str, str] = NO_SUMS) -> PerDocument | None:
@@ -74,10 +86,15 @@ def _read(path: Path, needed: list[str], sums: Mapping[str, str]) -> pa.Table | 
         if path.name in sums and sha256(path) != sums[path.name]:
             raise damaged(path, "it is not the file that the results were computed from")
         table = pq.read_table(path)
-        table.select(needed)
-        return table
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise damaged(path, brief(error)) from None
+    _check_columns(path, table, needed)
+    return table
+
+
+def _check_columns(path: Path, table: pa.Table, needed: list[str]) -> None:
+    if missing := [name for name in needed if name not in table.column_names]:
+        raise damaged(path, f"it has no column {missing[0]}")
 
 
 def item_differences(a: Items, b: Items) -> list[str]:

@@ -12,13 +12,14 @@ from kdctl.base.strict_json import write_json
 from kdctl.run.measures import fixed
 
 TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
-Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share"]
+Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share", "ratio"]
 ABSENT = "–"
 Value = float | int | str | None
 FORMATS: dict[Style, Callable[[float], str]] = {
     "number": lambda value: f"{value:g}",
     "percent": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.2f}",
+    "ratio": lambda value: f"{value:.1f}",
     "share": lambda value: f"{100 * value:.0f} %",
     "kl": lambda value: fixed(value, 4),
     "perplexity": lambda value: fixed(value, 2),

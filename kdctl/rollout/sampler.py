@@ -63,9 +63,12 @@ class Row:
 
     prompt: Prompt
     sample_index: int
+    place: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    enough: bool = False
+    """Nobody needs more of it."""
 
     @property
     def length(self) -> int:
@@ -74,7 +77,7 @@ class Row:
 
     def finished(self, sampling: Sampling) -> bool:
         """Tell whether nothing more is to be drawn."""
-        return self.stopped or len(self.tokens) >= sampling.max_new_tokens
+        return self.stopped or self.enough or len(self.tokens) >= sampling.max_new_tokens
 
 
 class InProcess:
@@ -114,14 +117,27 @@ class InProcess:
         policy_step: int = 0,
         progress: Progress | None = None,
         finished: Callable[[int, Rollout], None] | None = None,
+        until: Callable[[int, Sequence[int]], bool] | None = None,
     ) -> list[Rollout]:
-        """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights."""
-        rows = [Row(prompt, sample) for prompt, sample in items]
+        """Generate a completion for each (prompt, sample index), in order. policy_step: steps behind the weights.
+
+        until: told of an item's place and its tokens after each one, it may end the completion.
+        """
+        rows = [Row(prompt, sample, place) for place, (prompt, sample) in enumerate(items)]
+
+        def drawn(active: list[Row]) -> None:
+            if progress is not None:
+                progress(len(active))
+            for row in active:
+                row.enough = until is not None and until(row.place, row.tokens)
+                if finished is not None and row.finished(sampling):
+                    finished(row.place, self._rollout(row, sampling.seed, policy_step))
+
         with torch.inference_mode(), packed(self.model):
-            self._run(rows, sampling, policy_step, progress)
+            self._run(rows, sampling, policy_step, drawn)
         return [self._rollout(row, sampling.seed, policy_step) for row in rows]
 
-    def _run(self, rows: list[Row], sampling: Sampling, policy_step: int, progress: Progress | None) -> None:
+    def _run(self, rows: list[Row], sampling: Sampling, policy_step: int, drawn: Callable[[list[Row]], None]) -> None:
         """Draw a token for every active row and step; a row that finishes makes room for a waiting one."""
         waiting = sorted(rows, key=lambda row: -len(row.prompt.prompt_ids))
         size = min(self.batch_size, len(rows))
@@ -132,8 +148,7 @@ class InProcess:
             logits = self._forward(active, admitted, cache)
             active += admitted
             self._draw(active, logits, sampling, policy_step)
-            if progress is not None:
-                progress(len(active))
+            drawn(active)
             _retire(active, cache, sampling)
 
     def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache) -> Tensor:

@@ -14,6 +14,8 @@ from kdctl.run.records import EngineRecord, Prompt, Rollout
 from kdctl.system.distributed import ALONE, Processes
 
 Finished = Callable[[int, Rollout], None]
+Until = Callable[[int, Sequence[int]], bool]
+"""Tells of an item's place and its completion so far whether nothing more of it is needed."""
 
 
 class RolloutEngine(Protocol):
@@ -36,10 +38,12 @@ class RolloutEngine(Protocol):
         policy_step: int = 0,
         progress: Progress | None = None,
         finished: Finished | None = None,
+        until: Until | None = None,
     ) -> list[Rollout]:
         """Write a completion for each (prompt, sample index), in order.
 
-        progress: told of tokens as they are drawn; finished: may be told of each item's place and completion.
+        progress: told of tokens as they are drawn; finished: may be told of each item's place and completion; until:
+        may be asked, to write no more than is needed.
         """
         ...
 

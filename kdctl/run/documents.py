@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, TokenMeasure
 
 Array = NDArray[np.float64]
+SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Ta
     """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
     named = {"prompt_id": prompt_ids} if prompt_ids else {}
     return pa.table({**named, "tokens": per_document.tokens, **per_document.sums})
+
+
+def is_scored(table: pa.Table) -> bool:
+    """Tell whether a table of items is of a task that is no multiple choice, whose items have a score of their own."""
+    return SCORE in table.column_names
+
+
+def scores(table: pa.Table) -> NDArray[np.generic]:
+    """Return each item's own score, (items,), bool where all are right or wrong."""
+    values = table[SCORE].to_numpy().astype(np.float64)
+    return values.astype(np.bool_) if np.isin(values, (0, 1)).all() else values
 
 
 def item_values(table: pa.Table, measure: ItemMeasure) -> NDArray[np.generic]:

@@ -7,6 +7,7 @@ a new measure is one more entry. Nothing here imports torch: functions call meth
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import exp
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Better = Literal["lower", "higher"]
 Unit = Literal["nats", "share", "perplexity"]
+ScoreUnit = Literal["points", "probability"]
 LONGEST = 1e7
 """From here on a number is written as a power of ten: perplexities have no bound."""
 
@@ -76,6 +78,15 @@ class Choices:
         return _largest(self.loglikelihoods)
 
     @property
+    def right(self) -> float:
+        """The share of the right choice in the likelihoods of all; 0 where no choice is right."""
+        if self.gold < 0:
+            return 0.0
+        most = max(self.loglikelihoods)
+        shares = [exp(value - most) for value in self.loglikelihoods]
+        return shares[self.gold] / sum(shares)
+
+    @property
     def best_norm(self) -> int:
         """The likeliest choice per character."""
         return _largest([value / length for value, length in zip(self.loglikelihoods, self.lengths, strict=True)])
@@ -128,6 +139,8 @@ class ItemMeasure(Measure):
     """lm-eval reports it for the tasks that have it; the last one that a task has is its headline."""
     heading: str = ""
     """Over a column of the report, for measures beside the headline."""
+    unit: ScoreUnit = "points"
+    """What a difference is said in."""
 
 
 FORWARD_KL = TokenMeasure(
@@ -194,11 +207,20 @@ NORMALIZED_ACCURACY = ItemMeasure(
     binary=True,
     reported=True,
 )
+P_RIGHT = ItemMeasure(
+    name="p_right",
+    label="probability of the right choice among all of them",
+    better="higher",
+    per_item=lambda said: said.right,
+    heading="P(right)",
+    unit="probability",
+)
+"""Moves with every change of a likelihood, accuracy only where a choice overtakes another; it is another quantity."""
 
 TOKEN_MEASURES = {
     one.name: one for one in (FORWARD_KL, REVERSE_KL, AGREEMENT, PERPLEXITY, TEACHER_PERPLEXITY)
 }  # in the order of the columns of heldout.parquet
-ITEM_MEASURES = {one.name: one for one in (ACCURACY, NORMALIZED_ACCURACY)}
+ITEM_MEASURES = {one.name: one for one in (ACCURACY, NORMALIZED_ACCURACY, P_RIGHT)}
 
 
 def pair_measures() -> list[TokenMeasure]:

@@ -291,17 +291,33 @@ class DistillReport(StudentFolder):
     versions: Versions
 
 
+class WrittenAnswers(Record):
+    """What a model's answers to the items of one task are like. tokens and repetition: means over answers."""
+
+    samples: int
+    """Answers to each item."""
+    tokens: float
+    ended: float
+    """Share that ended before the longest length."""
+    repetition: float
+    """Share of runs of four tokens that the answer had before."""
+    seconds_s: float
+    """Of writing them all."""
+
+
 class TaskScore(Record):
     """Scores of one lm-eval task."""
 
     version: str
     metric: str
-    """The headline metric: ``acc_norm`` where the task has it, else ``acc``."""
+    """The headline metric: of multiple choice ``acc_norm``, else ``acc``; ``f1``, else the task's first."""
     value: float
     stderr: float
     items: int
     num_fewshot: int
     metrics: dict[str, float]
+    answers: WrittenAnswers | None = None
+    """Only of a task that generates."""
 
 
 class EvalResult(Record):

@@ -11,12 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import DataError, ModelError, PresetError
+from kdctl.config.preset import EvalSection, RolloutSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
 from kdctl.formats.student import check_sums, load_student
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
+from kdctl.rollout.engine import in_process
+from kdctl.rollout.work import Work
 from kdctl.run.documents import PerDocument, as_table
 from kdctl.run.files import remove
 from kdctl.run.record_files import read_record, write_record
@@ -118,7 +121,7 @@ def _eval_identity(context: Context, teacher: Teacher, one: Candidate, heldout: 
         "heldout": heldout,
         "lm_eval": version("lm-eval"),
     }
-    sections = {"eval": context.preset.eval, "text_tokens": context.preset.heldout.text_tokens}
+    sections = {"eval": context.preset.eval.decisive(), "text_tokens": context.preset.heldout.text_tokens}
     return identity("eval", sections, inputs)
 
 
@@ -138,13 +141,15 @@ def _pending(context: Context, teacher: Teacher, chosen: Sequence[Candidate]) ->
 
 def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks: dict[str, Any]) -> None:
     """Score one model on the tasks and the yardstick and write its results, items first."""
-    from kdctl.eval.tasks import score_tasks, write_items
+    from kdctl.eval.tasks import generates, score_tasks, write_items
 
     started, folder, teacher = time.perf_counter(), context.paths.eval(one.name), measuring.teacher
     model = _load(teacher, one)
+    settings = context.preset.eval
+    engine = in_process(_work(model, teacher, settings)) if generates(tasks) else None
     with context.reporter.task(f"evaluating {one.name}", "documents") as advance:
         scores, items = score_tasks(
-            model, teacher.tokenizer(), tasks, context.preset.eval, lambda _, done, total: advance(done, total)
+            model, teacher.tokenizer(), tasks, settings, lambda _, done, total: advance(done, total), engine
         )
     found = _distances(context, measuring, one, model)
     remove(_results(context, one))  # they are not of the items that are written now
@@ -168,6 +173,11 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
         reference=one.foreign.reference if one.foreign else None,
     )
     write_record(folder / "results.json", result)
+
+
+def _work(model: PreTrainedModel, teacher: Teacher, settings: EvalSection) -> Work:
+    """Say what writes the answers to tasks that generate."""
+    return Work(model, teacher.stop_ids(), "student", RolloutSection(batch_size=settings.batch_size))
 
 
 def _settings(context: Context, one: Candidate) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kdctl.base.errors import DataError
+from kdctl.run.measures import ScoreUnit
 from kdctl.run.records import Estimate
 from kdctl.stats.averages import Task, averages, covariance, number_tasks, resolve_weights
 from kdctl.stats.bootstrap import LEVEL
@@ -227,12 +228,14 @@ def compare_seeds_average(
     weights: Mapping[str, float] | None = None,
     margin: float = MARGIN,
     fixed: bool = False,
+    unit: ScoreUnit = "points",
 ) -> SeedComparison:
     """Compare two settings on the average of several tasks; every task has the same seeds in the same order.
 
     The seeds' part is the variance between the seeds' averages less what the items leave in it, so that a seed that is
     good at every task counts as one; the items' part is that of ``averages``. ``fixed``: a is one model that no seed
-    made, and its single row says nothing less. Raises DataError as ``compare_seeds`` and ``compare_average`` do.
+    made, and its single row says nothing less. ``unit``: what answers are worth, for the words. Raises DataError as
+    ``compare_seeds`` and ``compare_average`` do.
     """
     require_margin(margin)
     chosen = resolve_weights(list(pairs), weights)
@@ -243,7 +246,7 @@ def compare_seeds_average(
     parts = [*first.seed_parts(), *second.seed_parts(), _item_part(tasks, first.residual + second.residual)]
     interval = _interval(float(averages(tasks)[0]), parts, tasks, first.binary and second.binary)
     difference, inner, p = interval(LEVEL), interval(EQUIVALENCE_LEVEL), p_value(interval)
-    verdict, words = decide(difference, inner, p, margin)
+    verdict, words = decide(difference, inner, p, margin, unit)
     counts, variances = (len(first.by_seed), len(second.by_seed)), [_seed_variance(one) for one in (first, second)]
     unknown = variances[1] is None or (variances[0] is None and not fixed)
     return SeedComparison(

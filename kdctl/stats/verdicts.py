@@ -1,11 +1,13 @@
 """From an interval to a verdict in words."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import root_scalar
 
 from kdctl.base.errors import DataError
+from kdctl.run.measures import ScoreUnit
 from kdctl.run.records import Estimate
 from kdctl.stats.bootstrap import LEVEL
 from kdctl.stats.findings import Verdict
@@ -54,20 +56,50 @@ def require_margin(margin: float) -> None:
         )
 
 
-def decide(interval: Estimate, inner: Estimate, p: float, margin: float) -> tuple[Verdict, str]:
-    """Choose the verdict on a difference b − a, in accuracy, and say it.
+def decide(
+    interval: Estimate, inner: Estimate, p: float, margin: float, unit: ScoreUnit = "points"
+) -> tuple[Verdict, str]:
+    """Choose the verdict on a difference b − a, in accuracy or another mean of what answers are worth, and say it.
 
     ``inner`` is the 90 % interval. Equivalence goes first: a difference may be both significant and too small to
     matter, and then what matters in practice is that it is small; the words say that it is significant all the same.
     Where neither is shown nothing is claimed: the words give what the comparison could have seen.
     """
-    significant = p < 1 - LEVEL
-    points = f"{100 * abs(interval.value):.2f} points"
+    significant, said = p < 1 - LEVEL, SAID[unit]
     if -margin < inner.low and inner.high < margin:
-        note = f" (though {interval.value * 100:+.2f} points is a significant difference)" if significant else ""
-        return "equivalent", f"equivalent within ±{100 * margin:g} points{note}"
+        note = f" (though {said.signed(interval.value)} is a significant difference)" if significant else ""
+        return "equivalent", f"equivalent within ±{said.within(margin)}{note}"
     if significant:
         verdict: Verdict = "better" if interval.value > 0 else "worse"
-        return verdict, f"{verdict} by {points} ({100 * interval.low:+.2f} to {100 * interval.high:+.2f})"
-    limit = f"{100 * detectable(interval):.1f}"
-    return "cannot tell", f"cannot tell: this comparison could only see differences above {limit} points"
+        ends = f"{said.number(interval.low)} to {said.number(interval.high)}"
+        return verdict, f"{verdict} by {said.signed(abs(interval.value)).removeprefix('+')} ({ends})"
+    limit = said.rough(detectable(interval))
+    return "cannot tell", f"cannot tell: this comparison could only see differences above {limit}"
+
+
+@dataclass(frozen=True)
+class _Said:
+    """How differences are written."""
+
+    scale: float
+    digits: int
+    name: str
+    rough_digits: int
+
+    def number(self, value: float) -> str:
+        return f"{self.scale * value:+.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        return f"{self.number(value)} {self.name}"
+
+    def within(self, margin: float) -> str:
+        return f"{self.scale * margin:g} {self.name}"
+
+    def rough(self, value: float) -> str:
+        return f"{self.scale * value:.{self.rough_digits}f} {self.name}"
+
+
+SAID: dict[ScoreUnit, _Said] = {
+    "points": _Said(100, 2, "points", 1),
+    "probability": _Said(1, 4, "in probability", 3),
+}

@@ -15,8 +15,6 @@ from lm_eval.api.metrics import mean_stderr
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kdctl.eval.tasks
 from kdctl.base.errors import DataError
@@ -25,35 +23,15 @@ from kdctl.eval.items import item_ids
 from kdctl.eval.tasks import LoadedTask, build_tasks, score_tasks, write_items
 
 NAMES = ("arc_easy_offline", "arc_challenge_offline", "hellaswag_offline", "winogrande_offline", "mmlu_offline")
+BUNDLED = (
+    *NAMES,
+    *("gsm8k_offline", "triviaqa_offline", "squad_offline", "coqa_offline", "drop_offline", "lambada_offline"),
+)
 LIMIT = 6
 
 
 def settings(*tasks: str, **fields) -> EvalSection:
     return EvalSection(tasks=tasks, limit=LIMIT, batch_size=4, **fields)
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*alphabet, "<eos>"])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
-def random_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +108,8 @@ def test_items_and_their_means_equal_those_of_lm_evals_own_model_class(
     for metric in ("acc", "acc_norm"):
         if f"{metric},none" in raw:
             assert sum(columns[metric]) / LIMIT == raw[f"{metric},none"] == scores[name].metrics[metric]
-    assert scores[name].metrics.keys() == {key.split(",")[0] for key in raw if "," in key and "stderr" not in key}
+    lm_evals = {key.split(",")[0] for key in raw if "," in key and "stderr" not in key}
+    assert scores[name].metrics.keys() == lm_evals | {"p_right"}
     for row, sample in zip(tables[name].to_pylist(), results["samples"][name], strict=True):
         assert row["loglikelihoods"] == pytest.approx([value for value, _ in sample["filtered_resps"]], rel=1e-5)
         assert {metric: row[metric] for metric in ("acc", "acc_norm") if metric in sample} == {
@@ -181,7 +160,7 @@ def test_group_pools_the_items_of_its_subtasks(tasks, random_llama, byte_tokeniz
     )
     assert scores["both"].items == tables["both"].num_rows == 2 * LIMIT
     assert scores["both"].value == sum(tables["both"]["acc"].to_pylist()) / (2 * LIMIT)
-    assert scores["both"].metrics.keys() == {"acc"}
+    assert scores["both"].metrics.keys() == {"acc", "p_right"}
     assert set(tables["both"]["subtask"].to_pylist()) == set(parts)
     assert seen[0] == ("both", 0, 2 * LIMIT)
     assert seen[-1] == ("both", 2 * LIMIT, 2 * LIMIT)
@@ -250,7 +229,7 @@ def test_a_task_is_a_name_and_no_file_whose_functions_would_run(indexed, tmp_pat
 
 def test_bundled_tasks_need_no_index_of_lm_evals_own(tasks):
     manager = kdctl.eval.tasks._manager(NAMES)
-    assert sorted(manager.all_tasks) == sorted(NAMES)
+    assert sorted(manager.all_tasks) == sorted(BUNDLED)
 
 
 @pytest.mark.parametrize(
@@ -269,10 +248,9 @@ def test_hub_group_without_its_data_names_the_offline_task(indexed, empty_cache)
         build_tasks(settings("mmlu"), offline=True)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "wikitext", "lambada_openai"])
-def test_tasks_that_are_not_multiple_choice_are_refused_before_a_download(indexed, name):
-    with pytest.raises(DataError, match=f"task '{name}' is of kind"):
-        build_tasks(settings(name), offline=True)
+def test_a_kind_of_task_without_scores_of_items_is_refused_before_a_download(indexed):
+    with pytest.raises(DataError, match="task 'wikitext' is of kind 'loglikelihood_rolling'"):
+        build_tasks(settings("wikitext"), offline=True)
 
 
 def test_few_shot_is_refused_where_examples_would_be_the_questions(tasks):
@@ -304,5 +282,5 @@ def test_group_is_one_entry_only_where_its_score_pools_items(tasks, weighted, en
 
 def test_task_files_lie_inside_the_package():
     files = {path.stem for path in kdctl.eval.tasks.BUNDLED.glob("*.yaml")}
-    assert files == set(NAMES)
+    assert files == set(BUNDLED)
     assert Path(kdctl.eval.tasks.BUNDLED).parent == Path(kdctl.eval.tasks.__file__).parent

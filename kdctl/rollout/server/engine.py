@@ -25,7 +25,7 @@ from kdctl.rollout.server.refresh import run_command
 from kdctl.rollout.server.rules import USUAL, Rule, asked_rule, log_probabilities, read, rules_of
 from kdctl.rollout.server.trust import check_gap, check_prompt, check_rule, with_token
 from kdctl.rollout.server.writer import Writer
-from kdctl.rollout.work import Finished, WeightFiles, Work
+from kdctl.rollout.work import Finished, Until, WeightFiles, Work
 from kdctl.run.records import EngineRecord, Rollout, ServerRecord
 
 NAME = "server"
@@ -83,8 +83,12 @@ class Served:
         policy_step: int = 0,
         progress: Progress | None = None,
         finished: Finished | None = None,
+        until: Until | None = None,
     ) -> list[Rollout]:
-        """Have a completion written for each (prompt, sample index), in order; finished: told of each as it comes."""
+        """Have a completion written for each (prompt, sample index), in order; finished: told of each as it comes.
+
+        until: not asked, since an answer comes when it is whole.
+        """
         with self._said_in_log():
             return self._writer.draw(items, sampling, policy_step, progress, finished)
 
