@@ -194,6 +194,8 @@ def distill(
     "eval.tasks --task",
     "eval.limit",
     "eval.batch_size",
+    "eval.samples",
+    "eval.temperature",
 )
 def evaluate(
     *,

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from kdctl import stats
 from kdctl.report.charts import Mark, mark
 from kdctl.report.columns import SETTINGS, accuracy_cell, distance_cell
@@ -42,7 +44,7 @@ def accuracy_mark(row: Row, tasks: Sequence[str]) -> Mark | None:
         value = accuracy_cell(row, tasks).value if tasks else None
         return Mark(PERCENT * value) if isinstance(value, float) else None
     clusters = {task: row.clusters(task) for task in tasks}
-    if len(tasks) == len(row.models) == 1:
+    if len(tasks) == len(row.models) == 1 and answers[tasks[0]].dtype == np.bool_:
         return mark(stats.accuracy(answers[tasks[0]][0], clusters[tasks[0]]).estimate, PERCENT)
     return mark(stats.average_seeds(answers, clusters)[0], PERCENT)
 

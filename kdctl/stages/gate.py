@@ -87,10 +87,10 @@ def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
 
 
 def _paired(run: RunDir, task: str, ptq_said: EvalResult, teacher_said: EvalResult) -> Paired | None:
-    """Read the items of a task that both models answered; None where those of one are not kept."""
+    """Read the items of a task that both models answered; None where those of one are not kept, or are graded."""
     metric, said = ptq_said.tasks[task].metric, {"ptq": ptq_said, "teacher": teacher_said}
     ptq, teacher = (read_items(run.samples(name, task), metric, result.samples) for name, result in said.items())
-    if ptq is None or teacher is None:
-        return None
+    if ptq is None or teacher is None or ptq.values.dtype != np.bool_ or teacher.values.dtype != np.bool_:
+        return None  # accuracy is of answers that are right or wrong
     _, own, theirs = np.intersect1d(ptq.ids, teacher.ids, return_indices=True)
     return Paired(ptq.values[own], teacher.values[theirs], None if ptq.clusters is None else ptq.clusters[own])

@@ -1,16 +1,19 @@
 """One more entry in the tables of measures is all that a new measure needs, from evaluation to report."""
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from made_up import make_run
+from made_up import edit, make_run
 
+from kdctl.base.sums import without_sum
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
-from kdctl.report.details import distances, measures
+from kdctl.report.details import answers, comparisons, distances, measures
+from kdctl.report.front import write_report
 from kdctl.report.layouts import main
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import records
@@ -96,3 +99,66 @@ def test_folders_from_before_have_no_column(tmp_path: Path, monkeypatch: pytest.
     assert "variation" not in {column.key for column in main(study, Contrasts(0.005)).columns}
     (table,) = (distances(Results(study, Contrasts(0.005))),)
     assert [column.key for column in table.columns] == ["model", "forward_kl_difference", "removed", "nll_difference"]
+
+
+@pytest.fixture
+def wrote(tmp_path: Path) -> RunDir:
+    """Return a folder with a task whose items are worth any share, and one of right and wrong."""
+    made = make_run(tmp_path, {"v": {}})
+    for path in sorted(made.eval_root.glob("*/samples/alpha.parquet")):
+        table = pq.read_table(path)
+        worth = np.random.default_rng(3).random(len(table)) * (0.5 + 0.5 * table["acc"].to_numpy())
+        lists = {"scores": [[one] for one in worth], "answers": [["said"]] * len(table), "tokens": [[3]] * len(table)}
+        table = table.drop_columns(["acc", "acc_norm"]).append_column("score", [worth])
+        for name, values in lists.items():
+            table = table.append_column(name, [values])
+        pq.write_table(table, path)
+        record = path.parent.parent / "results.json"
+        values = json.loads(without_sum(record.read_text()))
+        values["tasks"]["alpha"] |= {
+            "metric": "f1",
+            "value": float(worth.mean()),
+            "answers": {"samples": 1, "tokens": 3.0, "ended": 0.5, "repetition": 0.25, "seconds_s": 1.0},
+        }
+        edit(record, **values)
+    return made
+
+
+def test_scores_that_are_shares_are_compared_and_averaged_with_right_and_wrong_ones(wrote: RunDir):
+    study = read_study([wrote])
+    results = Results(study, Contrasts(0.005))
+    rows = {row["model"]: row for row in records(main(study, results.contrasts))}
+    worth = {
+        name: pq.read_table(wrote.eval(name) / "samples" / "alpha.parquet")["score"].to_numpy() for name in ("ptq", "v")
+    }
+    assert rows["v"]["alpha"] == pytest.approx(worth["v"].mean(), rel=1e-12)
+    found = {(row["model"], row["baseline"], row["task"]): row for row in records(comparisons(results))}
+    assert found["v", "PTQ", "alpha"]["difference"] == pytest.approx(np.mean(worth["v"] - worth["ptq"]), rel=1e-9)
+    assert found["v", "PTQ", "alpha"]["p_mcnemar"] is None
+    assert found["v", "PTQ", "beta"]["p_mcnemar"] is not None
+    assert found["v", "PTQ", "average"]["difference"] == pytest.approx(
+        (float(found["v", "PTQ", "alpha"]["difference"] or 0) + float(found["v", "PTQ", "beta"]["difference"] or 0)) / 2
+    )
+
+
+def test_answers_are_described_and_every_form_of_a_report_is_written(wrote: RunDir):
+    rows = records(answers(Results(read_study([wrote]), Contrasts(0.005))))
+    assert [(row["model"], row["task"], row["metric"]) for row in rows] == [
+        (name, "alpha", "f1") for name in ("teacher", "ptq", "v")
+    ]
+    assert (rows[0]["tokens"], rows[0]["ended"], rows[0]["repetition"]) == (3.0, 0.5, 0.25)
+    write_report([wrote])
+    assert "Written answers" in (wrote.path / "report" / "report.md").read_text()
+
+
+def test_a_difference_in_probability_is_never_said_in_points(run: RunDir):
+    ITEM_MEASURES.pop("p_correct")
+    table = measures(Results(read_study([run]), Contrasts(0.005)))
+    said = [row for row in records(table) if row["measure"] == "p_right"]
+    assert said
+    assert not any("points" in str(row["verdict"]) for row in said)
+    assert any("in probability" in str(row["verdict"]) for row in said)
+    own = next(row for row in said if (row["model"], row["baseline"]) == ("v", "PTQ"))
+    half = (float(own["difference_high"] or 0) - float(own["difference_low"] or 0)) / 2
+    cost = next(row for row in said if (row["model"], row["baseline"]) == ("ptq", "teacher"))
+    assert own["blur"] == pytest.approx(half / abs(float(cost["difference"] or 0)), rel=1e-9)

@@ -4,6 +4,7 @@ Before the first completion: what the server is, where a completion's last token
 it holds these weights. After every refresh: whether it holds the new ones.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,8 @@ class Served:
     """What each server drew at first, by address."""
     _before: Tensor | None = None
     _gap: Gap | None = None
+    _refresh_s: float | None = None
+    """Of the last refresh: writing the weights, having them loaded, and making sure of it."""
 
     def __post_init__(self) -> None:
         settings, work = self.work.settings, self.work
@@ -59,8 +62,10 @@ class Served:
 
         Raises ServerError for a server that does not, or that does not do what the protocol says.
         """
+        started, first = time.perf_counter(), not self._looked
         with self._said_in_log():
             self._load(model, policy_step)
+        self._refresh_s = None if first else time.perf_counter() - started
 
     def _load(self, model: PreTrainedModel, policy_step: int) -> None:
         first = not self._looked
@@ -120,8 +125,10 @@ class Served:
         return EngineRecord(name=NAME, reproducible=False, server=server)
 
     def metrics(self) -> dict[str, float]:
-        """Return the gap of the last weights."""
-        return {} if self._gap is None else {"rollout/server_gap": self._gap.mean}
+        """Return the gap of the last weights, and the seconds that taking them up took."""
+        found = {"rollout/server_gap": None if self._gap is None else self._gap.mean}
+        found["rollout/refresh_s"] = self._refresh_s
+        return {name: value for name, value in found.items() if value is not None}
 
     def close(self) -> None:
         """End the server that was started for this."""
