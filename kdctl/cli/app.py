@@ -10,6 +10,7 @@ from kdctl.base.errors import PresetError
 from kdctl.base.version import __version__
 from kdctl.cli import console, render
 from kdctl.cli.boundary import main as main
+from kdctl.cli.compare import compare
 from kdctl.cli.fields import Flags, options
 from kdctl.cli.options import (
     DryRunOption,
@@ -228,6 +229,7 @@ def evaluate(
             show_report(pipeline.report(opened.context))
 
 
+app.command()(compare)
 app.command()(report)
 
 

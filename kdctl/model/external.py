@@ -37,13 +37,13 @@ def check_comparable(foreign: Foreign, tokenizer: PreTrainedTokenizerBase, confi
     different = [part for part in tokens.differences(own, tokenizer) if part in (tokens.VOCABULARY, tokens.SPLITTING)]
     if different:
         raise ModelError(
-            f"--also {foreign.reference}: {' and '.join(different)} are not the teacher's, and a KL per token between "
+            f"{foreign.reference}: {' and '.join(different)} are not the teacher's, and a KL per token between "
             "models that mean different things by a token is no number; compare models of one tokenizer"
         )
     rows = read_config(foreign.folder).vocab_size
     if rows != config.vocab_size:
         raise ModelError(
-            f"--also {foreign.reference}: vocab_size={rows} and the teacher's is {config.vocab_size}, so their "
+            f"{foreign.reference}: vocab_size={rows} and the teacher's is {config.vocab_size}, so their "
             "distributions are over different sets of tokens"
         )
 

@@ -87,7 +87,8 @@ def _evaluate_all(
     from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import; only this stage needs it
 
     tasks = context.ranks.main_first(lambda: build_tasks(context.preset.eval, teacher.offline))
-    ensure_student(context, teacher, measuring)
+    if any(one.foreign is None and one.name != "teacher" for one in pending):
+        ensure_student(context, teacher, measuring)
     found = measuring or ensure_measuring(context, teacher)
     for one in context.ranks.share(pending):
         with (main := context.alone()).claimed(f"eval/{one.name}"):

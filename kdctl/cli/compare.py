@@ -1,0 +1,57 @@
+"""``kdctl compare``: models of any origin, without a preset."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdctl.base.errors import PresetError
+from kdctl.cli import console
+from kdctl.cli.fields import Flags, options
+from kdctl.cli.options import JsonOption, SetOption, VerboseOption, guarded, prepare_libraries, show_json
+from kdctl.cli.report import show_report
+from kdctl.config import resolve
+
+
+@options(
+    "eval.tasks --task",
+    "eval.limit",
+    "eval.samples",
+    "eval.temperature",
+    "teacher.dtype",
+    "runtime.offline --offline/--online",
+)
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders, Hub ids or GGUF files of one tokenizer; others are measured against the first."),
+    ],
+    *,
+    flags: Flags,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", "-r", help="Folder to work in. (default: runs/compare-..., by what is compared)"),
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure models made by any tool against the first: KL both ways, top-1, perplexity, tasks, flips, with verdicts.
+
+    Example: kdctl compare ORIGINAL INT4 OTHER.gguf --task arc_easy_offline --limit 200
+    """
+    with guarded():
+        given = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
+        if any(key.split(".")[0] not in ("eval", "heldout", "prompts", "teacher", "runtime") for key in given):
+            raise PresetError(
+                "compare evaluates and makes nothing; --set takes eval, heldout, prompts, teacher, runtime"
+            )
+        prepare_libraries(bool(given.get("runtime.offline")), verbose)
+        from kdctl.stages import pipeline
+        from kdctl.stages.comparison import compare_models
+
+        opened, found = compare_models(models, given, run, console.ConsoleReporter())
+        if as_json:
+            show_json(found)
+        else:
+            show_report(pipeline.report(opened.context))

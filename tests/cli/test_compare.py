@@ -1,0 +1,45 @@
+"""``kdctl compare``."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import Result
+from typer.testing import CliRunner
+
+from kdctl.cli import app as cli
+from kdctl.run.record_files import read_record
+from kdctl.run.records import EvalResult
+
+SMALL = {
+    "heldout.num_prompts": 4,
+    "heldout.min_completion_tokens": 1,
+    "heldout.max_new_tokens": 8,
+    "heldout.text_tokens": 256,
+}
+
+
+@pytest.fixture
+def invoke() -> Iterator[Callable[..., Result]]:
+    """Run the command line in this process."""
+    before = dict(os.environ)
+    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_the_command_prints_both_kls_and_writes_a_page(
+    tiny_dir: Path, tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    other = tiny.build(tmp_path / "other", seed=3)
+    sets = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    done = invoke("compare", tiny_dir, other, "--run", tmp_path / "run", *sets)
+    assert done.exit_code == 0, done.output
+    assert "\n| other | " in done.stdout
+    assert read_record(tmp_path / "run" / "eval" / "other" / "results.json", EvalResult).reference == str(other)
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+    wrong = invoke("compare", tiny_dir, other, "--set", "distill.steps=3")
+    assert wrong.exit_code == 2
+    assert "evaluates and makes nothing" in wrong.stderr

@@ -1,0 +1,46 @@
+"""Models of any origin beside the first: no preset, no student, and the same figures as a row of ``kdctl eval``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from kdctl.base.errors import ModelError, PresetError
+from kdctl.stages.comparison import compare_models, names_of
+
+SMALL = {
+    "heldout.num_prompts": 4,
+    "heldout.min_completion_tokens": 1,
+    "heldout.max_new_tokens": 8,
+    "heldout.text_tokens": 256,
+}
+
+
+def test_models_are_measured_against_the_first_and_nothing_is_quantized(tiny_dir: Path, tmp_path: Path) -> None:
+    other, same = tiny.build(tmp_path / "other", seed=3), tiny_dir
+    run, found = compare_models([str(tiny_dir), str(other), str(same)], SMALL, tmp_path / "run")
+    assert list(found) == ["teacher", "other", tiny_dir.name]
+    assert found["other"].distribution.forward_kl.value > 0.01
+    assert found[tiny_dir.name].distribution.forward_kl.value == pytest.approx(0, abs=1e-6)
+    assert not run.context.paths.student.exists()
+    _, again = compare_models([str(tiny_dir), str(other), str(same)], SMALL, tmp_path / "run")
+    assert again == found
+
+
+def test_a_model_that_means_other_things_by_a_token_is_refused_before_any_work(tiny_dir: Path, tmp_path: Path) -> None:
+    other = tiny.build(tmp_path / "other", seed=3)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    with pytest.raises(ModelError, match=r"other: vocab_size="):
+        compare_models([str(tiny_dir), str(other)], SMALL, tmp_path / "run")
+    assert not (tmp_path / "run" / "heldout").exists()
+
+
+def test_rows_have_names_that_tell_models_apart() -> None:
+    assert names_of(["org/base", "org/base-int4", "/x/y/model.Q4_0.gguf"]) == ["base", "base-int4", "model.Q4_0.gguf"]
+    assert names_of(["a", "runs/one/student", "runs/two/student"])[1:] == ["one-student", "two-student"]
+    with pytest.raises(PresetError, match="two or more"):
+        names_of(["a"])
+    with pytest.raises(PresetError, match="cannot be told apart"):
+        names_of(["a", "b", "b"])
