@@ -112,8 +112,10 @@ class Contrasts:
         graded = not all(np.isin(one, (0, 1)).all() for pair in pairs.values() for one in (pair.a, pair.b))
         unit = ITEM_MEASURES[measure].unit if measure else "points"
         if graded or unit != "points" or len(base.models) > 1 or len(row.models) > 1:
-            fixed = base.kind != "variant"
-            return stats.compare_seeds_average(pairs, margin=self.margin, fixed=fixed, unit=unit)
+            made = [one.kind == "variant" for one in (base, row)]
+            return stats.compare_seeds_average(
+                pairs, margin=self.margin, fixed=not made[0], b_fixed=not made[1], unit=unit
+            )
         single = {
             task: Paired(np.asarray(pair.a)[0], np.asarray(pair.b)[0], pair.clusters) for task, pair in pairs.items()
         }

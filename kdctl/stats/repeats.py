@@ -228,14 +228,15 @@ def compare_seeds_average(
     weights: Mapping[str, float] | None = None,
     margin: float = MARGIN,
     fixed: bool = False,
+    b_fixed: bool = False,
     unit: ScoreUnit = "points",
 ) -> SeedComparison:
     """Compare two settings on the average of several tasks; every task has the same seeds in the same order.
 
     The seeds' part is the variance between the seeds' averages less what the items leave in it, so that a seed that is
-    good at every task counts as one; the items' part is that of ``averages``. ``fixed``: a is one model that no seed
-    made, and its single row says nothing less. ``unit``: what answers are worth, for the words. Raises DataError as
-    ``compare_seeds`` and ``compare_average`` do.
+    good at every task counts as one; the items' part is that of ``averages``. ``fixed``, ``b_fixed``: a or b is one
+    model that no seed made, and its single row says nothing less. ``unit``: what answers are worth, for the words.
+    Raises DataError as ``compare_seeds`` and ``compare_average`` do.
     """
     require_margin(margin)
     chosen = resolve_weights(list(pairs), weights)
@@ -248,7 +249,7 @@ def compare_seeds_average(
     difference, inner, p = interval(LEVEL), interval(EQUIVALENCE_LEVEL), p_value(interval)
     verdict, words = decide(difference, inner, p, margin, unit)
     counts, variances = (len(first.by_seed), len(second.by_seed)), [_seed_variance(one) for one in (first, second)]
-    unknown = variances[1] is None or (variances[0] is None and not fixed)
+    unknown = (variances[1] is None and not b_fixed) or (variances[0] is None and not fixed)
     return SeedComparison(
         difference=difference,
         standard_error=finite(_variance(parts)),
