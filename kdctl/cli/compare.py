@@ -32,6 +32,9 @@ def compare(
         Path | None,
         typer.Option("--run", "-r", help="Folder to work in. (default: runs/compare-..., by what is compared)"),
     ] = None,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Also measure what each decoder layer costs alone, and draw it.")
+    ] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -50,7 +53,7 @@ def compare(
         from kdctl.stages import pipeline
         from kdctl.stages.comparison import compare_models
 
-        opened, found = compare_models(models, given, run, console.ConsoleReporter())
+        opened, found = compare_models(models, given, run, console.ConsoleReporter(), by_layer)
         if as_json:
             show_json(found)
         else:

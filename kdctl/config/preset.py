@@ -429,10 +429,13 @@ class EvalSection(Section):
     """Of those answers; the task's own where no number is set, mostly 0: greedy."""
     seed: Seed = 0
     """Of the random numbers with which they are drawn, the same for every model."""
+    engine: Literal["transformers", "server"] = "transformers"
+    """What writes answers: this process, or the server of ``rollout.url`` or ``rollout.serve``, given each model in
+    turn."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what results are identified by; how answers are drawn, only where that is not as it always was."""
-        new = ("samples", "temperature", "seed")
+        new = ("samples", "temperature", "seed", "engine")
         usual = {name for name in new if getattr(self, name) == EvalSection.model_fields[name].default}
         return self.model_dump(mode="json", exclude=usual)
 
@@ -489,5 +492,14 @@ class Preset(Section):
             raise ValueError(
                 f"distill.max_tokens={self.distill.max_tokens} leaves no room for a completion after "
                 f"prompts.max_prompt_tokens={self.prompts.max_prompt_tokens}; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_eval_server(self) -> Self:
+        if self.eval.engine == "server" and self.rollout.engine != "server":
+            raise ValueError(
+                "eval.engine='server' has answers written by the server that rollout names, and rollout.engine is "
+                f"{self.rollout.engine!r}; set rollout.engine='server' and rollout.url or rollout.serve"
             )
         return self

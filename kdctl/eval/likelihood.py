@@ -269,6 +269,6 @@ def _resumable(config: PretrainedConfig) -> bool:
 def _unscorable(requests: Sequence[Instance]) -> DataError:
     names = ", ".join(sorted({str(request.task_name) for request in requests}))
     return DataError(
-        f"task {names} asks for more than log-likelihoods of choices, which is all that kdctl compares models by; take "
-        "it out of eval.tasks"
+        f"task {names} asks for more than log-likelihoods, which is all that is computed without an engine that "
+        "writes; take it out of eval.tasks"
     )

@@ -49,6 +49,15 @@ def check_architecture(model: PreTrainedModel) -> None:
     check_attention(model)
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers that a network has one after the other. Raises ModelError where it has none such."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"model type {model.config.model_type!r} has no list of its {count} decoder layers")
+
+
 def has_state(model: PreTrainedModel) -> bool:
     """Tell whether layers of a network carry a state from token to token beside keys and values."""
     kinds = getattr(model.config, "layer_types", None) or ()

@@ -157,6 +157,24 @@ def costs(results: Results) -> Planes | None:
     return Planes("cost", "Tokens and KL", caption, ((panel,),))
 
 
+def layers(results: Results) -> Planes | None:
+    """Show what each decoder layer of a model costs alone; None where none was measured."""
+    measured = [(row, row.models[0].result) for row in results.rows]
+    series = tuple(
+        Series(short(row.name), tuple(Point(number, mark(one)) for number, one in enumerate(found.layers)))
+        for row, found in measured
+        if found is not None and found.layers
+    )
+    if not series:
+        return None
+    caption = (
+        "KL on some of the held-out completions when one decoder layer of a model stands in the place of the first "
+        "model's, with 95 % intervals over documents. Layers count from 0, at the tokens."
+    )
+    panel = Panel("", "decoder layer", KL, series)
+    return Planes("layers", "Where the loss sits", caption, ((panel,),))
+
+
 def _distilled(results: Results) -> list[Row]:
     return [row for row in results.rows if row.kind == "variant" and row.models[0].distilled]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from kdctl.report.charts import Cell, Chart, Entry, Forest, ForestPanel, Map, Maps, Mark, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline, differs, per_token_difference
-from kdctl.report.curves import costs, learning_rates, minutes, training
+from kdctl.report.curves import costs, layers, learning_rates, minutes, training
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.marks import PERCENT, accuracy_mark, by_method, short, telling, values, varied
 from kdctl.report.study import Model
@@ -23,6 +23,7 @@ def figures(results: Results) -> list[Chart]:
     """Return every figure that the study can fill."""
     made = (
         minutes(results),
+        layers(results),
         accuracies(results),
         learning_rates(results),
         grid(results),

@@ -345,3 +345,5 @@ class EvalResult(Record):
     """λ, β, lr and the other distill settings of a variant."""
     reference: str | None = None
     """Only for a model that kdctl did not make here: the folder or Hub id that ``--also`` named."""
+    layers: tuple[Estimate, ...] = ()
+    """``kdctl compare --by-layer``: KL(teacher‖teacher with one decoder layer of this model), nats a token."""

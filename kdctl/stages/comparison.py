@@ -2,20 +2,28 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdctl.base.errors import PresetError
+from torch import nn
+
+from kdctl.base.errors import ModelError, PresetError
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.resolve import build_preset
-from kdctl.model.external import check_comparable
+from kdctl.eval import distribution
+from kdctl.model.architecture import decoder_layers
+from kdctl.model.external import Foreign, check_comparable, load_foreign
+from kdctl.run.record_files import write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Run, open_run
 from kdctl.stages.evaluate import evaluate, open_foreign
-from kdctl.stages.yardstick import ensure_measuring
+from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 LONGEST_NAME = 40
+DOCUMENTS = 24
+"""Held-out completions on which single layers are measured."""
 PRESET = {
     "description": "Models made by any tool, measured against the first of them, which stands here as the teacher.",
     "teacher": {},
@@ -29,11 +37,13 @@ def compare_models(
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     reporter: Reporter | None = None,
+    by_layer: bool = False,
 ) -> tuple[Run, dict[str, EvalResult]]:
     """Measure models of one tokenizer against the first of them, in a run folder of their own.
 
     references: folders, Hub ids or GGUF files, two or more; settings: dotted preset fields, those of evaluation mostly;
-    folder: ``runs/compare-…`` without it, which goes on where it was. All are found, and their tokenizers compared,
+    folder: ``runs/compare-…`` without it, which goes on where it was; by_layer: also measure what each decoder layer of
+    a model costs alone. All are found, and their tokenizers compared,
     before any is loaded. Raises PresetError for fewer than two, ModelError for one that is not there or not comparable.
     """
     names = names_of(references)
@@ -46,7 +56,41 @@ def compare_models(
     found: dict[str, EvalResult] = {}
     for other in others:
         found |= evaluate(*run, measuring, names=("teacher",), also=other)
+        if by_layer and not found[other.name].layers:
+            found[other.name] = _with_layers(run, measuring, other, found[other.name])
     return run, found
+
+
+def _with_layers(run: Run, measuring: Measuring, other: Foreign, result: EvalResult) -> EvalResult:
+    """Add what each layer of a model costs alone: in the place of the first model's, on a part of the yardstick."""
+    teacher = run.teacher
+    own = decoder_layers(teacher.load())
+    others = decoder_layers(load_foreign(other, teacher.dtype, teacher.device))
+    if len(own) != len(others):
+        raise ModelError(
+            f"{other.reference} has {len(others)} decoder layers and {teacher.settings.model} {len(own)}, so none can "
+            "stand in the other's place; leave --by-layer out"
+        )
+    yardstick, layers = measuring.yardstick(DOCUMENTS), []
+    with run.context.reporter.task(f"the layers of {other.name}", "layers") as advance:
+        for place, theirs in enumerate(others):
+            with standing_in(own, place, theirs):
+                layers.append(distribution.summarize(distribution.compare(teacher.load(), yardstick)).forward_kl)
+            advance(place + 1, len(own))
+    found = result.model_copy(update={"layers": tuple(layers)})
+    write_record(run.context.paths.eval(other.name) / "results.json", found)
+    return found
+
+
+@contextmanager
+def standing_in(layers: nn.ModuleList, place: int, other: nn.Module) -> Iterator[None]:
+    """Have another layer in the place of one."""
+    kept = layers[place]
+    layers[place] = other
+    try:
+        yield
+    finally:
+        layers[place] = kept
 
 
 def default_folder(references: Sequence[str]) -> Path:

@@ -1,7 +1,8 @@
 """Benchmarks and distances of every model of a run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -11,22 +12,23 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import DataError, ModelError, PresetError
-from kdctl.config.preset import EvalSection, RolloutSection
+from kdctl.config.preset import RolloutSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
 from kdctl.formats.student import check_sums, load_student
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
-from kdctl.rollout.engine import in_process
-from kdctl.rollout.work import Work
+from kdctl.rollout.engine import in_process, served
+from kdctl.rollout.work import RolloutEngine, Work
 from kdctl.run.documents import PerDocument, as_table
 from kdctl.run.files import remove
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import DistillReport, EvalResult, Rollout
+from kdctl.run.records import DistillReport, EvalResult, Prompt, Rollout
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
 from kdctl.stages.quantize import ensure_student
+from kdctl.stages.served import FolderFiles
 from kdctl.stages.yardstick import Measuring, ensure_heldout, ensure_measuring, ensure_student_written
 
 Sums = tuple[PerDocument, Sequence[str]]
@@ -147,8 +149,10 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
     started, folder, teacher = time.perf_counter(), context.paths.eval(one.name), measuring.teacher
     model = _load(teacher, one)
     settings = context.preset.eval
-    engine = in_process(_work(model, teacher, settings)) if generates(tasks) else None
-    with context.reporter.task(f"evaluating {one.name}", "documents") as advance:
+    with (
+        _engine(context, measuring, one, model) if generates(tasks) else nullcontext() as engine,
+        context.reporter.task(f"evaluating {one.name}", "documents") as advance,
+    ):
         scores, items = score_tasks(
             model, teacher.tokenizer(), tasks, settings, lambda _, done, total: advance(done, total), engine
         )
@@ -176,9 +180,28 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
     write_record(folder / "results.json", result)
 
 
-def _work(model: PreTrainedModel, teacher: Teacher, settings: EvalSection) -> Work:
-    """Say what writes the answers to tasks that generate."""
-    return Work(model, teacher.stop_ids(), "student", RolloutSection(batch_size=settings.batch_size))
+@contextmanager
+def _engine(context: Context, measuring: Measuring, one: Candidate, model: PreTrainedModel) -> Iterator[RolloutEngine]:
+    """Make what writes the answers of a model to tasks that generate."""
+    settings, stop = context.preset.eval, measuring.teacher.stop_ids()
+    if settings.engine == "transformers":
+        yield in_process(Work(model, stop, "student", RolloutSection(batch_size=settings.batch_size)))
+        return
+    scratch = context.paths.served / one.name
+    work = Work(
+        model,
+        stop,
+        "student",
+        context.preset.rollout,
+        [Prompt(each.prompt_id, each.prompt_index, each.prompt_ids) for each in measuring.completions()],
+        FolderFiles(one.folder, scratch),
+        one.weights[:16],
+        context.reporter,
+    )
+    with closing(served(work)) as engine:
+        engine.load(model, 0)
+        yield engine
+    remove(scratch)
 
 
 def _settings(context: Context, one: Candidate) -> dict[str, Any]:

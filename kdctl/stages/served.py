@@ -45,6 +45,32 @@ class TeacherFiles:
 
 
 @dataclass
+class FolderFiles:
+    """A finished model as files. scratch: where exports of it are written."""
+
+    folder: Path
+    scratch: Path
+    trained: bool = True
+    """A server that runs may hold another model, and is given this one."""
+
+    @property
+    def log(self) -> Path:
+        """Return where a server that is started for it writes what it prints."""
+        return self.scratch / "server.log"
+
+    def start(self, form: Form) -> Path:
+        """Return the folder, or its export."""
+        return in_form(self.folder, form, self.scratch / "model")
+
+    def write(self, form: Form, policy_step: int) -> Path:
+        """Return the same: nothing trains it."""
+        return self.start(form)
+
+    def clear(self, policy_step: int = -1) -> None:
+        """Do nothing; the scratch folder goes as a whole."""
+
+
+@dataclass
 class StudentFiles:
     """The student as files: ``student/``, and what training has made of it by now once ``shadow`` is there."""
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from kdctl.cli import app as cli
 from kdctl.run.record_files import read_record

@@ -48,7 +48,7 @@ class Constant:
 
     blocks_at_once = 1
 
-    def complete(self, items, sampling, policy_step=0, progress=None, finished=None):
+    def complete(self, items, sampling, policy_step=0, progress=None, finished=None, until=None):
         ids = [7, self.stop[0]]
         return [
             Rollout(p.id, p.index, i, p.prompt_ids, ids, None, "stop", policy_step, sampling.seed, self.source)

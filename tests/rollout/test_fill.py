@@ -48,7 +48,7 @@ class Dying(InProcess):
     lives = 0
     asked = 0
 
-    def complete(self, items, sampling, policy_step=0, progress=None, finished=None):
+    def complete(self, items, sampling, policy_step=0, progress=None, finished=None, until=None):
         """Generate, or die."""
         if self.asked == self.lives:
             raise KeyboardInterrupt

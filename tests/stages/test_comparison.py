@@ -1,12 +1,20 @@
 """Models of any origin beside the first: no preset, no student, and the same figures as a row of ``kdctl eval``."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 
 from kdctl.base.errors import ModelError, PresetError
+from kdctl.report.columns import Results
+from kdctl.report.contrasts import Contrasts
+from kdctl.report.curves import layers
+from kdctl.report.study_reader import read_study
+from kdctl.run.record_files import read_record
+from kdctl.run.records import EvalResult
 from kdctl.stages.comparison import compare_models, names_of
 
 SMALL = {
@@ -26,6 +34,27 @@ def test_models_are_measured_against_the_first_and_nothing_is_quantized(tiny_dir
     assert not run.context.paths.student.exists()
     _, again = compare_models([str(tiny_dir), str(other), str(same)], SMALL, tmp_path / "run")
     assert again == found
+
+
+def test_what_a_layer_costs_alone_is_that_of_the_network_with_it(tiny_dir: Path, tmp_path: Path) -> None:
+    """Only the last layer is another one: the others cost nothing, and that one all that the model costs."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dir, other)
+    tensors = load_file(other / "model.safetensors")
+    last = max(name.split(".")[2] for name in tensors if name.startswith("model.layers."))
+    for name, tensor in tensors.items():
+        if name.startswith(f"model.layers.{last}.") and tensor.dim() == 2:
+            tensors[name] = tensor.flip(0)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    run, found = compare_models([str(tiny_dir), str(other)], SMALL, tmp_path / "run", by_layer=True)
+    *before, cost = found["other"].layers
+    assert [one.value for one in before] == pytest.approx([0] * int(last), abs=1e-6)
+    assert cost.value == pytest.approx(found["other"].distribution.forward_kl.value, rel=1e-5)
+    assert cost.value > 0.01
+    assert read_record(run.context.paths.eval("other") / "results.json", EvalResult).layers == found["other"].layers
+    figure = layers(Results(read_study([run.context.paths]), Contrasts(0.005)))
+    assert figure is not None
+    assert [point.x for point in figure.rows[0][0].series[0].points] == [*range(int(last) + 1)]
 
 
 def test_a_model_that_means_other_things_by_a_token_is_refused_before_any_work(tiny_dir: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from stub_server import Stub, serving
 
-from kdctl.base.errors import ServerError
+from kdctl.base.errors import PresetError, ServerError
 from kdctl.base.sums import without_sum
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
@@ -230,3 +231,21 @@ def test_what_is_written_for_a_server_is_the_student(smoke: Preset, tmp_path: Pa
 def read_dense(folder: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a plain model folder."""
     return dict(read_tensors(folder))
+
+
+def test_a_server_writes_the_answers_of_an_evaluation(smoke: Preset, tmp_path: Path) -> None:
+    """The same, but for rounding, as in this process: the stub computes with the student's own weights."""
+    tasks = {"eval.tasks": ["triviaqa_offline"], "eval.limit": 3, "eval.student_written": False}
+    with live(smoke, tmp_path, **{name.replace(".", "__"): value for name, value in tasks.items()}) as (run, stub):
+        preset = run.context.preset.model_dump()
+        asked = open_run(build_preset(preset, {"eval.engine": "server"}, "test"), tmp_path)
+        there = pipeline.evaluate(*asked, names=["ptq"])["ptq"]
+        assert stub.loaded
+        here = pipeline.evaluate(*run, names=["ptq"])["ptq"]
+    assert there.identity != here.identity
+    assert there.tasks["triviaqa_offline"].answers is not None
+    assert not (tmp_path / "served" / "ptq").exists()
+    own = run.context.paths.samples("ptq", "triviaqa_offline")
+    assert [len(one) for one in pq.read_table(own)["answers"].to_pylist()] == [1, 1, 1]
+    with pytest.raises(PresetError, match=r"eval.engine='server'.*set rollout.engine='server'"):
+        build_preset(smoke.model_dump(), {"eval.engine": "server"}, "test")
