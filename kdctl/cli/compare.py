@@ -50,11 +50,20 @@ def compare(
                 "compare evaluates and makes nothing; --set takes eval, heldout, prompts, teacher, runtime"
             )
         prepare_libraries(bool(given.get("runtime.offline")), verbose)
+        from kdctl.report.columns import Results
+        from kdctl.report.contrasts import Contrasts
+        from kdctl.report.details import held_out
+        from kdctl.report.front import Excerpt
+        from kdctl.report.study_reader import read_study
         from kdctl.stages import pipeline
         from kdctl.stages.comparison import compare_models
+        from kdctl.stats.verdicts import MARGIN
 
         opened, found = compare_models(models, given, run, console.ConsoleReporter(), by_layer)
         if as_json:
             show_json(found)
         else:
-            show_report(pipeline.report(opened.context))
+            report = pipeline.report(opened.context)
+            show_report(report)
+            table = held_out(Results(read_study([opened.context.paths]), Contrasts(MARGIN)))
+            show_report(Excerpt((), (table,), short_tables=(table,), folder=report.folder))

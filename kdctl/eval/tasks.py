@@ -105,6 +105,8 @@ def _check_name(manager: TaskManager, name: str) -> None:
             f"those of lm-eval, and these need no network: {own}"
         )
     config = manager.task_index[name].cfg or {}
+    if config.get("unsafe_code"):
+        raise _runs_code(name)
     if name in manager.all_subtasks and "class" not in config:
         _check_kind(name, config.get("output_type", "generate_until"))
 
@@ -168,7 +170,7 @@ def _check(task: Task, settings: EvalSection) -> None:
 def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> None:
     """Refuse a task that runs what a model writes, has no mean score, or of which samples would be the same."""
     if getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code:
-        raise DataError(f"task {name!r} executes code that the model writes, which kdctl does not; take it out")
+        raise _runs_code(name)
     if not _means(task):
         raise DataError(
             f"no score of task {name!r} is the mean of its items' ({', '.join(task.aggregation())}), so models cannot "
@@ -185,6 +187,10 @@ def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> N
             f"eval.samples={settings.samples}, and task {name!r} is greedy, so that all would be the same; set "
             "eval.temperature"
         )
+
+
+def _runs_code(name: str) -> DataError:
+    return DataError(f"task {name!r} executes code that the model writes, which kdctl does not; take it out")
 
 
 def _means(task: ConfigurableTask) -> list[str]:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kdctl import stats
-from kdctl.report.columns import AVERAGE, BASELINES, Results
+from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
-from kdctl.run.measures import FORWARD_KL, P_RIGHT, TokenMeasure, column_measures
+from kdctl.run.measures import FORWARD_KL, P_RIGHT, TOKEN_MEASURES, TokenMeasure, column_measures
 from kdctl.run.records import Estimate
 from kdctl.stats import Trio
 from kdctl.stats.findings import Comparison, Recovery
@@ -94,6 +94,19 @@ def distances(results: Results) -> Table:
     columns = (Column("model", "model"), first, Column("removed", "share of KL removed [95 %]", "share"), *others)
     note = "Nats a token, paired over held-out documents (percentile bootstrap); not corrected for being several."
     return without_empty(Table("distances", "Distance to the teacher", columns, (Block("", tuple(rows)),), (note,)))
+
+
+def held_out(results: Results) -> Table:
+    """List everything that is measured of each student on held-out tokens, as it is."""
+    measures = [one for one in TOKEN_MEASURES.values() if one.of != "teacher"]
+    rows = [
+        (Cell(row.name), *(distance_cell(row, measure) for measure in measures))
+        for row in results.rows
+        if row.kind != "teacher"
+    ]
+    columns = (Column("model", "model"), *(Column(one.name, one.label, STYLES[one.unit]) for one in measures))
+    note = "On completions that the teacher wrote, with 95 % intervals over documents."
+    return without_empty(Table("held_out", "Held-out tokens", columns, (Block("", tuple(rows)),), (note,)))
 
 
 def _difference_column(measure: TokenMeasure) -> Column:
@@ -251,5 +264,7 @@ def answers(results: Results) -> Table:
 def detail_tables(results: Results) -> list[Table]:
     """Return the tables behind the verdicts that have any row."""
     made = [comparisons(results), measures(results), answers(results)]
-    made += [distances(results), recoveries(results), spreads(results)]
+    alone = not any(row.kind == "ptq" for row in results.rows)  # distances have nothing to be measured against
+    made += [held_out(results)] if alone else [distances(results)]
+    made += [recoveries(results), spreads(results)]
     return [table for table in made if table.rows]

@@ -14,11 +14,12 @@ from kdctl.base.progress import Reporter, Silent
 from kdctl.config.resolve import build_preset
 from kdctl.eval import distribution
 from kdctl.model.architecture import decoder_layers
-from kdctl.model.external import Foreign, check_comparable, load_foreign
+from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
+from kdctl.model.teacher import Teacher
 from kdctl.run.record_files import write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Run, open_run
-from kdctl.stages.evaluate import evaluate, open_foreign
+from kdctl.stages.evaluate import evaluate
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 LONGEST_NAME = 40
@@ -48,10 +49,18 @@ def compare_models(
     """
     names = names_of(references)
     preset = build_preset(PRESET, {"teacher.model": references[0], **(settings or {})}, "compare")
-    run = open_run(preset, folder or default_folder(references), reporter=reporter or Silent())
-    others = [open_foreign(*run, name, reference) for name, reference in zip(names[1:], references[1:], strict=True)]
+    teacher = Teacher(preset.teacher, preset.runtime)
+    others = [
+        find_foreign(name, reference, teacher.dtype, teacher.offline)
+        for name, reference in zip(names[1:], references[1:], strict=True)
+    ]
     for other in others:
-        check_comparable(other, run.teacher.tokenizer(), run.teacher.config())
+        check_comparable(other, teacher.tokenizer(), teacher.config())
+    if preset.eval.tasks:
+        from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
+
+        build_tasks(preset.eval, teacher.offline)
+    run = open_run(preset, folder or default_folder(references), reporter=reporter or Silent())
     measuring = ensure_measuring(*run)
     found: dict[str, EvalResult] = {}
     for other in others:

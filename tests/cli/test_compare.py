@@ -37,6 +37,8 @@ def test_the_command_prints_both_kls_and_writes_a_page(
     done = invoke("compare", tiny_dir, other, "--run", tmp_path / "run", *sets)
     assert done.exit_code == 0, done.output
     assert "\n| other | " in done.stdout
+    assert "KL(student‖teacher)" in done.stdout
+    assert "top-1" in done.stdout
     assert read_record(tmp_path / "run" / "eval" / "other" / "results.json", EvalResult).reference == str(other)
     assert (tmp_path / "run" / "report" / "report.html").is_file()
     wrong = invoke("compare", tiny_dir, other, "--set", "distill.steps=3")
