@@ -14,6 +14,7 @@ from kdctl.base.progress import Reporter, Silent
 from kdctl.config.resolve import build_preset
 from kdctl.eval import distribution
 from kdctl.model.architecture import decoder_layers
+from kdctl.model.configuration import read_config
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.teacher import Teacher
 from kdctl.run.record_files import write_record
@@ -44,8 +45,8 @@ def compare_models(
 
     references: folders, Hub ids or GGUF files, two or more; settings: dotted preset fields, those of evaluation mostly;
     folder: ``runs/compare-…`` without it, which goes on where it was; by_layer: also measure what each decoder layer of
-    a model costs alone. All are found, and their tokenizers compared,
-    before any is loaded. Raises PresetError for fewer than two, ModelError for one that is not there or not comparable.
+    a model costs alone. All are found, and their tokenizers compared, before any is loaded. Raises PresetError for
+    fewer than two, ModelError for one that is not there or not comparable.
     """
     names = names_of(references)
     preset = build_preset(PRESET, {"teacher.model": references[0], **(settings or {})}, "compare")
@@ -56,6 +57,8 @@ def compare_models(
     ]
     for other in others:
         check_comparable(other, teacher.tokenizer(), teacher.config())
+        if by_layer:
+            _check_layers(other, teacher)
     if preset.eval.tasks:
         from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
 
@@ -70,16 +73,25 @@ def compare_models(
     return run, found
 
 
+def _check_layers(other: Foreign, teacher: Teacher) -> None:
+    """Raise ModelError for a model whose decoder layers cannot stand in the place of the first model's."""
+    for name in ("num_hidden_layers", "hidden_size"):
+        own, theirs = (
+            getattr(config.get_text_config(decoder=True), name)
+            for config in (teacher.config(), read_config(other.folder))
+        )
+        if own != theirs:
+            raise ModelError(
+                f"{other.reference} has {name}={theirs} and {teacher.settings.model} {own}, so no layer of one can stand "
+                "in the other's place; leave --by-layer out"
+            )
+
+
 def _with_layers(run: Run, measuring: Measuring, other: Foreign, result: EvalResult) -> EvalResult:
     """Add what each layer of a model costs alone: in the place of the first model's, on a part of the yardstick."""
     teacher = run.teacher
     own = decoder_layers(teacher.load())
     others = decoder_layers(load_foreign(other, teacher.dtype, teacher.device))
-    if len(own) != len(others):
-        raise ModelError(
-            f"{other.reference} has {len(others)} decoder layers and {teacher.settings.model} {len(own)}, so none can "
-            "stand in the other's place; leave --by-layer out"
-        )
     yardstick, layers = measuring.yardstick(DOCUMENTS), []
     with run.context.reporter.task(f"the layers of {other.name}", "layers") as advance:
         for place, theirs in enumerate(others):

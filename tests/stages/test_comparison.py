@@ -63,7 +63,16 @@ def test_a_model_that_means_other_things_by_a_token_is_refused_before_any_work(t
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
     with pytest.raises(ModelError, match=r"other: vocab_size="):
         compare_models([str(tiny_dir), str(other)], SMALL, tmp_path / "run")
-    assert not (tmp_path / "run" / "heldout").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_of_another_network_are_refused_before_any_work(tiny_dir: Path, tmp_path: Path) -> None:
+    other = tiny.build(tmp_path / "other", seed=3)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with pytest.raises(ModelError, match=r"num_hidden_layers=.*leave --by-layer out"):
+        compare_models([str(tiny_dir), str(other)], SMALL, tmp_path / "run", by_layer=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_have_names_that_tell_models_apart() -> None:
