@@ -82,8 +82,8 @@ def _check_layers(other: Foreign, teacher: Teacher) -> None:
         )
         if own != theirs:
             raise ModelError(
-                f"{other.reference} has {name}={theirs} and {teacher.settings.model} {own}, so no layer of one can stand "
-                "in the other's place; leave --by-layer out"
+                f"{other.reference} has {name}={theirs} and {teacher.settings.model} {own}, so no layer of one can "
+                "stand in the other's place; leave --by-layer out"
             )
 
 
