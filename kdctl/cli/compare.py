@@ -12,6 +12,8 @@ from kdctl.cli.options import JsonOption, SetOption, VerboseOption, guarded, pre
 from kdctl.cli.report import show_report
 from kdctl.config import resolve
 
+SECTIONS = ("teacher", "prompts", "heldout", "rollout", "eval", "runtime")
+
 
 @options(
     "eval.tasks --task",
@@ -45,10 +47,10 @@ def compare(
     """
     with guarded():
         given = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
-        if any(key.split(".")[0] not in ("eval", "heldout", "prompts", "teacher", "runtime") for key in given):
-            raise PresetError(
-                "compare evaluates and makes nothing; --set takes eval, heldout, prompts, teacher, runtime"
-            )
+        if any(
+            key.split(".")[0] not in ("eval", "heldout", "prompts", "teacher", "rollout", "runtime") for key in given
+        ):
+            raise PresetError(f"compare evaluates and makes nothing; --set takes the fields of {', '.join(SECTIONS)}")
         prepare_libraries(bool(given.get("runtime.offline")), verbose)
         from kdctl.report.columns import Results
         from kdctl.report.contrasts import Contrasts

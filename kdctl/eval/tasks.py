@@ -253,7 +253,11 @@ def score_tasks(
                 started = time.perf_counter()
                 runs = list(_runs(lm, task, settings, progress))
                 tables[name] = items_table(name, runs)
-                scores[name] = _score(task, tables[name], runs, time.perf_counter() - started)
+                found = _score(task, tables[name], runs, time.perf_counter() - started)
+                if found.answers is not None:
+                    drawn = found.answers.model_copy(update={"temperature": settings.temperature})
+                    found = found.model_copy(update={"answers": drawn})
+                scores[name] = found
     finally:
         model.train(training)
     return scores, tables

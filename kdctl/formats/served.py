@@ -96,7 +96,9 @@ def _served(folder: Path, engine: str, form: Form | None, reporter: Reporter) ->
         url = engine
         if not engine.startswith(("http://", "https://")):
             scratch = Path(held.enter_context(TemporaryDirectory(prefix="kdctl-")))
-            child = Child(engine, scratch / "server.log", reporter)
+            run = enclosing_run(folder)
+            log = (run.served if run else scratch) / "server.log"  # it is to be there when this ended
+            child = Child(engine, log, reporter)
             held.callback(child.stop)
             url = child.start(in_form(folder, form or child.form, scratch / "student"))
         (url,) = RolloutSection(engine="server", url=(url,)).url  # as clients need it

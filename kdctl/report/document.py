@@ -59,7 +59,8 @@ def as_markdown(report: Report, charts: Sequence[Chart] = ()) -> str:
         parts += ["## Behind the verdicts", _tables(report.details)]
     parts.append("## Settings")
     for source in report.study.sources:
-        parts.append("\n".join([f"`{source.run.path}`:", "", *(f"- {line}" for line in settings(source))]))
+        listed = settings(report.study, source)
+        parts.append("\n".join([f"`{source.run.path}`:", "", *(f"- {line}" for line in listed)]))
     parts += [_tables([report.provenance]), "## To reproduce"]
     for source in report.study.sources:
         lines = commands(report.study, source)

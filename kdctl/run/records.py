@@ -296,6 +296,8 @@ class WrittenAnswers(Record):
 
     samples: int
     """Answers to each item."""
+    temperature: float | None = None
+    """As ``eval.temperature`` set it; the task's own without."""
     tokens: float
     ended: float
     """Share that ended before the longest length."""

@@ -172,10 +172,13 @@ def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStor
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, plan.prompts)))
     else:
         model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
-        with closing(engine_of(context, teacher, model, source, plan.prompts.prompts, plan.identity)) as engine:
-            engine.load(model, 0)
-            fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
-        StudentFiles(context, context.paths.served).clear()
+        try:
+            with closing(engine_of(context, teacher, model, source, plan.prompts.prompts, plan.identity)) as engine:
+                engine.load(model, 0)
+                fill(store, plan, engine, Sampling.of(context.preset.rollout), context.reporter, context.ranks)
+        finally:
+            if context.ranks.is_main:
+                StudentFiles(context.alone(), context.paths.served).clear()
 
 
 def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:

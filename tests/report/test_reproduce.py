@@ -1,11 +1,12 @@
 """Fingerprints and commands: what is written can be typed, and names what is on disk."""
 
 import shlex
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import typer
-from made_up import answers, evaluated, make_run, wrote_rollouts
+from made_up import answers, edit, evaluated, make_run, wrote_rollouts
 
 from kdctl.cli.app import app
 from kdctl.config.preset import DistillSection
@@ -52,12 +53,29 @@ def test_provenance_has_a_row_for_every_model(tmp_path: Path) -> None:
     rows = records(provenance(study))
     assert [row["model"] for row in rows] == ["teacher", "ptq", "v"]
     assert rows[2]["weights"] == "v weights"
-    assert settings(study.sources[0])[1] == "4 bits, group size 32, asymmetric, hqq"
+    assert settings(study, study.sources[0])[1] == "4 bits, group size 32, asymmetric, hqq"
 
 
 def test_a_folder_without_a_preset_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {})
     run.preset.unlink()
     study = read_study([run])
-    assert "no preset.json" in settings(study.sources[0])[0]
+    assert "no preset.json" in settings(study, study.sources[0])[0]
     assert commands(study, study.sources[0]) == []
+
+
+def test_a_comparison_is_repeated_by_compare_and_names_no_quantization(tmp_path: Path) -> None:
+    made = make_run(tmp_path, {})
+    for path in (made.student, made.eval("ptq")):
+        shutil.rmtree(path)
+    written = {"samples": 2, "temperature": 0.7, "tokens": 3.0, "ended": 0.5, "repetition": 0.0, "seconds_s": 1.0}
+    score = {"version": "1", "metric": "f1", "value": 0.5, "stderr": 0.1, "items": 4, "num_fewshot": 0, "metrics": {}}
+    for name in ("teacher", "theirs"):
+        evaluated(made, name, {}, reference="models/theirs" if name == "theirs" else None, limit=4)
+        edit(made.eval(name) / "results.json", tasks={"squad_offline": score | {"answers": written}})
+    study = read_study([made])
+    (command,) = commands(study, study.sources[0])
+    assert command.startswith("kdctl compare ")
+    assert " models/theirs --task squad_offline --limit 4 --samples 2 --temperature 0.7 --set " in command
+    assert "heldout.num_prompts=16" in command
+    assert settings(study, study.sources[0])[1:] == ["tasks: squad_offline"]

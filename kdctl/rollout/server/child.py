@@ -35,7 +35,7 @@ START_S = 900.0
 LOOK_S = 0.5
 END_S = keeper.PATIENCE_S + 5
 LAST_LINES = 6
-ERROR = re.compile(r"\w*(Error|Exception|error): .{1,500}")
+ERROR = re.compile(r"\w*(Error|Exception|error): .{1,500}|error loading model .{1,500}: .{1,500}")
 
 
 class Child:

@@ -70,7 +70,7 @@ class Pool:
                     if (about := await kind.recognise(client)) is not None:
                         return Place(url, kind(about), about)
             except Gone as error:
-                raise ServerError(f"no server answers at {url} ({error}); start it, or correct rollout.url") from None
+                raise ServerError(f"no server answers at {url} ({error}); start it, or correct the address") from None
             status = await _status(client)
         if status in (401, 403):
             raise ServerError(f"{url} asks for a key (HTTP {status}); set the environment variable {KEY} to it")
