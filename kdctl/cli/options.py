@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from kdctl.base.errors import PresetError
 from kdctl.base.progress import Silent
+from kdctl.base.stopping import held
 from kdctl.base.strict_json import write_json
 from kdctl.base.sums import SumError
 from kdctl.cli import boundary, console
@@ -181,8 +182,9 @@ def prepare_libraries(offline: bool, verbose: bool) -> None:
         os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
         warnings.filterwarnings("ignore")
-    from kdctl.model.load import quiet
-    from kdctl.system.memory import freeze_imports
+    with held():  # a signal in the middle of loading torch's libraries can abort the process
+        from kdctl.model.load import quiet
+        from kdctl.system.memory import freeze_imports
 
     if not verbose:
         quiet()
