@@ -47,9 +47,7 @@ def compare(
     """
     with guarded():
         given = resolve.parse_assignments(settings or []) | {k: v for k, v in flags.items() if v is not None}
-        if any(
-            key.split(".")[0] not in ("eval", "heldout", "prompts", "teacher", "rollout", "runtime") for key in given
-        ):
+        if any(key.split(".")[0] not in SECTIONS for key in given):
             raise PresetError(f"compare evaluates and makes nothing; --set takes the fields of {', '.join(SECTIONS)}")
         prepare_libraries(bool(given.get("runtime.offline")), verbose)
         from kdctl.report.columns import Results

@@ -253,11 +253,7 @@ def score_tasks(
                 started = time.perf_counter()
                 runs = list(_runs(lm, task, settings, progress))
                 tables[name] = items_table(name, runs)
-                found = _score(task, tables[name], runs, time.perf_counter() - started)
-                if found.answers is not None:
-                    drawn = found.answers.model_copy(update={"temperature": settings.temperature})
-                    found = found.model_copy(update={"answers": drawn})
-                scores[name] = found
+                scores[name] = _score(task, tables[name], runs, settings, time.perf_counter() - started)
     finally:
         model.train(training)
     return scores, tables
@@ -330,10 +326,12 @@ def _repeat(lm: LikelihoodModel, task: ConfigurableTask, samples: Sequence[Mappi
     return Repeat(scores, written)
 
 
-def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run], seconds_s: float) -> TaskScore:
+def _score(
+    task: LoadedTask, table: pa.Table, runs: Sequence[Run], settings: EvalSection, seconds_s: float
+) -> TaskScore:
     """Sum up a task; the headline figure and its standard error come from the items."""
     if runs[0].repeats:
-        return _score_answers(task, table, runs, seconds_s)
+        return _score_answers(task, table, runs, settings, seconds_s)
     _check_sums(table, runs)
     metrics = _pooled(runs)
     accuracy = {one.name: _mean(table, one.name) for one in reported_measures() if one.name in metrics}
@@ -351,7 +349,9 @@ def _score(task: LoadedTask, table: pa.Table, runs: Sequence[Run], seconds_s: fl
     )
 
 
-def _score_answers(task: LoadedTask, table: pa.Table, runs: Sequence[Run], seconds_s: float) -> TaskScore:
+def _score_answers(
+    task: LoadedTask, table: pa.Table, runs: Sequence[Run], settings: EvalSection, seconds_s: float
+) -> TaskScore:
     """Sum up a task that is no multiple choice."""
     (run,) = runs  # such tasks are never pooled
     metric, values = _headline(run.task), table["score"].to_numpy()
@@ -360,7 +360,9 @@ def _score_answers(task: LoadedTask, table: pa.Table, runs: Sequence[Run], secon
     answers = None
     if run.repeats[0].written:
         means = {name: float(np.mean(table[name].to_pylist())) for name in ("tokens", "ended", "repetition")}
-        answers = WrittenAnswers(samples=len(run.repeats), **means, seconds_s=seconds_s)
+        answers = WrittenAnswers(
+            samples=len(run.repeats), temperature=settings.temperature, **means, seconds_s=seconds_s
+        )
     return TaskScore(
         version=task.version,
         metric=metric,
