@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random Llama with a byte tokenizer, built once a session; no network, an own cache."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ import kdctl.model  # noqa: F401 - before transformers, which else imports hqq: 
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typer.testing import CliRunner, Result
 
+from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.model.load import load_model, quiet
@@ -100,6 +103,15 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dir_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny model folder, fp32."""
     return tiny.build(tmp_path_factory.mktemp("tiny32"), torch.float32)
+
+
+@pytest.fixture
+def invoke() -> Iterator[Callable[..., Result]]:
+    """Run the command line in this process."""
+    before = dict(os.environ)
+    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

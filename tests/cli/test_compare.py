@@ -1,14 +1,11 @@
 """``kdctl compare``."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import tiny
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kdctl.cli import app as cli
 from kdctl.run.record_files import read_record
 from kdctl.run.records import EvalResult
 
@@ -18,15 +15,6 @@ SMALL = {
     "heldout.max_new_tokens": 8,
     "heldout.text_tokens": 256,
 }
-
-
-@pytest.fixture
-def invoke() -> Iterator[Callable[..., Result]]:
-    """Run the command line in this process."""
-    before = dict(os.environ)
-    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_the_command_prints_both_kls_and_writes_a_page(

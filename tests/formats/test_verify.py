@@ -2,10 +2,9 @@
 
 import errno
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from kdctl.base.errors import ModelError, StoreError
 from kdctl.base.sums import without_sum
-from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.formats import verify
@@ -69,15 +67,6 @@ def run(made: RunOf, tmp_path: Path) -> Path:
 def student(run: Path) -> Path:
     """Return its student folder."""
     return run / "student"
-
-
-@pytest.fixture
-def invoke() -> Iterator[Callable[..., Result]]:
-    """Run the command line in this process."""
-    before = dict(os.environ)
-    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def verified(folder: Path, teacher: str | None = None) -> VerifyReport:

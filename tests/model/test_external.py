@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from kdctl.base.errors import ModelError, PresetError
-from kdctl.cli import app as cli
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
 from kdctl.model import external
@@ -34,15 +32,6 @@ tiny = sys.modules["tiny"]
 def job(smoke: Preset, tmp_path: Path) -> Run:
     """Open a run on the tiny teacher."""
     return open_run(smoke, tmp_path / "run")
-
-
-@pytest.fixture
-def invoke() -> Iterator[Callable[..., Result]]:
-    """Run the command line in this process."""
-    before = dict(os.environ)
-    yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def evaluated(job: Run, name: str, folder: Path) -> EvalResult:
