@@ -87,14 +87,16 @@ def preset_page() -> str:
         "--schema` prints the JSON Schema. A field that does not exist, or a value out of range, ends in exit code 2."
     )
     shipped = [(f"`{name}`", load_preset(name).description) for name in preset_names()]
-    sections = [_section(name, each, schema["$defs"]) for name, each in schema["properties"].items() if "$ref" in each]
+    names = {name: each["$ref"] for name, each in schema["properties"].items() if "$ref" in each}
+    sections = [_section(name, each, schema["$defs"]) for name, each in names.items()]
+    sections.insert(list(names).index("prompts") + 1, _section("[[prompts.train]]", "MixedSource", schema["$defs"]))
     presets = ["## Shipped presets", _table(("preset", "what for"), shipped)]
     return "\n\n".join([_title("Preset fields"), head, *presets, *sections]) + "\n"
 
 
-def _section(name: str, reference: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+def _section(name: str, reference: str, definitions: Mapping[str, Any]) -> str:
     """Describe one section of the preset."""
-    found = definitions[reference["$ref"].rsplit("/", 1)[1]]
+    found = definitions[reference.rsplit("/", 1)[-1]]
     needed = found.get("required", ())
     rows = [
         (f"`{field}`", _kind(each, definitions), _default(field, each, needed), _markdown(each.get("description", "")))
@@ -110,8 +112,8 @@ def _kind(each: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return _kind(definitions[each["$ref"].rsplit("/", 1)[1]], definitions)
     if "enum" in each:
         return ", ".join(f"`{value}`" for value in each["enum"])
-    if "anyOf" in each:
-        return " or ".join(_kind(one, definitions) for one in each["anyOf"] if one.get("type") != "null")
+    if several := each.get("anyOf") or each.get("oneOf"):
+        return " or ".join(_kind(one, definitions) for one in several if one.get("type") != "null")
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = ", ".join(f"{sign} {each[key]:g}" for key, sign in bounds.items() if key in each)
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "array": "list"}

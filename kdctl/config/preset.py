@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdctl.config.mixture import MixedSource, Sources, mixed
 from kdctl.config.section import (
     LARGEST,
     SINGLE,
@@ -180,10 +181,14 @@ def _iso_date(value: object) -> str:
 class PromptsSection(Section):
     """Where prompts come from, and data-set completions too."""
 
-    train: Name = "kdctl"
-    """``kdctl`` (bundled prompts), a Hub data set id, or a local JSON, CSV or Parquet file."""
+    train: Sources = "kdctl"
+    """``kdctl`` (bundled prompts), a Hub data set id, a local JSON, CSV, Parquet or Arrow file, or one in an installed
+    package, ``pkg:PACKAGE/FILE``; or several of them, each a table ``[[prompts.train]]``."""
     split: Name = "train"
     """Split of a Hub data set."""
+    mix: Name | None = None
+    """Weights in place of those of several sources, as ``kdctl:3,text:1``; a source that is not named is left out. The
+    PTQ student is calibrated without it."""
     heldout: Name = "kdctl"
     """Source of the held-out prompts, never trained on; same kinds as ``train``."""
     heldout_split: Name = "heldout"
@@ -192,6 +197,33 @@ class PromptsSection(Section):
     """Day that chat templates are given, as ``2026-01-31``; unset, the one on which the run folder was made."""
     max_prompt_tokens: Count = 512
     """Longer prompts are left out, and counted."""
+
+    @property
+    def sources(self) -> tuple[MixedSource, ...]:
+        """Sources of training prompts, with the weights that count."""
+        if isinstance(self.train, str):
+            return (MixedSource(source=self.train, split=self.split),)
+        return mixed(self.train, self.mix)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Tell whether prompts come from a list of sources, and are named after them."""
+        return not isinstance(self.train, str)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what sweeps are identified by; a mix, only where there is one."""
+        return self.model_dump(mode="json", exclude={"mix"} if self.mix is None else None)
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if isinstance(self.train, str):
+            if self.mix is not None:
+                raise ValueError(f"mix={self.mix!r:.200} weighs several sources, and train is one; list them in train")
+            return self
+        if self.split != "train":
+            raise ValueError(f"split={self.split!r:.200} is of one source; give each source of train its own")
+        mixed(self.train, self.mix)
+        return self
 
 
 class RolloutSection(Section):

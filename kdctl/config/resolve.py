@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from pydantic_core import ErrorDetails
 
 from kdctl.base.errors import PresetError
 from kdctl.base.sums import SumError, without_sum
-from kdctl.config.preset import DistillSection, Preset
+from kdctl.config.mixture import MixedSource, mix_name
+from kdctl.config.preset import Preset
 
 Tree = dict[str, Any]
 LONGEST_NAME = 200
@@ -119,13 +120,19 @@ def explain(error: ValidationError, origin: str, overrides: Mapping[str, Any] | 
     """
     lines: dict[str, list[str]] = {}
     for item in error.errors():
-        key, blamed = ".".join(str(part) for part in item["loc"]), f"preset {origin}"
+        key, blamed = _key(item["loc"]), f"preset {origin}"
         if any(f"{key}.".startswith(f"{name}.") for name in overrides or ()):
             blamed = f"set on top of preset {origin}"
         elif overrides and not item["loc"][1:]:
             blamed += f" with {', '.join(overrides)} set on top of it"
         lines.setdefault(blamed, []).append(_reason(key, item))
     return "; ".join(f"{blamed}: {'; '.join(reasons)}" for blamed, reasons in lines.items())
+
+
+def _key(places: Sequence[int | str]) -> str:
+    """Write where an error is; of ``prompts.train``, which is a name or a list, without the one that it is."""
+    parts = [str(place) for place in places]
+    return ".".join(parts[:2] + parts[3:] if parts[:2] == ["prompts", "train"] else parts)
 
 
 KINDS = {
@@ -138,7 +145,9 @@ KINDS = {
 def _reason(key: str, item: ErrorDetails) -> str:
     """Say what is wrong with one key."""
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key:.200}{suggest(key, [*Preset.model_fields, *known_keys()])}"
+        inside = [f"{key.rpartition('.')[0]}.{name}" for name in MixedSource.model_fields]
+        known = inside if key.startswith("prompts.train.") else [*Preset.model_fields, *known_keys()]
+        return f"unknown key {key:.200}{suggest(key, known)}"
     if item["type"] == "missing":
         return f"{key} is missing"
     if item["type"] in KINDS:
@@ -180,16 +189,19 @@ def identity(stage: str, sections: Mapping[str, Any], inputs: Mapping[str, str])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def variant_name(settings: DistillSection, base: DistillSection) -> str:
+def variant_name(preset: Preset, base: Preset) -> str:
     """Name a variant after λ, β, learning rate and seed, then whatever else differs from the run's preset.
 
     What cannot be a folder's name is replaced by its hash.
     """
+    settings, usual = preset.distill, base.distill.model_dump()
     always = {"lmbda", "beta", "lr", "seed"}
     name = f"lambda{settings.lmbda:g}_beta{settings.beta:g}_lr{settings.lr:g}_seed{settings.seed}"
     for key, value in settings.model_dump().items():
-        if key not in always and value != base.model_dump()[key]:
+        if key not in always and value != usual[key]:
             name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
+    if preset.prompts.mix not in (None, base.prompts.mix):
+        name += f"_mix-{mix_name(preset.prompts.mix)}"
     if "/" in name or len(name.encode()) > LONGEST_NAME:
         return f"{name.partition('_seed')[0]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name

@@ -33,12 +33,13 @@ HASH = 32
 class PromptSet:
     """Prompts in the order in which a store takes them, and how many were left out as too long.
 
-    known: their fingerprint where it was worked out before.
+    known: their fingerprint where it was worked out before; missing: prompts that sources of a mixture had too few of.
     """
 
     prompts: list[Prompt]
     skipped: int
     known: str | None = field(default=None, compare=False)
+    missing: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,6 @@
 """Chat prompts and data-set completions, tokenized."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import islice
@@ -10,8 +10,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.errors import DataError
 from kdctl.base.rng import permutation
+from kdctl.config.mixture import MixedSource
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
+from kdctl.data.mixture import drawn, interleaved
 from kdctl.data.prompt_set import PromptSet, kept, sha256_of
 from kdctl.data.sources import Row, open_source, read_rows, row_of
 from kdctl.data.templates import rendered, writes_date
@@ -23,12 +25,12 @@ BATCH = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """Which prompts of a source, named as in a preset: ``count`` in an order given by ``seed``, none ``excluded``.
+    """Which prompts of a source: ``count`` in an order given by ``seed``, none ``excluded``.
 
     answers: only rows that bring an assistant's answer count, and it is tokenized too.
     """
 
-    source: str
+    source: MixedSource
     count: int
     seed: int
     answers: bool = False
@@ -37,11 +39,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt before it is tokenized, and the answer where it is asked for."""
+    """A prompt before it is tokenized, and the answer where it is asked for.
+
+    goes_on: it is plain text, to be cut into prompt and answer when it is tokenized.
+    """
 
     name: str
     head: str
-    answer: str | None
+    answer: str | None = None
+    goes_on: bool = False
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -102,24 +108,36 @@ class PromptReader:
     def train(self, count: int, seed: int, answers: bool = False, heldout: frozenset[str] = frozenset()) -> PromptSet:
         """Take ``count`` training prompts in an order given by ``seed``, none of the ids in ``heldout``.
 
-        With ``answers`` only rows that bring an assistant's answer count. Raises DataError if there are none.
+        Prompts of several sources come in keyed draws by their weights. With ``answers`` only rows that bring an
+        assistant's answer count. Raises DataError if there are none.
         """
-        return self._kept(self.settings.split, Asked(self.settings.train, count, seed, answers, heldout))
+        sources = self.settings.sources
+        if not self.settings.is_mixture:
+            return self._kept(Asked(sources[0], count, seed, answers, heldout))
+        draws = drawn({source.label: source.weight for source in sources}, count, seed)
+        found: dict[str, PromptSet] = {}
+        for source in sources:
+            if wanted := draws.count(source.label):
+                found[source.label] = self._kept(Asked(source, wanted, seed, answers, heldout))
+                heldout |= {prompt.id for prompt in found[source.label].prompts}
+        return interleaved(found, draws)
 
     def heldout(self, count: int, seed: int) -> PromptSet:
         """Take ``count`` held-out prompts."""
-        return self._kept(self.settings.heldout_split, Asked(self.settings.heldout, count, seed))
+        source = MixedSource(source=self.settings.heldout, split=self.settings.heldout_split)
+        return self._kept(Asked(source, count, seed))
 
-    def _kept(self, split: str, asked: Asked) -> PromptSet:
+    def _kept(self, asked: Asked) -> PromptSet:
         """Return what was tokenized before, or tokenize and keep it."""
         source = asked.source
+        rows = open_source(source.source, source.split, self.offline)
         key = {
-            "source": [source, split, open_source(source, split, self.offline).fingerprint()],
+            "source": [source.model_dump(exclude={"name", "weight"}), rows.fingerprint()],
             "asked": [asked.count, asked.seed, asked.answers, sorted(asked.excluded)],
             "max_prompt_tokens": self.settings.max_prompt_tokens,
             "day": self.day if writes_date(self.tokenizer) else None,
         }
-        return kept(key, self.tokenizer, lambda: self._take(read_rows(source, split, self.offline), asked))
+        return kept(key, self.tokenizer, lambda: self._take(rows_of(source, self.offline), asked))
 
     def _take(self, rows: Sequence[Row], asked: Asked) -> PromptSet:
         prompts: list[Prompt] = []
@@ -127,7 +145,7 @@ class PromptReader:
         # No more texts are taken than prompts are missing, so that no row is looked at that is not needed.
         while part := list(islice(texts, min(BATCH, asked.count - len(prompts)))):
             _check_differ(part)
-            found = self._tokenized(part)
+            found = self._tokenized(part, asked)
             fitting = [prompt for prompt in found if len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
             prompts += [replace(prompt, index=index) for index, prompt in enumerate(fitting, len(prompts))]
             skipped += len(found) - len(fitting)
@@ -136,21 +154,26 @@ class PromptReader:
         return PromptSet(prompts, skipped)
 
     def _texts(self, rows: Sequence[Row], asked: Asked) -> Iterator[Text]:
-        """Render each conversation that counts, once."""
+        """Render each row that counts, once."""
         seen = set(asked.excluded)
-        for messages, answer in _conversations(rows, asked):
-            name = prompt_id(messages)
+        for row in _prompt_rows(rows, asked):
+            name = row.name
             if name not in seen:
                 seen.add(name)
-                yield self._rendered(name, messages, answer if asked.answers else None)
+                answer = row.answer if asked.answers else None
+                yield Text(name, row.text, goes_on=True) if row.text else self._rendered(name, row.messages, answer)
 
     def _nothing(self, rows: Sequence[Row], asked: Asked, skipped: int) -> str:
-        held = sum(prompt_id(messages) in asked.excluded for messages, _ in _conversations(rows, asked))
+        held = sum(row.name in asked.excluded for row in _prompt_rows(rows, asked))
+        whose = asked.source.source
         if held and not skipped:
+            why = "held out, or brought by a source before it" if self.settings.is_mixture else "held out"
             return (
-                f"no prompt of prompts.train={self.settings.train!r} is left: all {held} are held out; lower "
-                "heldout.num_prompts or name another source in prompts.heldout"
+                f"no prompt of prompts.train={whose!r} is left: all {held} are {why}; lower heldout.num_prompts or "
+                "name another source in prompts.heldout"
             )
+        if asked.source.is_text and not skipped:
+            return f"none of the {len(rows)} rows of {whose!r} has text in {asked.source.columns['text']!r}"
         if not skipped and not asked.answers:
             return (
                 f"none of the {len(rows)} rows has a prompt: each is an assistant's message alone; the messages before "
@@ -158,7 +181,7 @@ class PromptReader:
             )
         if asked.answers and not skipped:
             return (
-                f"prompts.train={self.settings.train!r} has no row that ends with an assistant's answer, which "
+                f"prompts.train={whose!r} has no row that ends with an assistant's answer, which "
                 "--source dataset needs; use --source teacher to have the teacher write them"
             )
         return (
@@ -169,7 +192,7 @@ class PromptReader:
     def _rendered(self, name: str, messages: list[Message], answer: str | None) -> Text:
         head = self._render(messages, True)
         if answer is None:
-            return Text(name, head, None)
+            return Text(name, head)
         whole = self._render([*messages, {"role": "assistant", "content": answer}], False)
         if not whole.startswith(head):
             raise DataError(
@@ -181,8 +204,10 @@ class PromptReader:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         return rendered(self.tokenizer, messages, add_generation_prompt, self.day)
 
-    def _tokenized(self, texts: Sequence[Text]) -> list[Prompt]:
+    def _tokenized(self, texts: Sequence[Text], asked: Asked) -> list[Prompt]:
         """Tokenize prompts, and answers up to their end, as the tokenizer would one by one."""
+        if asked.source.is_text:
+            return [self._cut(text, asked) for text in texts]
         heads = self._encode([text.head for text in texts])
         if not all(heads):
             raise DataError(
@@ -193,6 +218,13 @@ class PromptReader:
             Prompt(text.name, 0, ids, None if text.answer is None else self._until_stop(next(answers)))
             for text, ids in zip(texts, heads, strict=True)
         ]
+
+    def _cut(self, text: Text, asked: Asked) -> Prompt:
+        """Tokenize plain text, with what the tokenizer puts before any, and cut it into prompt and answer."""
+        ids = list(self.tokenizer(text.head)["input_ids"])  # pyright: ignore[reportArgumentType]
+        ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        place = max(1, min(asked.source.prompt_tokens, len(ids) // 2))
+        return Prompt(text.name, 0, ids[:place], ids[place:] if asked.answers else None)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -213,15 +245,55 @@ def _check_differ(texts: Sequence[Text]) -> None:
         )
 
 
-def _conversations(rows: Sequence[Row], asked: Asked) -> Iterator[tuple[list[Message], str | None]]:
-    """Yield prompts and answers in the order of a seed; with ``answers`` only where there is one."""
+@dataclass(frozen=True)
+class PromptRow:
+    """What a row brings: a conversation and maybe its answer, or plain text."""
+
+    messages: list[Message]
+    answer: str | None
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its prompt."""
+        return sha256_of(self.text)[:16] if self.text else prompt_id(self.messages)
+
+
+def rows_of(source: MixedSource, offline: bool) -> Sequence[Row]:
+    """Read a source's rows. Raises DataError if it cannot be read, is empty or holds no prompts."""
+    return read_rows(source.source, source.split, offline, source.columns.values())
+
+
+def prompt_row(row: Row, source: MixedSource) -> PromptRow | None:
+    """Return what a row brings, None where that is no prompt. Raises DataError for what is not text."""
+    columns = source.columns
+    if source.is_text:
+        text = row[columns["text"]] or ""
+        if not isinstance(text, str):
+            raise DataError(f"{columns['text']} must be text to be continued, and this is {text!r:.100}")
+        return PromptRow([], None, text) if text.strip() else None
+    messages = messages_of(_renamed(row, source.columns) if columns else row)
+    if "answer" in columns:
+        messages.append(_message({"role": "assistant", "content": row[columns["answer"]]}))
+    messages, answer = split_answer(messages)
+    return PromptRow(messages, answer) if messages else None
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the columns that a conversation is read from, by their usual names."""
+    kinds = ("messages",) if "messages" in columns else ("prompt",)
+    return {kind: row.get(columns.get(kind, kind)) for kind in kinds}
+
+
+def _prompt_rows(rows: Sequence[Row], asked: Asked) -> Iterator[PromptRow]:
+    """Yield what rows bring, in the order of a seed; with ``answers`` only where there is one."""
     for index in permutation(len(rows), "prompts", asked.seed):
         try:
-            messages, answer = split_answer(messages_of(row_of(rows, int(index))))
+            found = prompt_row(row_of(rows, int(index)), asked.source)
         except DataError as error:
-            raise DataError(f"row {index + 1} of {asked.source!r}: {error}") from None
-        if messages and not (asked.answers and answer is None):
-            yield messages, answer
+            raise DataError(f"row {index + 1} of {asked.source.source!r}: {error}") from None
+        if found is not None and not (asked.answers and found.answer is None and not found.text):
+            yield found
 
 
 def as_rollout(prompt: Prompt, seed: int, max_new_tokens: int, stop: Sequence[int]) -> Rollout:

@@ -1,6 +1,6 @@
 """Where prompts come from. An entry of ``SOURCES`` is all that a kind of source needs to be named in a preset.
 
-A row has a column ``messages`` (a list of role and content) or ``prompt`` (text).
+A row has a column ``messages`` (a list of role and content) or ``prompt`` (text), unless a preset names others.
 """
 
 import errno
@@ -13,7 +13,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from kdctl.base.errors import DataError
 from kdctl.data.text_files import check_text_file, why_not_json
 from kdctl.run.files import sha256
+from kdctl.system.packages import PREFIX, inside_package
 from kdctl.system.patches import archives_packed, hub_offline
 
 Row = dict[str, Any]
@@ -33,8 +34,10 @@ FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
+    ".arrow": ("arrow", {}),
 }
 """What datasets calls the format of files by their endings, and what it is told of it."""
+BINARY = ("parquet", "arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Endings of single compressed files."""
 
@@ -123,7 +126,7 @@ class LocalFile:
 
         kind, options = _format(self.name) or ("", {})
         path: Any = glob.escape(str(self.path))  # because datasets takes a path for a pattern
-        if kind != "parquet":
+        if kind not in BINARY:
             check_text_file(self.path, kind)  # first, because datasets takes any bytes and fails at the row, or crashes
         with _named_errors(self.name, self.split, self.path if kind == "json" else None):
             return datasets.load_dataset(kind, data_files=path, split="train", **options)  # pyright: ignore
@@ -143,6 +146,19 @@ class LocalFile:
                 f"the prompt file {self.path.absolute()} is an archive, and kdctl unpacks none; unpack it and name the "
                 "file in it"
             )
+
+
+class PackageFile(LocalFile):
+    """A file inside an installed package."""
+
+    def __init__(self, name: str, split: str, offline: bool):
+        super().__init__(name, split, offline)
+        self.path = inside_package(name, DataError)
+
+    @staticmethod
+    def takes(name: str) -> bool:
+        """Tell whether a name is of a file in a package."""
+        return name.startswith(PREFIX)
 
 
 def _format(name: str) -> tuple[str, dict[str, str]] | None:
@@ -223,7 +239,12 @@ def _folder(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).name in ("", "..") else name
 
 
-SOURCES: dict[str, type[PromptSource]] = {"hub": HubDataset, "file": LocalFile, "kdctl": Bundled}
+SOURCES: dict[str, type[PromptSource]] = {
+    "hub": HubDataset,
+    "file": LocalFile,
+    "package": PackageFile,
+    "kdctl": Bundled,
+}
 """Kinds of sources; the last one that takes a name has it."""
 
 
@@ -234,16 +255,23 @@ def open_source(name: str, split: str, offline: bool = False) -> PromptSource:
     return kind(name, split, offline)
 
 
-def read_rows(name: str, split: str, offline: bool = False) -> Sequence[Row]:
-    """Read a source's rows. Raises DataError if it cannot be read, is empty or holds no prompts."""
+def read_rows(name: str, split: str, offline: bool = False, columns: Collection[str] = ()) -> Sequence[Row]:
+    """Read a source's rows. Raises DataError if it cannot be read, is empty or holds no prompts.
+
+    columns: those that must be there, in place of ``messages`` or ``prompt``.
+    """
     if not name:
         raise DataError("the name of the prompts is empty; kdctl names the bundled ones")
     rows = open_source(name, split, offline).rows()
     if len(rows) == 0:
         raise DataError(f"prompts from {name!r} (split {split!r}): no rows; there is nothing to generate from")
-    columns = set(row_of(rows, 0, name))
-    if not columns & {"messages", "prompt"}:
-        raise DataError(f"prompts from {name!r}: needs a column 'messages' or 'prompt', has {sorted(columns)}")
+    there = set(row_of(rows, 0, name))
+    if missing := sorted({*columns} - there):
+        raise DataError(
+            f"prompts from {name!r}: has no column {missing[0]!r}, which the preset names, but {sorted(there)}"
+        )
+    if not columns and not there & {"messages", "prompt"}:
+        raise DataError(f"prompts from {name!r}: needs a column 'messages' or 'prompt', has {sorted(there)}")
     return rows
 
 

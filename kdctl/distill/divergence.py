@@ -36,13 +36,20 @@ class Objective:
         return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
 
 
-def divergence(student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int = 256) -> Tensor:
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    head: Head,
+    objective: Objective,
+    chunk: int = 256,
+    each: Tensor | None = None,
+) -> Tensor:
     """Sum the divergence over positions; divide by the global token count yourself.
 
-    student, teacher: (N, H) final hidden states of the positions that predict a completion token. Returns a scalar,
-    float32, differentiable with respect to ``student`` only.
+    student, teacher: (N, H) final hidden states of the positions that predict a completion token; each: (N,) float32,
+    filled with the divergence of each. Returns a scalar, float32, differentiable with respect to ``student`` only.
     """
-    total: Tensor = _Divergence.apply(student, teacher, head, objective, chunk)  # pyright: ignore[reportAssignmentType]
+    total: Tensor = _Divergence.apply(student, teacher, head, objective, chunk, each)  # pyright: ignore[reportAssignmentType]
     return total
 
 
@@ -50,7 +57,9 @@ class _Divergence(torch.autograd.Function):
     """Value and gradient in one pass over chunks."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int) -> Tensor:
+    def forward(
+        ctx, student: Tensor, teacher: Tensor, head: Head, objective: Objective, chunk: int, each: Tensor | None
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
         rows = rows_at_once(student, chunk)
@@ -61,6 +70,8 @@ class _Divergence(torch.autograd.Function):
                 few = slice(row, row + rows)
                 value, logit_gradient = value_and_gradient(logits[few].float(), wanted[few].float(), objective)
                 total += value.sum()
+                if each is not None:
+                    each[start + row : start + row + len(value)] = value
                 logits[few] = logit_gradient  # the logits are no longer needed; their place takes the gradient
             gradient[part] = logits @ head.weight
         ctx.save_for_backward(gradient)
@@ -69,7 +80,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
 
 
 def value_and_gradient(student: Tensor, teacher: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

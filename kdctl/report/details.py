@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kdctl import stats
+from kdctl.report.by_source import sources
 from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
@@ -266,5 +267,5 @@ def detail_tables(results: Results) -> list[Table]:
     made = [comparisons(results), measures(results), answers(results)]
     alone = not any(row.kind == "ptq" for row in results.rows)  # distances have nothing to be measured against
     made += [held_out(results)] if alone else [distances(results)]
-    made += [recoveries(results), spreads(results)]
+    made += [recoveries(results), spreads(results), sources(results)]
     return [table for table in made if table.rows]

@@ -39,6 +39,7 @@ SWEEPS: dict[str, Sweep] = {
     "batch-size": Sweep("batch_size", "Batch size, sequences a step"),
     "rollout-length": Sweep("max_new_tokens", "Rollout length, tokens"),
     "rank": Sweep("rank", "Rank of low-rank updates"),
+    "mix": Sweep("mix", "Weights of the sources of prompts"),
 }
 
 

@@ -102,6 +102,8 @@ def _distill(model: Model, preset: Preset) -> str:
     length = model.settings.max_new_tokens
     if section.live and length is not None and length != preset.rollout.max_new_tokens:
         fields["rollout.max_new_tokens"] = length
+    if model.distilled.mix != preset.prompts.mix and model.distilled.mix is not None:
+        fields["prompts.mix"] = model.distilled.mix
     sets = "".join(f" --set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in fields.items())
     return f"kdctl distill --run {NEW} --name {shlex.quote(model.key)}{sets}"
 

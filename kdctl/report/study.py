@@ -42,6 +42,8 @@ class Settings:
     method: str | None = None
     """Of post-training quantization."""
     grid: str | None = None
+    mix: str | None = None
+    """Weights of the sources of prompts, where ``prompts.mix`` set them."""
     rest: str = ""
     """All other distill settings that decide the weights, canonical JSON."""
 

@@ -116,10 +116,11 @@ def _settings(run: RunDir, distilled: DistillReport | None, quantized: QuantizeR
         lr=section.lr,
         steps=section.steps,
         batch_size=section.rows_per_step,
-        max_new_tokens=_rollout_length(run, distilled.variant, section),
+        max_new_tokens=_rollout_length(run, distilled, section),
         train=section.train,
         rank=section.lora_rank if section.train == "lora" else None,
         seed=section.seed,
+        mix=distilled.mix,
         rest=canonical(rest),
     )
 
@@ -139,12 +140,12 @@ def _grid(folder: StudentFolder) -> str:
     return f"{folder.bits} bits, group size {folder.group_size}, {kind}"
 
 
-def _rollout_length(run: RunDir, variant: str, section: DistillSection) -> int | None:
+def _rollout_length(run: RunDir, distilled: DistillReport, section: DistillSection) -> int | None:
     """Read how long the student's rollouts could get; None without any, or where their store is gone."""
     if section.lmbda == 0:
         return None
-    store = run.variant(section.replay or variant).rollouts if section.live or section.replay else None
-    path = (store or run.rollouts("student")) / "manifest.json"
+    store = run.variant(section.replay or distilled.variant).rollouts if section.live or section.replay else None
+    path = (store or run.rollouts("student", distilled.mix)) / "manifest.json"
     sampling = read_record(path, StoreManifest).sampling if path.exists() else None
     return sampling.max_new_tokens if sampling else None
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from kdctl.base.errors import StoreError
+from kdctl.config.mixture import mix_name
 from kdctl.run import files
 from kdctl.run.names import inside
 
@@ -25,9 +26,9 @@ class RunDir:
         self.served = self.path / "served"
         self.locks = self.path / ".locks"
 
-    def rollouts(self, source: str) -> Path:
-        """Return the folder of an offline rollout store."""
-        return inside(self.path / "rollouts", source)
+    def rollouts(self, source: str, mix: str | None = None) -> Path:
+        """Return the folder of an offline rollout store; of other prompts, where ``prompts.mix`` weighs them anew."""
+        return inside(self.path / "rollouts", source if mix is None else f"{source}-{mix_name(mix)}")
 
     def compared(self, method: str) -> Path:
         """Return the file of what one post-training method reaches."""

@@ -267,6 +267,8 @@ class DistillReport(StudentFolder):
     variant: str
     settings: dict[str, object]
     """The whole resolved distill section."""
+    mix: str | None = None
+    """``prompts.mix`` of the sequences that were trained on."""
     student: str
     """Fingerprint of the student that training started from."""
     stores: dict[str, str]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter, Silent
 from kdctl.base.version import __version__
+from kdctl.config.mixture import MixedSource
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset
-from kdctl.data.prompts import messages_of, read_rows
+from kdctl.data.prompts import prompt_row, rows_of
 from kdctl.model.load import skeleton
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import select_layers
@@ -196,8 +197,8 @@ def layers_of(teacher: Teacher, preset: Preset) -> list[str]:
 def check_prompts(preset: Preset) -> None:
     """Raise DataError if a source of prompts cannot be read, or if its first row is not a prompt."""
     settings, offline = preset.prompts, preset.runtime.offline
-    for source, split in ((settings.train, settings.split), (settings.heldout, settings.heldout_split)):
-        messages_of(read_rows(source, split, offline)[0])
+    for source in (*settings.sources, MixedSource(source=settings.heldout, split=settings.heldout_split)):
+        prompt_row(rows_of(source, offline)[0], source)
 
 
 def check_same_model(base: Preset, preset: Preset, paths: RunDir) -> None:

@@ -122,7 +122,7 @@ def distill(
 
 def default_name(context: Context) -> str:
     """Name a variant after the settings in which it differs from its run folder's own."""
-    return variant_name(context.preset.distill, read_record(context.paths.preset, Preset).distill)
+    return variant_name(context.preset, read_record(context.paths.preset, Preset))
 
 
 def made_of(context: Context) -> str:
@@ -322,6 +322,7 @@ def _finish_variant(context: Context, teacher: Teacher, plan: Plan, trained: Tra
         teacher=teacher.fingerprint(),
         variant=plan.variant.name,
         settings=settings.model_dump(),
+        mix=context.preset.prompts.mix,
         student=fingerprint(context.paths.student),
         stores={source: store.fingerprint() for source, store in stores.items()},
         before=trained.before,

@@ -8,13 +8,19 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import Source
 from kdctl.model.teacher import Teacher
 from kdctl.report.front import Excerpt, write_report
-from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import StoreManifest
 from kdctl.stages.context import Context
 from kdctl.stages.distill import distill, ensure_stores
 from kdctl.stages.evaluate import evaluate, open_foreign
 from kdctl.stages.quantize import compare, ensure_student, quantize
-from kdctl.stages.rollout import check_prompt_lengths, ensure_teacher_states, examples, fill_source, needed_sources
+from kdctl.stages.rollout import (
+    check_prompt_lengths,
+    ensure_teacher_states,
+    examples,
+    fill_source,
+    needed_sources,
+    store_of,
+)
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 __all__ = [
@@ -43,7 +49,7 @@ def rollout(
 
     named: a server that the preset names holds what writes this source; else it holds the student.
     """
-    store = RolloutStore(context.paths.rollouts(source))
+    store = store_of(context, source)
     if source == "student":
         ensure_student(context, teacher)
     if not fill_source(context, teacher, source, store, force=force, named=named):

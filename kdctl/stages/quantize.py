@@ -28,7 +28,7 @@ from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport, Rollout
 from kdctl.stages.context import Context, layers_of, versions
 from kdctl.stages.publish import Described, publish_student
-from kdctl.stages.rollout import ensure_rollouts
+from kdctl.stages.rollout import ensure_rollouts, unmixed
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 CALIBRATION_BATCH = 16
@@ -161,7 +161,7 @@ def recipe_of(
     calibration: a store that is there, whatever the preset now says of rollouts.
     """
     if settings.calibrated and calibration is None:
-        calibration = ensure_rollouts(context, teacher, settings.calibration_source)
+        calibration = ensure_rollouts(unmixed(context), teacher, settings.calibration_source)
     inputs = {"teacher": teacher.fingerprint()} | ({"calibration": calibration.fingerprint()} if calibration else {})
     name = identity("quantize", {"quantize": settings.decisive(), "dtype": str(teacher.dtype)}, inputs)
     return Recipe(settings, name, calibration)

@@ -29,6 +29,19 @@ from kdctl.stages.yardstick import heldout_prompts, prompt_reader
 Stores = dict[Source, RolloutStore]
 
 
+def store_of(context: Context, source: Source) -> RolloutStore:
+    """Return the store of a source and of the preset's mix of prompts."""
+    return RolloutStore(context.paths.rollouts(source, context.preset.prompts.mix))
+
+
+def unmixed(context: Context) -> Context:
+    """Return the same with the weights of its sources themselves, on which the PTQ student is calibrated."""
+    if context.preset.prompts.mix is None:
+        return context
+    prompts = context.preset.prompts.model_copy(update={"mix": None})
+    return replace(context, preset=context.preset.model_copy(update={"prompts": prompts}))
+
+
 def needed_sources(preset: Preset) -> list[Source]:
     """List the stores that the preset's λ and off-policy source read."""
     return list(preset.distill.stores)
@@ -61,7 +74,9 @@ def train_prompts(context: Context, teacher: Teacher, answers: bool = False) -> 
     if found.skipped:
         context.reporter.note(f"{found.skipped} prompts longer than {longest} tokens left out")
     if len(found.prompts) < settings.num_prompts:
-        context.reporter.note(f"only {len(found.prompts)} prompts for rollout.num_prompts={settings.num_prompts}")
+        short = ", ".join(f"{name} has {count} too few" for name, count in found.missing.items())
+        why = f": {short}, so that its share is smaller than its weight says" if short else ""
+        context.reporter.note(f"only {len(found.prompts)} prompts for rollout.num_prompts={settings.num_prompts}{why}")
     return found
 
 
@@ -88,7 +103,7 @@ def engine_of(
 
 def ensure_rollouts(context: Context, teacher: Teacher, source: Source) -> RolloutStore:
     """Return a finished store, filling it first where it is missing."""
-    store = RolloutStore(context.paths.rollouts(source))
+    store = store_of(context, source)
     fill_source(context, teacher, source, store, why=f"no {source} rollouts yet: making them first")
     return store
 
@@ -142,7 +157,7 @@ def is_usable(context: Context, store: RolloutStore, plan: Plan) -> bool:
 def check_stores(context: Context, teacher: Teacher) -> None:
     """Raise StoreError, before anything is made, if a store that training reads is there and was made otherwise."""
     for source in needed_sources(context.preset):
-        store = RolloutStore(context.paths.rollouts(source))
+        store = store_of(context, source)
         made = source != "student" or (context.paths.student / "quantize.json").exists()
         if context.ranks.on_main(lambda store=store, made=made: store.finished and made):
             is_usable(context, store, plan_of(context, teacher, source))
@@ -195,7 +210,7 @@ def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[R
 
 def examples(context: Context, teacher: Teacher, source: Source, count: int) -> list[tuple[str, str]]:
     """Decode the first prompts and completions of a store."""
-    rollouts = RolloutStore(context.paths.rollouts(source)).read()[:count]
+    rollouts = store_of(context, source).read()[:count]
     decode = teacher.tokenizer().decode
     return [(str(decode(r.prompt_ids)), str(decode(r.completion_ids))) for r in rollouts]
 

@@ -14,6 +14,7 @@ from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Parameter, Sweep, field_of
 
 MAX_TRIALS = 64
+MIX = "prompts.mix"
 MOST_TRIALS = 10_000
 """More cannot be asked for: all are laid out and checked before the first one runs."""
 CORNERS = 4096
@@ -67,7 +68,7 @@ class SweepPlan:
     def variant(self, values: Mapping[str, Any], base: Preset) -> str:
         """Name a trial's variant in a folder whose preset is ``base``; rollout fields that differ count too."""
         preset = self.trial_preset(values)
-        name = variant_name(preset.distill, base.distill)
+        name = variant_name(preset, base)
         ours, theirs = preset.rollout.model_dump(), base.rollout.model_dump()
         name += "".join(f"_{key}{value}" for key, value in ours.items() if value != theirs[key])
         return re.sub(r"[^\w.=+-]+", "-", name)
@@ -81,7 +82,7 @@ class SweepPlan:
         """Hash what decides the trials and their results; the number of trials does not."""
         space = self.sweep.file.model_dump(mode="json", include={"method", "parameters", "metric", "early_terminate"})
         preset = self.preset.model_dump(mode="json", exclude={"description", "tracking", "runtime"})
-        preset["rollout"] = self.preset.rollout.decisive()
+        preset["rollout"], preset["prompts"] = self.preset.rollout.decisive(), self.preset.prompts.decisive()
         return identity("sweep", {"preset": preset, "sweep": space}, {})
 
 
@@ -160,11 +161,11 @@ def base_plan(sweep: Sweep, preset: str, overrides: Values, evaluate: bool) -> S
             raise PresetError(f"{key} is swept by {sweep.origin}, so it cannot be set for all trials; leave it out")
     plan = SweepPlan(sweep, load_preset(preset, {**sweep.settings, **overrides}), 0, (), evaluate)
     for key in swept:
-        if key.partition(".")[0] not in ("distill", "rollout"):
+        if key.partition(".")[0] not in ("distill", "rollout") and key != MIX:
             raise PresetError(
-                f"{sweep.origin} sweeps {key}; trials of one run folder share teacher, quantized student, prompts and "
-                "yardstick, so only distill fields and, for live generation, rollout fields can differ; give it one "
-                "value, or run one sweep for each value with --set and another --run"
+                f"{sweep.origin} sweeps {key}; trials of one run folder share teacher, quantized student, sources of "
+                "prompts and yardstick, so only distill fields, prompts.mix and, for live generation, rollout fields "
+                "can differ; give it one value, or run one sweep for each value with --set and another --run"
             )
     _check_metric(plan)
     _check_trials(plan, _corners(sweep))

@@ -281,11 +281,15 @@ def test_a_name_that_no_file_can_have_is_no_preset(name: str) -> None:
 
 @pytest.mark.parametrize("targets", [("../../x",), tuple(f"*.{i}_proj" for i in range(99))])
 def test_a_variant_is_one_folder_whatever_its_settings(targets: tuple[str, ...]) -> None:
-    base = DistillSection()
-    name = variant_name(base.model_copy(update={"train": "lora", "lora_targets": targets}), base)
+    base = load_preset("smoke")
+
+    def named(**changes: object) -> str:
+        return variant_name(base.model_copy(update={"distill": base.distill.model_copy(update=changes)}), base)
+
+    name = named(train="lora", lora_targets=targets)
     assert "/" not in name
     assert len(name) < 100
-    assert name != variant_name(base.model_copy(update={"lora_targets": (*targets, "y/z")}), base)
+    assert name != named(lora_targets=(*targets, "y/z"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from made_up import answers, evaluated, make_run
 from transformers import AutoModelForCausalLM
 
 from kdctl.base.errors import DataError, StoreError
-from kdctl.config.preset import DistillSection, Preset
+from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset, variant_name
 from kdctl.formats.student import check_sums, load_student
 from kdctl.quant.affine import quantize
@@ -104,10 +104,11 @@ def test_another_variant_adds_a_row_and_leaves_the_first_alone(smoke: Preset, tm
 
 
 def test_variant_names_carry_what_differs_in_schema_order() -> None:
-    base = DistillSection()
+    base = load_preset("mixed", {"distill.lmbda": 0.0, "distill.beta": 0.0, "distill.lr": 1e-4})
     assert variant_name(base, base) == "lambda0_beta0_lr0.0001_seed0"
-    other = base.model_copy(update={"temperature": 2.0, "steps": 7, "lr": 2e-5})
-    assert variant_name(other, base) == "lambda0_beta0_lr2e-05_seed0_steps7_temperature2"
+    other = base.distill.model_copy(update={"temperature": 2.0, "steps": 7, "lr": 2e-5})
+    named = variant_name(base.model_copy(update={"distill": other}), base)
+    assert named == "lambda0_beta0_lr2e-05_seed0_steps7_temperature2"
 
 
 @pytest.mark.slow

@@ -62,3 +62,31 @@ def test_completions_beyond_the_context_are_refused_before_the_teacher_is_loaded
     run = open_run(short, tmp_path / "run")
     with pytest.raises(PresetError, match=r"rollout\.max_new_tokens=80 make \d+, and the network's context is 96"):
         pipeline.run_all(*run)
+
+
+def test_each_mix_has_its_own_stores_and_all_share_the_student(
+    smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is calibrated on the preset's own weights, whichever mix comes first."""
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"body": f"text number {i}"}) for i in range(40)))
+    tree = smoke.model_dump()
+    tree["quantize"] |= {"method": "gptq", "calibration_sequences": 8}
+    tree["distill"] |= {"lmbda": 0.0, "refresh_every": 0}
+    plain = {"source": str(tmp_path / "plain.jsonl"), "columns": {"text": "body"}}
+    tree["prompts"]["train"] = [{"source": "kdctl"}, plain]
+
+    def trained(mix: str | None) -> list[str]:
+        preset = Preset.model_validate({**tree, "prompts": {**tree["prompts"], "mix": mix}})
+        run = open_run(preset, tmp_path / "run")
+        report = pipeline.distill(*run)
+        assert report.mix == mix
+        assert report.variant.endswith("_mix-plain-1") == (mix is not None)
+        return sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir())
+
+    open_run(Preset.model_validate(tree), tmp_path / "run")
+    assert trained("plain:1") == ["heldout", "teacher", "teacher-plain-1"]
+    made = (tmp_path / "run" / "student" / "quantize.json").read_bytes()
+    assert trained(None) == ["heldout", "teacher", "teacher-plain-1"]
+    assert (tmp_path / "run" / "student" / "quantize.json").read_bytes() == made
+    rows = RolloutStore(tmp_path / "run" / "rollouts" / "teacher-plain-1").read()
+    assert {one.prompt_id.partition(":")[0] for one in rows} == {"plain"}

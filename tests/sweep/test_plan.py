@@ -30,7 +30,7 @@ def test_every_shipped_sweep_can_be_planned(name: str) -> None:
     sweep = read_sweep(name)
     plan = plan_sweep(sweep, sweep.preset or "", {}, None, True)
     names = {plan.variant(values, plan.preset) for values in plan.trials}
-    grids = {"beta_lambda_grid": 9, "quickstart_grid": 4, "study_kl": 6, "study_minmax": 6}
+    grids = {"beta_lambda_grid": 9, "quickstart_grid": 4, "study_kl": 6, "study_minmax": 6, "study_mix": 4}
     assert len(names) == plan.total == grids.get(name, len(plan.trials))
 
 
