@@ -33,6 +33,8 @@ class ForestPanel:
     reference: float | None = None
     limits: tuple[float, float] | None = None
     """Ends of the axis where intervals may reach far beyond what matters; arrows say that they do."""
+    margin: float | None = None
+    """Half the width of a shaded band around the reference, within which differences are too small to matter."""
 
 
 @dataclass(frozen=True)

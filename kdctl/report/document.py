@@ -9,12 +9,16 @@ from kdctl.report.charts import Chart
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Contrasts
 from kdctl.report.details import detail_tables
+from kdctl.report.effects import effects
 from kdctl.report.figure_files import link
 from kdctl.report.layouts import lay_out
 from kdctl.report.reproduce import commands, provenance, settings
 from kdctl.report.study import Model, Study
 from kdctl.report.tables import Table, document, markdown
 from kdctl.report.verdicts import sentences
+
+LEADING = ("minutes", "verdicts", "changes", "layers")
+"""Figures that show what a person wants to know first: what minutes bought, what it changed, where the loss sits."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def make_report(study: Study, margin: float) -> Report:
         results=results,
         verdicts=sentences(results),
         layouts=lay_out("auto", study, contrasts),
-        details=detail_tables(results),
+        details=[*effects(results), *detail_tables(results)],
         provenance=provenance(study),
     )
 
@@ -52,9 +56,10 @@ def as_markdown(report: Report, charts: Sequence[Chart] = ()) -> str:
     """Write report.md, which a code host renders: verdicts, tables, figures, what was done, how to repeat it."""
     names = ", ".join(source.name for source in report.study.sources)
     parts = [f"# Report on {names}", "## Verdicts", *verdict_parts(report.verdicts)]
-    parts += ["## Results", _tables(report.layouts)]
-    if charts:
-        parts += ["## Figures", *map(link, charts)]
+    first, others = leading(charts)
+    parts += [*map(link, first), "## Results", _tables(report.layouts)]
+    if others:
+        parts += ["## Figures", *map(link, others)]
     if report.details:
         parts += ["## Behind the verdicts", _tables(report.details)]
     parts.append("## Settings")
@@ -66,6 +71,11 @@ def as_markdown(report: Report, charts: Sequence[Chart] = ()) -> str:
         lines = commands(report.study, source)
         parts.append("\n".join([f"`{source.run.path}`:", "", "```console", *(f"$ {line}" for line in lines), "```"]))
     return "\n\n".join(parts) + "\n"
+
+
+def leading(charts: Sequence[Chart]) -> tuple[list[Chart], list[Chart]]:
+    """Split figures into those that belong to the verdicts and the others."""
+    return [one for one in charts if one.name in LEADING], [one for one in charts if one.name not in LEADING]
 
 
 def verdict_parts(verdicts: Sequence[str]) -> list[str]:

@@ -105,6 +105,9 @@ def _forest_panel(axis: Axes, panel: ForestPanel, series: int) -> None:
             axis.text(0.5, line, entry.note, transform=axis.get_yaxis_transform(), ha="center", va="center", size=7)
     if panel.reference is not None:
         axis.axvline(panel.reference, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
+        if panel.margin is not None:
+            low, high = panel.reference - panel.margin, panel.reference + panel.margin
+            axis.axvspan(low, high, facecolor="0.92", edgecolor="none", zorder=-1)
     if limits:
         axis.set_xlim(*limits)
     axis.set_xlabel(panel.label)

@@ -8,21 +8,25 @@ from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline, differs, per_token_difference
 from kdctl.report.curves import costs, layers, learning_rates, minutes, training
 from kdctl.report.details import recovery_of, removed
+from kdctl.report.effects import KL_MARGIN, setting_changes
 from kdctl.report.marks import PERCENT, accuracy_mark, by_method, short, telling, values, varied
 from kdctl.report.study import Model
-from kdctl.run.measures import FORWARD_KL
+from kdctl.run.measures import FORWARD_KL, P_RIGHT
 from kdctl.run.records import Estimate
 from kdctl.stats.findings import Recovery
 
 OVER_ITEMS = "95 % intervals over items, and over seeds where a setting has several"
 OVER_DOCUMENTS = "95 % intervals over documents"
 REACH = (-50.0, 150.0)
+NOT_MEASURED = "not measured"
 
 
 def figures(results: Results) -> list[Chart]:
     """Return every figure that the study can fill."""
     made = (
         minutes(results),
+        verdicts(results),
+        changes(results),
         layers(results),
         accuracies(results),
         learning_rates(results),
@@ -69,6 +73,58 @@ def accuracies(results: Results) -> Forest | None:
     return Forest("accuracy", "Accuracy by method", caption, ("",), tuple(panels))
 
 
+def verdicts(results: Results) -> Forest | None:
+    """Show what training changed: of every variant against its PTQ student, KL, P(right) and accuracy."""
+    rows = [row for row in results.rows if row.kind in ("variant", "foreign")]
+    bases = {row.name: baseline(results.study, results.all_rows, row, "ptq") for row in rows}
+
+    def gone(row: Row) -> tuple[Mark | None]:
+        base = bases[row.name]
+        return (_percent(removed(base, row)) if base else None,)
+
+    def gained(row: Row, tasks: Sequence[str], measure: str, factor: float) -> tuple[Mark | None]:
+        judged = results.judged(row, "ptq", tasks, measure)
+        return (mark(judged.found.difference, factor) if judged else None,)
+
+    margin = results.contrasts.margin
+    panels = [ForestPanel("KL removed, %", _entries(rows, gone, NOT_MEASURED), 0.0, margin=PERCENT * KL_MARGIN)]
+    if P_RIGHT.name in results.derived:
+        entries = _entries(rows, lambda row: gained(row, results.choices, P_RIGHT.name, 1.0), NOT_MEASURED)
+        panels.append(ForestPanel("gain in P(right)", entries, 0.0, margin=margin))
+    if results.tasks:
+        entries = _entries(rows, lambda row: gained(row, results.tasks, "", PERCENT), NOT_MEASURED)
+        what = "average score" if len(results.tasks) > 1 else "score"
+        panels.append(ForestPanel(f"gain in {what}, points", entries, 0.0, margin=PERCENT * margin))
+    kept = tuple(panel for panel in panels if any(one for entry in panel.entries for one in entry.marks))
+    if not kept:
+        return None
+    caption = (
+        "Every variant against the PTQ student that it was trained from, paired, with 95 % intervals; right of the "
+        "line is better. Shaded: differences too small to matter. An interval within the shade shows that nothing "
+        "changed, one beside the line that something did, and one that does neither leaves it open."
+    )
+    return Forest("verdicts", "What training changed", caption, ("",), kept)
+
+
+def changes(results: Results) -> Forest | None:
+    """Show what each setting changes in KL, on the teacher's text and on the student's own."""
+    found = setting_changes(results)
+    if not found:
+        return None
+    entries, heading = [], ""
+    for one in found:
+        if one.change != heading:
+            entries.append(Entry(heading := one.change))
+        entries.append(Entry(one.where or "all else equal", (_percent(one.on_teachers), _percent(one.on_own))))
+    panel = ForestPanel("change in KL, % of the PTQ student's", tuple(entries), 0.0, margin=PERCENT * KL_MARGIN)
+    caption = (
+        "Variants that differ in one setting, the second against the first, paired, with 95 % intervals over "
+        "documents, or over prompts where each student wrote its own; left is better. Shaded: less than "
+        f"{PERCENT * KL_MARGIN:g} % of the KL that quantization left, too small to matter."
+    )
+    return Forest("changes", "What each setting changes", caption, ("the teacher's text", "its own text"), (panel,))
+
+
 def writers(results: Results) -> Forest | None:
     """Show the KL to the teacher on teacher-written, student-written and plain text; None without the latter two."""
     rows = [row for row in _single(results.rows) if row.kind != "teacher" and row.models[0].result]
@@ -98,29 +154,22 @@ def _written(model: Model) -> tuple[Estimate | None, Estimate | None, Estimate |
 
 
 def recoveries(results: Results) -> Forest | None:
-    """Show the shares of lost accuracy and of KL that every variant, each seed alone, won back."""
+    """Show the share of lost accuracy that every variant, each seed alone, won back; None without any."""
     rows = [row for row in _single(results.rows) if row.kind in ("variant", "foreign")]
     shares = {row.name: recovery_of(results, row, results.tasks) for row in rows}
     known = [found for found in shares.values() if found]
-    panels = []
-    if any(found.estimate for found in known):
-        entries = _entries(rows, lambda row: (_share(shares[row.name]),), "no share, see below")
-        what = "average accuracy" if len(results.tasks) > 1 else "accuracy"
-        panels.append(ForestPanel(f"{what} recovered, %", entries, 0.0, REACH))
-    bases = {row.name: baseline(results.study, results.all_rows, row, "ptq") for row in rows}
-    gone = {row.name: removed(base, row) for row in rows if (base := bases[row.name])}
-    if any(gone.values()):
-        panels.append(ForestPanel("KL removed, %", _entries(rows, lambda row: (_percent(gone.get(row.name)),)), 0.0))
-    if not panels:
+    if not any(found.estimate for found in known):
         return None
+    entries = _entries(rows, lambda row: (_share(shares[row.name]),), "no share, see below")
+    what = "average accuracy" if len(results.tasks) > 1 else "accuracy"
+    panel = ForestPanel(f"{what} recovered, %", entries, 0.0, REACH)
     reasons = sorted({found.reason for found in known if found.reason})
+    told = f" No share is given where {'; '.join(reasons)}." if reasons else ""
     caption = (
-        "Shares of what quantization cost that came back, each seed alone: of the average accuracy, (student − PTQ) / "
-        "(teacher − PTQ), with Fieller's 95 % interval over items, and of the KL, 1 − KL(student)/KL(PTQ), with a 95 % "
-        "bootstrap interval over documents."
+        "The share of the accuracy that quantization cost which came back, each seed alone: (student − PTQ) / (teacher "
+        f"− PTQ), with Fieller's 95 % interval over items.{told}"
     )
-    told = f" No share of accuracy is given where {'; '.join(reasons)}." if reasons else ""
-    return Forest("recovery", "What came back", caption + told, ("",), tuple(panels))
+    return Forest("recovery", "What came back", caption, ("",), (panel,))
 
 
 def _share(found: Recovery | None) -> Mark | None:

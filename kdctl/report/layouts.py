@@ -135,17 +135,20 @@ def _verdict(results: Results, row: Row, kind: Literal["ptq", "teacher"]) -> Cel
 
 def sweep(name: str, study: Study, contrasts: Contrasts) -> Table | None:
     """Lay out the variants that differ in one setting only, a block for each set of the others; None without any."""
-    which, groups = SWEEPS[name], {}
-    for row in rows_of(study):
+    groups = alike(rows_of(study), SWEEPS[name])
+    return _swept(name, study, contrasts, groups) if groups else None
+
+
+def alike(rows: Sequence[Row], which: Sweep) -> list[list[Row]]:
+    """Group the variants that differ in one setting only, each group in its order; none of one value alone."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
         if row.kind == "variant" and vars(row.settings)[which.field] is not None:
             origin = row.models[0].distilled
             key = (row.settings.key("seed", which.field, *which.ignored), origin.student if origin else None)
             groups.setdefault(key, []).append(row)
     full = [group for group in groups.values() if len({vars(row.settings)[which.field] for row in group}) > 1]
-    if not full:
-        return None
-    ordered = [sorted(group, key=lambda row: vars(row.settings)[which.field]) for group in full]
-    return _swept(name, study, contrasts, ordered)
+    return [sorted(group, key=lambda row: vars(row.settings)[which.field]) for group in full]
 
 
 def _swept(name: str, study: Study, contrasts: Contrasts, groups: Sequence[Sequence[Row]]) -> Table:
@@ -154,8 +157,8 @@ def _swept(name: str, study: Study, contrasts: Contrasts, groups: Sequence[Seque
     extra = [field for field in which.ignored if any(vars(row.settings)[field] for row in results.rows)]
     fields = [which.field, *extra]
     own = [*(partial(setting_cell, name=field) for field in fields), *([_loss] if which.loss else [])]
-    headings = _headings([group[0] for group in groups], which)
-    blocks = tuple(block(results, text, group, own) for text, group in zip(headings, groups, strict=True))
+    texts = headings([group[0] for group in groups], which)
+    blocks = tuple(block(results, text, group, own) for text, group in zip(texts, groups, strict=True))
     columns = (*map(setting_column, fields), *([LOSS] if which.loss else []), *(one.column for one in results.scales))
     notes = legend(results) + (("Training loss: mean over the last tenth of the steps.",) if which.loss else ())
     return without_empty(Table(name, which.title, columns, blocks, notes))
@@ -166,7 +169,7 @@ def _loss(row: Row) -> Cell:
     return Cell(float(np.mean(found))) if found else Cell()
 
 
-def _headings(firsts: Sequence[Row], which: Sweep) -> list[str]:
+def headings(firsts: Sequence[Row], which: Sweep) -> list[str]:
     """Name blocks by λ, unless it is what varies, and by everything else that tells them apart."""
     named = [_named(row) for row in firsts]
     keys = list(dict.fromkeys(key for names in named for key in names))
@@ -177,7 +180,7 @@ def _headings(firsts: Sequence[Row], which: Sweep) -> list[str]:
         and (key == "lmbda" or len({json.dumps(names.get(key)) for names in named}) > 1)
     ]
     return [
-        ", ".join(f"{_label(key)} = {_written(names[key])}" for key in shown if names.get(key) is not None)
+        ", ".join(f"{_label(key)} = {written(names[key])}" for key in shown if names.get(key) is not None)
         for names in named
     ]
 
@@ -193,7 +196,8 @@ def _label(key: str) -> str:
     return SETTINGS[key][0] if key in SETTINGS else key
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
+    """Write the value of a setting."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -34,7 +34,8 @@ def by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 def short(name: str) -> str:
     """Shorten a variant's name where kdctl made it; names of a user's own stay."""
     pattern = r"lambda([^_]+)_beta([^_]+)_lr([^_ ]+)(_seed(?=\d))?"
-    return re.sub(pattern, lambda m: f"λ {m[1]}, β {m[2]}, lr {m[3]}" + (", seed " if m[4] else ""), name)
+    found = re.sub(pattern, lambda m: f"λ {m[1]}, β {m[2]}, lr {m[3]}" + (", seed " if m[4] else ""), name)
+    return found if found == name else found.replace("_mix-", ", ")
 
 
 def accuracy_mark(row: Row, tasks: Sequence[str]) -> Mark | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdctl.base.version import __version__
 from kdctl.report.charts import Chart, Maps
-from kdctl.report.document import Report, verdict_parts
+from kdctl.report.document import Report, leading, verdict_parts
 from kdctl.report.reproduce import commands
 from kdctl.report.short import shortened
 from kdctl.report.study import Model, Source
@@ -23,10 +23,12 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 def page(report: Report, figures: Sequence[tuple[Chart, str]]) -> str:
     """Write the page; ``figures`` come with their SVG. It refers to nothing outside itself, and all text is escaped."""
     title = "Report on " + ", ".join(source.name for source in report.study.sources)
+    first, _ = leading([chart for chart, _ in figures])
+    drawn = {chart.name: _figure(chart, svg) for chart, svg in figures}
     parts = {
-        "Verdicts": _verdicts(report.verdicts),
+        "Verdicts": _verdicts(report.verdicts) + "".join(drawn.pop(chart.name) for chart in first),
         "Results": "".join(_result(report, table) for table in report.layouts),
-        "Figures": "".join(_figure(chart, svg) for chart, svg in figures),
+        "Figures": "".join(drawn.values()),
         "Behind the verdicts": "".join(_folded(table.title, _table(table, True)) for table in report.details),
         "Settings and fingerprints": _settings(report),
         "To reproduce": "".join(_commands(report, source) for source in report.study.sources),

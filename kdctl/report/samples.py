@@ -79,6 +79,12 @@ def read_documents(path: Path, sums: Mapping[str, str] = NO_SUMS) -> PerDocument
     return None if table is None else from_table(table)
 
 
+def read_by_prompt(path: Path, sums: Mapping[str, str] = NO_SUMS) -> PerDocument | None:
+    """Read sums of documents like ``read_documents``, ordered by the prompts that they complete."""
+    table = _read(path, ["prompt_id", "tokens", FORWARD_KL.column], sums)
+    return None if table is None else from_table(table.sort_by("prompt_id"))
+
+
 def _read(path: Path, needed: list[str], sums: Mapping[str, str]) -> pa.Table | None:
     if not path.exists() and path.name not in sums:
         return None

@@ -10,17 +10,27 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset
-from kdctl.report.samples import Items, document_differences, item_differences, read_documents, read_items
-from kdctl.run.documents import PerDocument
+from kdctl.report.samples import (
+    Items,
+    document_differences,
+    item_differences,
+    read_by_prompt,
+    read_documents,
+    read_items,
+)
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.documents import Array, PerDocument
 from kdctl.run.paths import RunDir
 from kdctl.run.records import DistillReport, DistributionMetrics, EvalResult, MethodResult, QuantizeReport, TextMetrics
 from kdctl.run.sums import SUMS, listed_sums
 from kdctl.run.tracking import read_metrics
 
 Kind = Literal["teacher", "ptq", "variant", "foreign"]
-HELDOUT = "heldout"
+HELDOUT, STUDENT_WRITTEN = "heldout", "student_written"
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,23 @@ class Model:
         folder = student_folder(self.run, self.key)
         sums = listed_sums(folder) if (folder / SUMS).exists() else {}
         return read_documents(folder / f"{HELDOUT}.parquet", sums)
+
+    @cached_property
+    def own_text(self) -> PerDocument | None:
+        """Sums of each held-out prompt's completion by the model itself, by prompt. Raises like ``documents``."""
+        if self.run is None or self.result is None:
+            return None
+        return read_by_prompt(self.run.samples(self.key, STUDENT_WRITTEN), self.result.samples)
+
+    @cached_property
+    def own_completions(self) -> tuple[Array, Array] | None:
+        """Tokens of each of those completions, and 1 where it ended by itself, by prompt; None where there are none."""
+        store = RolloutStore(self.run.eval(self.key) / "rollouts") if self.run else None
+        if store is None or not store.finished or self.own_text is None:
+            return None
+        rows = sorted(store.read(), key=lambda one: one.prompt_id)
+        ended = [float(one.finish_reason == "stop") for one in rows]
+        return np.array([float(len(one.completion_ids)) for one in rows]), np.array(ended)
 
     @property
     def teacher_weights(self) -> str:

@@ -19,7 +19,8 @@ from kdctl.report.columns import Results
 from kdctl.report.drawing import COLORS, MARKERS, STYLE, draw, render
 from kdctl.report.figures import figures
 
-NAMES = ["minutes", "accuracy", "learning-rate", "grid", "training", "writers", "recovery", "cost"]
+NAMES = ["minutes", "verdicts", "changes", "accuracy"]
+NAMES += ["learning-rate", "grid", "training", "writers", "recovery", "cost"]
 LONG = "a name of one's own that is much longer than any that kdctl makes, <b>$\\alpha_1$</b> & more"
 OWN = [
     Forest(
@@ -104,7 +105,7 @@ def test_nothing_is_cut_off_and_no_text_overlaps(figure_of: dict[str, Figure], c
     assert [(a, b) for (a, one), (b, other) in combinations(shrunk, 2) if one.overlaps(other)] == []
 
 
-@pytest.mark.parametrize("name", ["accuracy", "writers", "recovery"])
+@pytest.mark.parametrize("name", ["verdicts", "changes", "accuracy", "writers", "recovery"])
 def test_a_forest_draws_the_intervals_that_it_is_given(
     charts: dict[str, Chart], figure_of: dict[str, Figure], name: str
 ) -> None:

@@ -16,7 +16,7 @@ from kdctl.report.tables import TableFormat
 from kdctl.run.locks import holding, lock_of
 from kdctl.run.paths import RunDir
 
-FIGURES = ("minutes", "accuracy", "training", "recovery", "cost")
+FIGURES = ("minutes", "verdicts", "accuracy", "training", "recovery", "cost")
 
 
 @pytest.fixture(scope="module")

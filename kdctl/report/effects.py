@@ -1,0 +1,242 @@
+"""What each setting changes: variants that differ in it alone, against each other."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdctl import stats
+from kdctl.report.columns import SETTINGS, Results
+from kdctl.report.contrasts import Row, baseline
+from kdctl.report.layouts import SWEEPS, alike, headings, written
+from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
+from kdctl.run.records import Estimate
+
+KL_MARGIN = 0.02
+"""Differences in KL below this share of the PTQ student's own are too small to matter."""
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows that differ in one setting. change: what becomes what; where: the settings that they share."""
+
+    base: Row
+    row: Row
+    change: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A mean of each row of a pair: sums over documents and what they are divided by, (seeds, documents) each."""
+
+    tops: Array
+    bottoms: Array
+
+    @property
+    def value(self) -> float:
+        """The mean over all seeds."""
+        return float(self.tops.sum() / self.bottoms.sum())
+
+    @property
+    def of_seeds(self) -> list[float]:
+        """The mean of each seed."""
+        return [float(top.sum() / bottom.sum()) for top, bottom in zip(self.tops, self.bottoms, strict=True)]
+
+
+def effects(results: Results) -> list[Table]:
+    """List every pair of variants that differ in one setting: distances, answers, and what they write."""
+    pairs = list(_pairs(results))
+    return [table for table in (_distances(results, pairs), _answers(results, pairs), _texts(pairs)) if table.rows]
+
+
+def _pairs(results: Results) -> Iterator[Pair]:
+    for which in SWEEPS.values():
+        groups = alike(results.rows, which)
+        label = SETTINGS[which.field][0]
+        for group, where in zip(groups, headings([group[0] for group in groups], which), strict=True):
+            for base, row in combinations(group, 2):
+                first, second = (written(vars(one.settings)[which.field]) for one in (base, row))
+                if first != second:
+                    yield Pair(base, row, f"{label} {first} → {second}", where)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one setting changes in KL, in shares of the PTQ student's own; None where it was not measured."""
+
+    change: str
+    where: str
+    on_teachers: Estimate | None
+    on_own: Estimate | None
+
+
+def setting_changes(results: Results) -> list[Change]:
+    """List what each setting changes, where it was measured on anything."""
+    found = [
+        Change(pair.change, pair.where, *(_share(results, pair, FORWARD_KL, own) for own in (False, True)))
+        for pair in _pairs(results)
+    ]
+    return [one for one in found if one.on_teachers or one.on_own]
+
+
+def _share(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Estimate | None:
+    found = _compared(results, pair, measure, own)
+    return _scaled(found.difference, found.start) if found else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A measure of a pair. start: the PTQ student's own."""
+
+    base: Sums
+    row: Sums
+    start: float
+    difference: Estimate
+
+
+def _compared(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Compared | None:
+    """Compare a pair by a measure; None where any of it, or the PTQ student's, is missing."""
+    ptq = baseline(results.study, results.all_rows, pair.base, "ptq")
+    base, row = (_sums(one, measure, own) for one in (pair.base, pair.row))
+    start = _sums(ptq, measure, own) if ptq else None
+    if base is None or row is None or start is None or not start.value > 0:
+        return None
+    return Compared(base, row, start.value, _difference(base, row))
+
+
+def _scaled(found: Estimate, unit: float) -> Estimate:
+    return Estimate(**{name: value / unit for name, value in found.model_dump().items()})
+
+
+def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
+    """Compare KL on what the teacher wrote and on what each student wrote itself."""
+    rows = []
+    for pair in pairs:
+        for label, measure, own in (
+            ("KL on the teacher's text", FORWARD_KL, False),
+            ("reverse KL on it", REVERSE_KL, False),
+            ("KL on its own text", FORWARD_KL, True),
+        ):
+            if (found := _compared(results, pair, measure, own)) is None:
+                continue
+            share = _estimate(_scaled(found.difference, found.start))
+            numbers = (Cell(found.base.value), Cell(found.row.value), _estimate(found.difference), share)
+            words = verdict(found.difference, KL_MARGIN * found.start, found.base.tops.shape[1])
+            rows.append((Cell(pair.change), Cell(pair.where), Cell(label), *numbers, Cell(words)))
+    columns = (
+        Column("change", "setting"),
+        Column("where", "at"),
+        Column("measure", "measure"),
+        Column("base", "before", "kl"),
+        Column("value", "after", "kl"),
+        Column("difference", "difference [95 %]", "kl"),
+        Column("share", "of the PTQ student's, % [95 %]", "percent"),
+        Column("verdict", "verdict"),
+    )
+    note = (
+        "Variants that differ in one setting, paired over held-out documents, or over prompts where each student wrote "
+        f"its own; nats a token. Equivalent: within ±{100 * KL_MARGIN:g} % of the PTQ student's own. Intervals of one "
+        "seed do not hold how much another would differ, and are not corrected for being several."
+    )
+    return without_empty(Table("effects", "What each setting changes", columns, (Block("", tuple(rows)),), (note,)))
+
+
+def verdict(difference: Estimate, margin: float, documents: int) -> str:
+    """Say which of two KLs is lower, or that they are alike; where neither is sure, what would decide."""
+    sure, small = not difference.low <= 0 <= difference.high, max(-difference.low, difference.high) < margin
+    which = "better" if difference.value < 0 else "worse"
+    if sure:
+        return f"{which}, by less than the margin" if small else which
+    if small:
+        return "equivalent"
+    needed = math.ceil(documents * ((difference.high - difference.low) / 2 / margin) ** 2)
+    return f"cannot tell; {needed} documents would see differences of the margin"
+
+
+def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
+    """Compare probabilities of right answers, and the scores of tasks that generate."""
+    rows = []
+    parts = [(P_RIGHT.heading, results.choices, P_RIGHT.name)] if results.choices else []
+    parts += [(task.removesuffix("_offline"), (task,), "") for task in results.tasks if task not in results.choices]
+    for pair in pairs:
+        for label, tasks, measure in parts:
+            found = results.contrasts.over(pair.base, pair.row, tasks, measure)
+            if found is not None:
+                texts = (Cell(pair.change), Cell(pair.where), Cell(label))
+                rows.append((*texts, _estimate(found.difference), Cell(found.mde), Cell(found.words)))
+    columns = (
+        Column("change", "setting"),
+        Column("where", "at"),
+        Column("measure", "measure"),
+        Column("difference", "difference [95 %]", "kl"),
+        Column("mde", "detectable", "kl"),
+        Column("verdict", "verdict"),
+    )
+    note = (
+        "Paired by item; shares of 1. P(right) is the average over the multiple-choice tasks. Not corrected for number."
+    )
+    title = "What each setting changes in answers"
+    return Table("effects_answers", title, columns, (Block("", tuple(rows)),), (note,))
+
+
+def _texts(pairs: Sequence[Pair]) -> Table:
+    """Compare how long students' own completions of the held-out prompts are, and how many end."""
+    rows = []
+    for pair in pairs:
+        found = (_own_lengths(pair.base), _own_lengths(pair.row))
+        if found[0] is not None and found[1] is not None:
+            labels = ("tokens", "end by themselves, %")
+            for label, first, second in zip(labels, found[0], found[1], strict=True):
+                difference = _difference(first, second)
+                texts = (Cell(pair.change), Cell(pair.where), Cell(label))
+                rows.append((*texts, Cell(first.value), Cell(second.value), _estimate(difference)))
+    columns = (
+        Column("change", "setting"),
+        Column("where", "at"),
+        Column("measure", "completions"),
+        Column("base", "before", "ratio"),
+        Column("value", "after", "ratio"),
+        Column("difference", "difference [95 %]", "ratio"),
+    )
+    note = "Of the students' own completions of the held-out prompts, paired by prompt."
+    return Table(
+        "effects_text", "What each setting changes in what is written", columns, (Block("", tuple(rows)),), (note,)
+    )
+
+
+def _sums(row: Row, measure: TokenMeasure, own: bool) -> Sums | None:
+    """Return a measure's sums and tokens of each document, None where any are missing."""
+    found = [model.own_text if own else model.documents for model in row.models]
+    known = [one for one in found if one is not None and one.has(measure)]
+    if len(known) < len(found):
+        return None
+    return Sums(np.stack([one[measure] for one in known]), np.stack([one.tokens for one in known]))
+
+
+def _own_lengths(row: Row) -> tuple[Sums, Sums] | None:
+    """Return tokens, and percent that end, of each completion that a row's models wrote."""
+    found = [model.own_completions for model in row.models]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return None
+    tokens, ended = (np.stack([one[place] for one in known]) for place in (0, 1))
+    return Sums(tokens, np.ones_like(tokens)), Sums(100 * ended, np.ones_like(ended))
+
+
+def _difference(base: Sums, row: Sums) -> Estimate:
+    """Estimate the difference of two means, paired over documents, with the variance of seeds."""
+    parts = (base.tops.mean(0), row.tops.mean(0), base.bottoms.mean(0), row.bottoms.mean(0))
+    found = stats.ratio_difference(*parts)
+    for one in (base, row):
+        found = stats.widen(found, one.of_seeds)
+    return found
+
+
+def _estimate(found: Estimate) -> Cell:
+    return Cell(found.value, low=found.low, high=found.high)

@@ -1,0 +1,133 @@
+"""What each setting changes: pairs that differ in it alone, against references computed here."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_up import answers, evaluated, make_run
+
+from kdctl.report.columns import Results
+from kdctl.report.contrasts import Contrasts
+from kdctl.report.effects import KL_MARGIN, effects, setting_changes, verdict
+from kdctl.report.figures import changes, verdicts
+from kdctl.report.study_reader import read_study
+from kdctl.report.tables import Table
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.paths import RunDir
+from kdctl.run.records import Estimate, Rollout, StoreManifest
+
+LAMBDAS = {"off": 0.0, "mixed": 0.5, "on": 1.0}
+OWN = {"ptq": 0.5, "off": 0.4, "mixed": 0.3, "on": 0.2}
+PROMPTS = 30
+
+
+def wrote(run: RunDir, name: str, kl: float, order: int) -> None:
+    """Write what a model's own completions were like, in an order of its own."""
+    drawn = np.random.default_rng(5)
+    tokens = drawn.integers(10, 60, PROMPTS) + order
+    sums = kl * tokens * drawn.uniform(0.8, 1.2, PROMPTS)
+    ids = [f"{index:02d}" for index in range(PROMPTS)]
+    shuffled = np.random.default_rng(order).permutation(PROMPTS)
+    columns = {"tokens": tokens.astype(float), "forward_kl": sums}
+    table = pa.table({"prompt_id": ids, **columns}).take(shuffled)
+    pq.write_table(table, run.samples(name, "student_written"))
+    rollouts = [
+        Rollout(ids[i], i, 0, [1], [2] * int(tokens[i]), None, "stop" if i % 3 else "length", 0, 0, "student")
+        for i in shuffled
+    ]
+    store = RolloutStore(run.eval(name) / "rollouts")
+    entry = store.write_shard(0, rollouts, "x")
+    store.finish(StoreManifest(source="student", identity="x", writer="x", sampling=None, shards=(entry,)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Make a folder of three λ at one β, and one at another learning rate and another mix."""
+    variants = {
+        name: {"lmbda": lmbda, "kl": 0.3 - 0.1 * index, "draw": index}
+        for index, (name, lmbda) in enumerate(LAMBDAS.items())
+    }
+    variants |= {"apart": {"lr": 9.0, "lmbda": 0.25}}
+    made = make_run(tmp_path_factory.mktemp("effects") / "run", variants, ("alpha",))
+    evaluated(made, "ptq", {"alpha": answers(0.6, 1)}, kl=0.4)
+    for order, (name, kl) in enumerate(OWN.items()):
+        wrote(made, name, kl, order)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(run: RunDir) -> Results:
+    return Results(read_study([run]), Contrasts(0.005))
+
+
+def column(table: Table, key: str) -> list[object]:
+    place = [one.key for one in table.columns].index(key)
+    return [row[place].value for row in table.rows]
+
+
+def test_every_pair_that_differs_in_one_setting_is_compared(results: Results) -> None:
+    found = [one.change for one in setting_changes(results)]
+    assert found == ["λ 0 → 0.5", "λ 0 → 1", "λ 0.5 → 1"]  # and none with the variant of another learning rate
+
+
+def test_differences_are_those_of_means_in_units_of_the_ptq_students(run: RunDir, results: Results) -> None:
+    table = effects(results)[0]
+    documents = {name: pq.read_table(run.samples(name, "heldout")) for name in ("ptq", "off", "on")}
+    kl = {name: np.sum(one["forward_kl"]) / np.sum(one["tokens"]) for name, one in documents.items()}
+    row = column(table, "change").index("λ 0 → 1")
+    assert column(table, "measure")[row] == "KL on the teacher's text"
+    assert column(table, "difference")[row] == pytest.approx(kl["on"] - kl["off"])
+    assert column(table, "share")[row] == pytest.approx((kl["on"] - kl["off"]) / kl["ptq"])
+    assert column(table, "verdict")[row] == "better"
+
+
+def test_own_completions_are_paired_by_prompt_whatever_their_order(results: Results) -> None:
+    own = {one.change: one.on_own for one in setting_changes(results)}
+    found = own["λ 0 → 1"]
+    assert found is not None
+    assert found.value == pytest.approx((OWN["on"] - OWN["off"]) / OWN["ptq"], rel=0.02)
+    assert found.high - found.low < 0.05  # unpaired, the prompts' own spread would be four times as much
+
+
+def test_length_and_ends_are_compared_by_prompt(results: Results) -> None:
+    table = next(one for one in effects(results) if one.name == "effects_text")
+    found = dict(zip(zip(column(table, "change"), column(table, "measure"), strict=True), table.rows, strict=True))
+    places = [one.key for one in table.columns]
+    longer = found["λ 0 → 1", "tokens"][places.index("difference")]
+    assert (longer.value, longer.low, longer.high) == pytest.approx((2.0, 2.0, 2.0))
+    ended = found["λ 0 → 1", "end by themselves, %"]
+    assert ended[places.index("base")].value == pytest.approx(200 / 3)
+    assert ended[places.index("difference")].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.5, -0.2, "better"),
+        (0.2, 0.5, "worse"),
+        (-0.09, -0.01, "better, by less than the margin"),
+        (-0.05, 0.09, "equivalent"),
+        (-0.2, 0.2, "cannot tell; 400 documents would see differences of the margin"),
+        (-0.4, 0.0, "cannot tell; 400 documents would see differences of the margin"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_the_margin(low: float, high: float, words: str) -> None:
+    assert verdict(Estimate(value=(low + high) / 2, low=low, high=high), 0.1, 100) == words
+
+
+def test_figures_shade_what_is_too_small_to_matter(results: Results) -> None:
+    found, shown = changes(results), verdicts(results)
+    assert found is not None
+    assert shown is not None
+    assert found.panels[0].margin == pytest.approx(100 * KL_MARGIN)
+    headings = [entry.label for entry in found.panels[0].entries if not entry.marks]
+    assert headings == ["λ 0 → 0.5", "λ 0 → 1", "λ 0.5 → 1"]
+    assert [panel.margin for panel in shown.panels] == pytest.approx([100 * KL_MARGIN, 0.5])
+
+
+def test_without_a_pair_there_is_nothing(tmp_path: Path) -> None:
+    alone = Results(read_study([make_run(tmp_path / "run", {"a": {}})]), Contrasts(0.005))
+    assert effects(alone) == []
+    assert changes(alone) is None
