@@ -62,6 +62,11 @@ class RowCache:
         keys, values = self._layers[layer]
         return keys[:rows, :, :tokens], values[:rows, :, :tokens]
 
+    def of_row(self, layer: int, row: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return views of a row's first tokens, (1, heads, tokens, D) each."""
+        keys, values = self._layers[layer]
+        return keys[row : row + 1, :, :tokens], values[row : row + 1, :, :tokens]
+
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
         """Copy a row's first tokens over other rows."""
         if targets:
@@ -74,12 +79,14 @@ class Layout:
     """Where the tokens of one row (1, N) belong: one new token for each of the cache's first rows, then sequences.
 
     counts: (R,) int64, the tokens that each continued row has, its new one included; longest: the largest of them.
+    prefix: the first tokens of every sequence, which are not in it but in the cache's last row.
     """
 
     sequences: Sequence[int] = ()
     cache: RowCache | None = None
     counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     longest: int = 0
+    prefix: int = 0
     _seen: dict[int | None, Tensor] = field(default_factory=dict)
 
     def seen(self, window: int | None) -> Tensor:
@@ -121,7 +128,7 @@ def forward(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lay
     input_ids, position_ids: (N,) int64, the tokens and their places in their sequences. Raises ModelError if the
     model's attention cannot take a layout, or a sequence is longer than the network reaches.
     """
-    reach_of(model.config).check(max(layout.longest, *layout.sequences, 0))
+    reach_of(model.config).check(max(layout.longest, *(layout.prefix + one for one in layout.sequences), 0))
     output = use_layouts(model).base_model(
         input_ids=input_ids.unsqueeze(0),
         position_ids=position_ids.unsqueeze(0),
@@ -155,7 +162,11 @@ def attend(
         parts.append(_continue(query[:, :, :start], *cached, layout.seen(window), scale))
     for length in layout.sequences:
         part = slice(start, start + length)
-        parts.append(_whole(query[:, :, part], key[:, :, part], value[:, :, part], window, scale))
+        keys, values = key[:, :, part], value[:, :, part]
+        if layout.cache is not None and layout.prefix:
+            first = layout.cache.of_row(module.layer_idx, layout.cache.rows - 1, layout.prefix)  # pyright: ignore
+            keys, values = torch.cat([first[0], keys], 2), torch.cat([first[1], values], 2)
+        parts.append(_whole(query[:, :, part], keys, values, window, scale))
         start += length
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
@@ -172,13 +183,13 @@ def _continue(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: fl
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """Attend causally within one sequence, (1, heads, T, D), no further back than the window."""
-    length = query.shape[2]
-    if window is None or length <= window:
+    """Attend causally from a sequence's last tokens, (1, heads, T, D), to all of it, no further than the window."""
+    length, whole = query.shape[2], key.shape[2]
+    if length == whole and (window is None or length <= window):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    place = torch.arange(length, device=query.device)
-    distance = place.unsqueeze(-1) - place
-    seen = (distance >= 0) & (distance < window)
+    place = torch.arange(whole, device=query.device)
+    distance = place[whole - length :].unsqueeze(-1) - place
+    seen = (distance >= 0) & (distance < (window or whole))
     return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
 
 

@@ -25,6 +25,8 @@ Item = tuple[Prompt, int]
 """A prompt and the index of its sample."""
 PROMPT_TOKENS = 8192
 """Prompt tokens that are read in one pass."""
+PREFIX = 128
+"""Tokens that all prompts begin with, as examples of a task, from which they are read once for all."""
 SPAN = 256
 """Tokens of the vocabulary whose weights are summed up first when one is drawn."""
 
@@ -142,38 +144,49 @@ class InProcess:
         waiting = sorted(rows, key=lambda row: -len(row.prompt.prompt_ids))
         size = min(self.batch_size, len(rows))
         longest = max(len(row.prompt.prompt_ids) for row in rows)
-        cache, active = RowCache(size, longest + sampling.max_new_tokens), []
+        prefix = common_prefix([row.prompt.prompt_ids for row in rows])
+        cache, active = RowCache(size + bool(prefix), longest + sampling.max_new_tokens), []
+        if prefix:
+            self._read(rows[0].prompt.prompt_ids[:prefix], cache)
         while active or waiting:
-            admitted = _admit(waiting, size - len(active))
-            logits = self._forward(active, admitted, cache)
+            admitted = _admit(waiting, size - len(active), prefix)
+            logits = self._forward(active, admitted, cache, prefix)
             active += admitted
             self._draw(active, logits, sampling, policy_step)
             drawn(active)
             _retire(active, cache, sampling)
 
-    def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache) -> Tensor:
+    def _read(self, tokens: Sequence[int], cache: RowCache) -> None:
+        """Read what all prompts begin with into the cache's last row."""
+        place = torch.arange(len(tokens), device=self.model.device)
+        cache.point(torch.full_like(place, cache.rows - 1), place)
+        forward(self.model, torch.tensor(tokens, device=place.device), place, Layout([len(tokens)], cache))
+
+    def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache, prefix: int) -> Tensor:
         """Read the active rows' last tokens and the admitted rows' prompts; return each row's next logits, (R, V).
 
-        Rows admitted side by side with one prompt share its reading.
+        Rows admitted side by side with one prompt share its reading. prefix: tokens of every prompt that were read.
         """
         counts, device = [row.length for row in active], self.model.device
         tokens, rows = [row.tokens[-1] for row in active], list(range(len(active)))
         places, ends, shared = [count - 1 for count in counts], list(rows), []
         for _, group in groupby(enumerate(admitted, len(active)), key=lambda item: id(item[1].prompt)):
             slots, prompts = zip(*((slot, row.prompt.prompt_ids) for slot, row in group), strict=True)
-            ids = prompts[0]
+            ids = prompts[0][prefix:]
             tokens += ids
             rows += [slots[0]] * len(ids)
-            places += range(len(ids))
+            places += range(prefix, prefix + len(ids))
             ends += [len(tokens) - 1] * len(slots)
             shared.append((slots, len(ids)))
+            if prefix:
+                cache.copy(cache.rows - 1, slots[:1], prefix)
         place = torch.tensor(places, device=device)
         cache.point(torch.tensor(rows, device=device), place)
         count = torch.tensor(counts, dtype=torch.int64, device=device)
-        layout = Layout([length for _, length in shared], cache, count, max(counts, default=0))
+        layout = Layout([length for _, length in shared], cache, count, max(counts, default=0), prefix)
         hidden = forward(self.model, torch.tensor(tokens, device=device), place, layout)
         for slots, length in shared:
-            cache.copy(slots[0], slots[1:], length)
+            cache.copy(slots[0], slots[1:], prefix + length)
         return self.model.get_output_embeddings()(hidden[ends])  # pyright: ignore[reportOptionalCall]
 
     def _draw(self, rows: list[Row], logits: Tensor, sampling: Sampling, policy_step: int) -> None:
@@ -225,12 +238,20 @@ def _retire(active: list[Row], cache: RowCache, sampling: Sampling) -> None:
                 cache.copy(len(active), [slot], last.length - 1)
 
 
-def _admit(waiting: list[Row], free: int) -> list[Row]:
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Count the tokens that all prompts begin with, less than any has; 0 where they are too few to be worth a pass."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    shared = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), most)
+    return min(shared, most) if len(prompts) > 1 and min(shared, most) >= PREFIX else 0
+
+
+def _admit(waiting: list[Row], free: int, prefix: int) -> list[Row]:
     """Take the next rows that have a place, as many as are read in one pass without too large activations."""
     admitted: list[Row] = []
     tokens = 0
     while waiting and len(admitted) < free:
-        tokens += len(waiting[0].prompt.prompt_ids)
+        tokens += len(waiting[0].prompt.prompt_ids) - prefix
         if admitted and tokens > PROMPT_TOKENS:
             break
         admitted.append(waiting.pop(0))

@@ -88,6 +88,24 @@ def test_sequences_end_to_end_see_only_themselves(kind: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
+def test_sequences_go_on_from_a_prefix_that_was_read_before(kind: str) -> None:
+    model, cache, long = build(kind), RowCache(3, 16), sequences()[2]
+    shared, ends = long[:9], (long[9:11], long[10:12], long[9:10])
+    wanted = [
+        forward(model, whole, torch.arange(len(whole)), Layout([len(whole)]))[9:]
+        for whole in (torch.cat([shared, end]) for end in ends)
+    ]
+    cache.point(torch.full((9,), 2), torch.arange(9))
+    forward(model, shared, torch.arange(9), Layout([9], cache))
+    lengths = [len(end) for end in ends]
+    places = torch.cat([torch.arange(9, 9 + length) for length in lengths])
+    cache.point(torch.zeros(sum(lengths), dtype=torch.int64), places)
+    found = forward(model, torch.cat(ends), places, Layout(lengths, cache, prefix=9))
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
 def test_continued_rows_beside_new_sequences_see_all_of_their_own(kind: str) -> None:
     """Rows 0 and 1 are read but for their last two tokens, then one token a pass; sequences 2 and 3 join later."""
     model, cache, (first, second, third, fourth) = build(kind), RowCache(4, 16), sequences()

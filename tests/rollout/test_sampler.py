@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, 
 
 from kdctl.base.rng import uniform
 from kdctl.config.preset import RolloutSection
-from kdctl.rollout.sampler import InProcess, Sampling, nucleus, sample
+from kdctl.rollout.sampler import PREFIX, InProcess, Sampling, common_prefix, nucleus, sample
 from kdctl.run.records import Prompt, Rollout
 
 EOS = 258
@@ -214,6 +214,36 @@ def test_completions_of_one_prompt_share_its_reading(teacher_fp32):
     assert read[0] == sum(len(prompt.prompt_ids) for prompt in prompts)
     alone = [InProcess(teacher_fp32, (EOS,), "teacher").complete([item], EXACT)[0] for item in items]
     assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_all_prompts_begin_with_is_read_once(teacher_fp32, temperature):
+    shared = [(53 * i) % 256 for i in range(PREFIX)]
+    prompts = [Prompt(f"p{i}", i, shared + [(37 * i + 11 * j) % 256 for j in range(1 + 3 * i)]) for i in range(7)]
+    read: list[int] = []
+    hook = teacher_fp32.base_model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    items, settings = [(prompt, sample) for prompt in prompts for sample in range(2)], sampling(temperature=temperature)
+    found = InProcess(teacher_fp32, STOPS, "teacher", 5).complete(items, settings)
+    hook.remove()
+    assert read[0] == PREFIX
+    drawn = sum(len(rollout.completion_ids) for rollout in found)
+    assert sum(read) <= PREFIX + 2 * sum(len(prompt.prompt_ids) - PREFIX for prompt in prompts) + drawn
+    alone = [InProcess(teacher_fp32, STOPS, "teacher").complete([item], settings)[0] for item in items]
+    assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
+    for one, other in zip(found, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_prefix_is_shorter_than_every_prompt_and_long_enough_to_pay():
+    shared = list(range(PREFIX))
+    assert common_prefix([[*shared, 1], [*shared, 2]]) == PREFIX
+    assert common_prefix([[*shared, 1, 1], [*shared, 1]]) == PREFIX
+    assert common_prefix([shared, [*shared, 1]]) == 0  # less than the shortest, and then too few
+    assert common_prefix([[*shared[1:], 1], [*shared[1:], 2]]) == 0
+    assert common_prefix([[*shared, 1]]) == 0
+    assert common_prefix([[1, 2], [1, 3], [2]]) == 0
 
 
 def test_long_prompts_are_read_in_several_passes(teacher_fp32, monkeypatch):
