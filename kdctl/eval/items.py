@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         "gold": pa.int32(),
         "loglikelihoods": pa.list_(pa.float64()),
         "lengths": pa.list_(pa.int32()),
+        "bytes": pa.list_(pa.int32()),
         "prediction_acc": pa.int32(),
         "prediction_acc_norm": pa.int32(),
         "acc": pa.bool_(),
@@ -165,8 +166,10 @@ def _verdict(task: ConfigurableTask, sample: Sample) -> dict[str, Any]:
     if isinstance(gold, str):
         gold = choices.index(gold) if gold in choices else -1
     said = Choices(loglikelihoods[: len(choices)], [len(choice) for choice in choices], gold)
+    scored = [continuation for _, continuation, *_ in sample["arguments"]]
     return {
         **vars(said),
+        "bytes": [len(text.encode()) for text in scored[: len(choices)]],
         "prediction_acc": said.best,
         "prediction_acc_norm": said.best_norm,
         "acc": bool(ACCURACY.per_item(said)),

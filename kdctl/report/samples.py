@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdctl.base.errors import brief
-from kdctl.run.documents import PerDocument, from_table, is_scored, item_values, scores
+from kdctl.run.documents import PerDocument, from_table, is_scored, item_values, right_bits, scores
 from kdctl.run.files import sha256
 from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY, derived_measures
 from kdctl.run.record_files import damaged
@@ -19,6 +19,8 @@ from kdctl.run.record_files import damaged
 DERIVED = {one.name for one in derived_measures()}
 NEEDED = (FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY)
 """What a report reads by name; other measures have a column where they were taken."""
+CHOICES = {"loglikelihoods", "lengths", "gold"}
+"""What is kept of multiple choice, but not in tables of before."""
 TEACHER_TOLERANCE = 0.02
 NO_SUMS: Mapping[str, str] = MappingProxyType({})
 """What results say of their items that were written before there were hashes of them."""
@@ -58,9 +60,26 @@ def read_items(path: Path, metric: str, sums: Mapping[str, str] = NO_SUMS) -> It
     measure = ITEM_MEASURES[metric]
     if measure.reported:
         _check_columns(path, table, [metric])
-    elif not {"loglikelihoods", "lengths", "gold"} <= {*table.column_names}:
+    elif not {*table.column_names} >= CHOICES:
         return None  # a table of before they were kept
     return _items(table, item_values(table, measure))
+
+
+@dataclass(frozen=True)
+class Right:
+    """What a model said of the right choices of one task, ordered by item id, (items,) each."""
+
+    bits: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+
+
+def read_right(path: Path, sums: Mapping[str, str] = NO_SUMS) -> Right | None:
+    """Read the likelihoods of right choices like ``read_items``; None where none were kept."""
+    table = _read(path, ["item_id"], sums)
+    if table is None or not {*table.column_names} >= CHOICES:
+        return None
+    bits, sizes = right_bits(table.sort_by("item_id"))
+    return Right(bits, sizes)
 
 
 def _items(table: pa.Table, values: NDArray[np.generic]) -> Items:

@@ -16,11 +16,13 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset
 from kdctl.report.samples import (
     Items,
+    Right,
     document_differences,
     item_differences,
     read_by_prompt,
     read_documents,
     read_items,
+    read_right,
 )
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import Array, PerDocument
@@ -120,6 +122,12 @@ class Model:
             path = self.run.samples(self.key, task)
             self._items[key] = read_items(path, measure or self.result.tasks[task].metric, self.result.samples)
         return self._items.get(key)
+
+    def right(self, task: str) -> Right | None:
+        """Read the likelihoods of a task's right choices; None where they were not kept. Raises like ``items``."""
+        if self.run is None or self.result is None or task not in self.scores:
+            return None
+        return read_right(self.run.samples(self.key, task), self.result.samples)
 
     @cached_property
     def _items(self) -> dict[tuple[str, str], Items | None]:

@@ -1,5 +1,6 @@
 """What was measured on each held-out document and each benchmark item: columns of ``samples/*.parquet``."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,18 @@ def scores(table: pa.Table) -> NDArray[np.generic]:
     """Return each item's own score, (items,), bool where all are right or wrong."""
     values = table[SCORE].to_numpy().astype(np.float64)
     return values.astype(np.bool_) if np.isin(values, (0, 1)).all() else values
+
+
+def right_bits(table: pa.Table) -> tuple[Array, Array]:
+    """Return −log₂ likelihood of each item's right choice, (items,), and its bytes, or characters where none are kept.
+
+    Items without a right choice have 0 of both.
+    """
+    sizes = table["bytes" if "bytes" in table.column_names else "lengths"].to_pylist()
+    rows = zip(table["loglikelihoods"].to_pylist(), sizes, table["gold"].to_pylist(), strict=True)
+    pairs = [(-said[gold] / math.log(2), size[gold]) if gold >= 0 else (0.0, 0) for said, size, gold in rows]
+    bits, lengths = (np.array(column, np.float64) for column in zip(*pairs, strict=True))
+    return bits, lengths
 
 
 def item_values(table: pa.Table, measure: ItemMeasure) -> NDArray[np.generic]:

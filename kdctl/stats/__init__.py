@@ -4,14 +4,17 @@ from kdctl.stats.bootstrap import LEVEL, exponential, ratio, ratio_difference, r
 from kdctl.stats.comparisons import Paired, compare, compare_average, holm
 from kdctl.stats.gaps import Trio, recovery, recovery_average
 from kdctl.stats.proportions import accuracy
+from kdctl.stats.ratios import Ratio, average_ratio
 from kdctl.stats.repeats import Repeated, average_seeds, compare_seeds, compare_seeds_average, seeds, widen
 
 __all__ = [
     "LEVEL",
     "Paired",
+    "Ratio",
     "Repeated",
     "Trio",
     "accuracy",
+    "average_ratio",
     "average_seeds",
     "compare",
     "compare_average",
