@@ -197,6 +197,7 @@ def distill(
     "eval.batch_size",
     "eval.samples",
     "eval.temperature",
+    "eval.allow_code_execution",
 )
 def evaluate(
     *,

