@@ -7,7 +7,7 @@ import numpy as np
 from kdctl import stats
 from kdctl.report.columns import AVERAGE, Results
 from kdctl.report.contrasts import Row, baseline
-from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.documents import Array
 from kdctl.run.records import Estimate
 from kdctl.stats import Ratio
@@ -39,7 +39,7 @@ def _rows(results: Results, name: str, tasks: Sequence[str]) -> Iterator[tuple[C
             continue
         bases = [baseline(results.study, results.all_rows, row, kind) for kind in ("ptq", "teacher")]
         others = [_ratio(row, tasks, base) if base and row.kind != "teacher" else None for base in bases]
-        yield Cell(row.name), Cell(name), _cell(own), *map(_cell, others)
+        yield Cell(row.name), Cell(name), estimated(own), *map(estimated, others)
 
 
 def _ratio(row: Row, tasks: Sequence[str], base: Row | None = None) -> Estimate | None:
@@ -58,7 +58,3 @@ def _right(row: Row, task: str) -> tuple[Array, Array] | None:
     """Return bits of each right choice, the mean of a row's seeds, and bytes; None where any was not kept."""
     found = [one for model in row.models if (one := model.right(task)) is not None]
     return (np.mean([one.bits for one in found], axis=0), found[0].bytes) if len(found) == len(row.models) else None
-
-
-def _cell(found: Estimate | None) -> Cell:
-    return Cell(found.value, low=found.low, high=found.high) if found else Cell()

@@ -10,17 +10,13 @@ from kdctl.report.by_source import sources
 from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
-from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, TOKEN_MEASURES, TokenMeasure, column_measures
 from kdctl.run.records import Estimate
 from kdctl.stats import Trio
 from kdctl.stats.findings import Comparison, Recovery
 
 NAMES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "teacher"}
-
-
-def _estimate(found: Estimate | None) -> Cell:
-    return Cell(found.value, low=found.low, high=found.high) if found else Cell()
 
 
 def _parts(results: Results) -> list[tuple[str, tuple[str, ...]]]:
@@ -63,7 +59,7 @@ def comparisons(results: Results) -> Table:
 
 
 def _comparison(name: str, kind: Kind, task: str, found: Found, judged: Judged | None) -> tuple[Cell, ...]:
-    difference, flips = _estimate(found.difference), [Cell()] * 4
+    difference, flips = estimated(found.difference), [Cell()] * 4
     if isinstance(found, Comparison):
         flips = [Cell(value) for value in (found.p_mcnemar, found.harmful, found.beneficial, found.flip_rate)]
     words = judged.words if judged else "one of the seeds above"
@@ -90,8 +86,8 @@ def distances(results: Results) -> Table:
             continue
         found = [per_token_difference(base, row, measure) for measure in measures]
         if any(found):
-            first, *others = map(_estimate, found)
-            rows.append((Cell(row.name), first, _estimate(removed(base, row)), *others))
+            first, *others = map(estimated, found)
+            rows.append((Cell(row.name), first, estimated(removed(base, row)), *others))
     first, *others = map(_difference_column, measures)
     columns = (Column("model", "model"), first, Column("removed", "share of KL removed [95 %]", "share"), *others)
     note = "Nats a token, paired over held-out documents (percentile bootstrap); not corrected for being several."
@@ -154,7 +150,7 @@ def recoveries(results: Results) -> Table:
             for name, tasks in _parts(results):
                 found = recovery_of(results, Row(model.name, (model,)), tasks)
                 if found:
-                    cells = (_estimate(found.estimate), _estimate(found.bootstrap))
+                    cells = (estimated(found.estimate), estimated(found.bootstrap))
                     rows.append((Cell(model.name), Cell(name), *cells, Cell(found.reason)))
     columns = (
         Column("model", "model"),
@@ -202,7 +198,7 @@ def measures(results: Results) -> Table:
                 judged = results.judged(row, kind, results.choices, name)
                 if judged:
                     found, texts = judged.found, (row.name, NAMES[kind], name)
-                    numbers = (_estimate(found.difference), Cell(found.p), Cell(judged.p_holm), Cell(found.mde))
+                    numbers = (estimated(found.difference), Cell(found.p), Cell(judged.p_holm), Cell(found.mde))
                     sharp = [Cell(_blur(results, row, kind, measure)) for measure in (name, "")]
                     rows.append((*map(Cell, texts), *numbers, *sharp, Cell(judged.words)))
     columns = (

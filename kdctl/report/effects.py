@@ -12,7 +12,7 @@ from kdctl import stats
 from kdctl.report.columns import SETTINGS, Results
 from kdctl.report.contrasts import Row, baseline
 from kdctl.report.layouts import SWEEPS, alike, headings, written
-from kdctl.report.tables import Block, Cell, Column, Table, without_empty
+from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
 from kdctl.run.records import Estimate
 
@@ -125,8 +125,8 @@ def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
         ):
             if (found := _compared(results, pair, measure, own)) is None:
                 continue
-            share = _estimate(_scaled(found.difference, found.start))
-            numbers = (Cell(found.base.value), Cell(found.row.value), _estimate(found.difference), share)
+            share = estimated(_scaled(found.difference, found.start))
+            numbers = (Cell(found.base.value), Cell(found.row.value), estimated(found.difference), share)
             words = verdict(found.difference, KL_MARGIN * found.start, found.base.tops.shape[1])
             rows.append((Cell(pair.change), Cell(pair.where), Cell(label), *numbers, Cell(words)))
     columns = (
@@ -169,7 +169,7 @@ def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
             found = results.contrasts.over(pair.base, pair.row, tasks, measure)
             if found is not None:
                 texts = (Cell(pair.change), Cell(pair.where), Cell(label))
-                rows.append((*texts, _estimate(found.difference), Cell(found.mde), Cell(found.words)))
+                rows.append((*texts, estimated(found.difference), Cell(found.mde), Cell(found.words)))
     columns = (
         Column("change", "setting"),
         Column("where", "at"),
@@ -195,7 +195,7 @@ def _texts(pairs: Sequence[Pair]) -> Table:
             for label, first, second in zip(labels, found[0], found[1], strict=True):
                 difference = _difference(first, second)
                 texts = (Cell(pair.change), Cell(pair.where), Cell(label))
-                rows.append((*texts, Cell(first.value), Cell(second.value), _estimate(difference)))
+                rows.append((*texts, Cell(first.value), Cell(second.value), estimated(difference)))
     columns = (
         Column("change", "setting"),
         Column("where", "at"),
@@ -236,7 +236,3 @@ def _difference(base: Sums, row: Sums) -> Estimate:
     for one in (base, row):
         found = stats.widen(found, one.of_seeds)
     return found
-
-
-def _estimate(found: Estimate) -> Cell:
-    return Cell(found.value, low=found.low, high=found.high)

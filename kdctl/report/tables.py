@@ -10,6 +10,7 @@ from typing import Literal
 
 from kdctl.base.strict_json import write_json
 from kdctl.run.measures import fixed
+from kdctl.run.records import Estimate
 
 TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
 Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share", "ratio"]
@@ -56,6 +57,11 @@ class Cell:
     """95 % interval."""
     marks: tuple[str, ...] = ()
     bold: bool = False
+
+
+def estimated(found: Estimate | None) -> Cell:
+    """Write an estimate with its interval."""
+    return Cell(found.value, low=found.low, high=found.high) if found else Cell()
 
 
 @dataclass(frozen=True)
