@@ -46,10 +46,10 @@ SWEEPS: dict[str, Sweep] = {
 def legend(results: Results) -> tuple[str, ...]:
     """Explain a table's numbers and marks."""
     margin = f"±{100 * results.contrasts.margin:g} points"
-    notes = [
-        "Accuracies in percent ± one standard error (clustered by subject, and by twin sentences); average over "
-        "tasks, unweighted; KL per held-out token in nats with a 95 % interval over documents.",
-    ]
+    scores = "Scores" if len(results.choices) < len(results.tasks) else "Accuracies"
+    tasks = f"{scores} in percent ± one standard error (clustered by subject, and by twin sentences); average over "
+    kl = "KL per held-out token in nats with a 95 % interval over documents."
+    notes = [f"{tasks}tasks, unweighted; {kl}" if results.tasks else kl]
     if results.averages or results.single:
         notes.append(
             "P↑ P↓: better or worse than the PTQ student (less KL or perplexity is better); T↑ T↓: than the teacher; "
@@ -59,7 +59,7 @@ def legend(results: Results) -> tuple[str, ...]:
             f"averages, over the {len(results.single)} of single tasks, and over the rivals of each column's best; "
             "not over KL and perplexity, where intervals of the difference leave out 0, nor over equivalences."
         )
-    else:
+    elif results.tasks:
         notes.append(f"No marks: {NO_ITEMS} of two models; kdctl eval keeps them.")
     if any(len(row.models) > 1 for row in results.rows):
         notes.append("Rows of several seeds are their mean; errors and intervals hold the variance between seeds too.")

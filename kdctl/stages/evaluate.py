@@ -86,9 +86,12 @@ def _evaluate_all(
     context: Context, teacher: Teacher, measuring: Measuring | None, pending: Sequence[Candidate], force: bool
 ) -> None:
     """Load the tasks, make what measuring needs, then evaluate this process's share of the models."""
-    from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import; only this stage needs it
+    from kdctl.eval.tasks import build_tasks, generates  # lm-eval takes seconds to import; only this stage needs it
 
     tasks = context.ranks.main_first(lambda: build_tasks(context.preset.eval, teacher.offline))
+    settings = context.preset.eval
+    if (settings.samples > 1 or settings.temperature is not None) and not generates(tasks):
+        context.reporter.note("eval.samples and eval.temperature have no effect: none of the tasks has answers written")
     if any(one.foreign is None and one.name != "teacher" for one in pending):
         ensure_student(context, teacher, measuring)
     found = measuring or ensure_measuring(context, teacher)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
@@ -162,3 +163,21 @@ def test_student_written_completions_can_be_left_out(brief: Preset, tmp_path: Pa
         assert not (job.context.paths.eval(name) / "rollouts").exists()
         assert not (job.context.paths.eval(name) / "samples" / "student_written.parquet").exists()
     assert all(evaluated(brief, tmp_path)[1][name].student_written for name in results)
+
+
+class Notes(Silent):
+    """Keep what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_samples_that_nobody_writes_are_said_to_have_no_effect(brief: Preset, tmp_path: Path) -> None:
+    changes = {"eval.samples": 2, "eval.temperature": 1.0, "eval.student_written": False}
+    notes = Notes()
+    job = open_run(build_preset(brief.model_dump(), changes, "test"), tmp_path, reporter=notes)
+    pipeline.evaluate(*job, names=["teacher"])
+    assert [line for line in notes.lines if "eval.samples and eval.temperature have no effect" in line]
