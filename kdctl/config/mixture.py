@@ -11,7 +11,7 @@ from kdctl.config.section import Count, Name, Positive, Section
 
 LABEL = re.compile(r"\w[\w.-]*")
 LONGEST_NAME = 80
-"""Characters of a mix in the name of a folder; a longer one is replaced by its hash."""
+"""Bytes of a mix in the name of a folder; a longer one is replaced by its hash."""
 Columns = Mapping[str, Name]
 KINDS = ("messages", "prompt", "answer", "text")
 """What a column may be."""
@@ -91,10 +91,24 @@ def parse_mix(text: str) -> dict[str, float]:
     return found
 
 
+def canonical_mix(weights: Mapping[str, float]) -> str:
+    """Write a mix in the one way that all equal ones have: by name, the smallest weight 1."""
+    least = min(weights.values())
+    return ",".join(f"{name}:{weights[name] / least:.6g}" for name in sorted(weights))
+
+
 def mix_name(mix: str) -> str:
     """Write a mix as a part of a folder's name."""
     name = "_".join(f"{label}-{weight:g}" for label, weight in parse_mix(mix).items())
-    return name if len(name) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name if len(name.encode()) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _as_canonical(text: str) -> str:
+    return canonical_mix(parse_mix(text))
+
+
+Mix = Annotated[Name, AfterValidator(_as_canonical)]
+"""Weights of sources, written in one way."""
 
 
 def mixed(sources: Sequence[MixedSource], mix: str | None) -> tuple[MixedSource, ...]:

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdctl.config.mixture import MixedSource, Sources, mixed
+from kdctl.config.mixture import Mix, MixedSource, Sources, canonical_mix, mixed
 from kdctl.config.section import (
     LARGEST,
     SINGLE,
@@ -186,7 +186,7 @@ class PromptsSection(Section):
     package, ``pkg:PACKAGE/FILE``; or several of them, each a table ``[[prompts.train]]``."""
     split: Name = "train"
     """Split of a Hub data set."""
-    mix: Name | None = None
+    mix: Mix | None = None
     """Weights in place of those of several sources, as ``kdctl:3,text:1``; a source that is not named is left out. The
     PTQ student is calibrated without it."""
     heldout: Name = "kdctl"
@@ -204,6 +204,11 @@ class PromptsSection(Section):
         if isinstance(self.train, str):
             return (MixedSource(source=self.train, split=self.split),)
         return mixed(self.train, self.mix)
+
+    @property
+    def shares(self) -> str | None:
+        """Weights of the sources as a mix is written; None where there is one source."""
+        return canonical_mix({one.label: one.weight for one in self.sources}) if self.is_mixture else None
 
     @property
     def is_mixture(self) -> bool:
@@ -466,7 +471,7 @@ class EvalSection(Section):
     turn."""
 
     allow_code_execution: bool = False
-    """Run code that models write, for tasks that are judged by it, in a child without network and files to write."""
+    """Run code that models write, for tasks that are judged by it, in a child without network and files."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what results are identified by; how answers are drawn, only where that is not as it always was."""

@@ -200,8 +200,8 @@ def variant_name(preset: Preset, base: Preset) -> str:
     for key, value in settings.model_dump().items():
         if key not in always and value != usual[key]:
             name += f"_{key}{value:g}" if isinstance(value, float) else f"_{key}{value}"
-    if preset.prompts.mix not in (None, base.prompts.mix):
-        name += f"_mix-{mix_name(preset.prompts.mix)}"
+    if (mix := preset.prompts.mix) != base.prompts.mix:
+        name += f"_mix-{mix_name(mix) if mix else 'own'}"
     if "/" in name or len(name.encode()) > LONGEST_NAME:
         return f"{name.partition('_seed')[0]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return name

@@ -146,7 +146,7 @@ class PromptReader:
         while part := list(islice(texts, min(BATCH, asked.count - len(prompts)))):
             _check_differ(part)
             found = self._tokenized(part, asked)
-            fitting = [prompt for prompt in found if len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
+            fitting = [prompt for prompt in found if 0 < len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
             prompts += [replace(prompt, index=index) for index, prompt in enumerate(fitting, len(prompts))]
             skipped += len(found) - len(fitting)
         if not prompts:
@@ -172,8 +172,11 @@ class PromptReader:
                 f"no prompt of prompts.train={whose!r} is left: all {held} are {why}; lower heldout.num_prompts or "
                 "name another source in prompts.heldout"
             )
-        if asked.source.is_text and not skipped:
-            return f"none of the {len(rows)} rows of {whose!r} has text in {asked.source.columns['text']!r}"
+        if asked.source.is_text:
+            return (
+                f"none of the {len(rows)} rows of {whose!r} has text in {asked.source.columns['text']!r} that makes "
+                f"tokens to go on from, at most prompts.max_prompt_tokens={self.settings.max_prompt_tokens}"
+            )
         if not skipped and not asked.answers:
             return (
                 f"none of the {len(rows)} rows has a prompt: each is an assistant's message alone; the messages before "
@@ -222,7 +225,7 @@ class PromptReader:
     def _cut(self, text: Text, asked: Asked) -> Prompt:
         """Tokenize plain text, with what the tokenizer puts before any, and cut it into prompt and answer."""
         ids = list(self.tokenizer(text.head)["input_ids"])  # pyright: ignore[reportArgumentType]
-        ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        ids = ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
         place = max(1, min(asked.source.prompt_tokens, len(ids) // 2))
         return Prompt(text.name, 0, ids[:place], ids[place:] if asked.answers else None)
 
@@ -273,7 +276,7 @@ def prompt_row(row: Row, source: MixedSource) -> PromptRow | None:
             raise DataError(f"{columns['text']} must be text to be continued, and this is {text!r:.100}")
         return PromptRow([], None, text) if text.strip() else None
     messages = messages_of(_renamed(row, source.columns) if columns else row)
-    if "answer" in columns:
+    if "answer" in columns and row[columns["answer"]] is not None:
         messages.append(_message({"role": "assistant", "content": row[columns["answer"]]}))
     messages, answer = split_answer(messages)
     return PromptRow(messages, answer) if messages else None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdctl import stats
 from kdctl.report.columns import SETTINGS, Results
 from kdctl.report.contrasts import Row, baseline
-from kdctl.report.layouts import SWEEPS, alike, headings, written
+from kdctl.report.layouts import SWEEPS, Sweep, alike, headings, written
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
 from kdctl.run.records import Estimate
@@ -62,8 +62,24 @@ def _pairs(results: Results) -> Iterator[Pair]:
         for group, where in zip(groups, headings([group[0] for group in groups], which), strict=True):
             for base, row in combinations(group, 2):
                 first, second = (written(vars(one.settings)[which.field]) for one in (base, row))
-                if first != second:
-                    yield Pair(base, row, f"{label} {first} → {second}", where)
+                along = _along(group, base, row, which)
+                if first != second and along is not None:
+                    yield Pair(base, row, f"{label} {first} → {second}", ", ".join(filter(None, (where, along))))
+
+
+def _along(group: Sequence[Row], base: Row, row: Row, which: Sweep) -> str | None:
+    """Name the settings that may vary along with one and are the same in a pair; None where they differ.
+
+    A setting that one of the two does not have, as λ = 0 has no rollout length, is no difference.
+    """
+    named = []
+    for field in which.ignored:
+        mine = {vars(one.settings)[field] for one in (base, row)} - {None}
+        if len(mine) > 1:
+            return None
+        if len({vars(one.settings)[field] for one in group} - {None}) > 1:
+            named += [f"{SETTINGS[field][0]} = {written(value)}" for value in mine]
+    return ", ".join(named)
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,8 @@ class Compared:
     row: Sums
     start: float
     difference: Estimate
+    over_documents: Estimate
+    """The difference's interval without what seeds add."""
 
 
 def _compared(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Compared | None:
@@ -107,7 +125,7 @@ def _compared(results: Results, pair: Pair, measure: TokenMeasure, own: bool) ->
     start = _sums(ptq, measure, own) if ptq else None
     if base is None or row is None or start is None or not start.value > 0:
         return None
-    return Compared(base, row, start.value, _difference(base, row))
+    return Compared(base, row, start.value, _difference(base, row), _over_documents(base, row))
 
 
 def _scaled(found: Estimate, unit: float) -> Estimate:
@@ -127,7 +145,7 @@ def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
                 continue
             share = estimated(_scaled(found.difference, found.start))
             numbers = (Cell(found.base.value), Cell(found.row.value), estimated(found.difference), share)
-            words = verdict(found.difference, KL_MARGIN * found.start, found.base.tops.shape[1])
+            words = verdict(found, KL_MARGIN * found.start)
             rows.append((Cell(pair.change), Cell(pair.where), Cell(label), *numbers, Cell(words)))
     columns = (
         Column("change", "setting"),
@@ -147,15 +165,19 @@ def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
     return without_empty(Table("effects", "What each setting changes", columns, (Block("", tuple(rows)),), (note,)))
 
 
-def verdict(difference: Estimate, margin: float, documents: int) -> str:
+def verdict(found: Compared, margin: float) -> str:
     """Say which of two KLs is lower, or that they are alike; where neither is sure, what would decide."""
+    difference, documents = found.difference, found.base.tops.shape[1]
     sure, small = not difference.low <= 0 <= difference.high, max(-difference.low, difference.high) < margin
     which = "better" if difference.value < 0 else "worse"
     if sure:
         return f"{which}, by less than the margin" if small else which
     if small:
         return "equivalent"
-    needed = math.ceil(documents * ((difference.high - difference.low) / 2 / margin) ** 2)
+    half = (found.over_documents.high - found.over_documents.low) / 2
+    needed = math.ceil(documents * (half / margin) ** 2)
+    if needed <= documents:
+        return "cannot tell; seeds differ, and more of them would see differences of the margin"
     return f"cannot tell; {needed} documents would see differences of the margin"
 
 
@@ -229,10 +251,15 @@ def _own_lengths(row: Row) -> tuple[Sums, Sums] | None:
     return Sums(tokens, np.ones_like(tokens)), Sums(100 * ended, np.ones_like(ended))
 
 
+def _over_documents(base: Sums, row: Sums) -> Estimate:
+    """Estimate the difference of two means, paired over documents."""
+    before, after, tokens, others = base.tops.mean(0), row.tops.mean(0), base.bottoms.mean(0), row.bottoms.mean(0)
+    return stats.ratio_difference(before, after, tokens, others)
+
+
 def _difference(base: Sums, row: Sums) -> Estimate:
     """Estimate the difference of two means, paired over documents, with the variance of seeds."""
-    parts = (base.tops.mean(0), row.tops.mean(0), base.bottoms.mean(0), row.bottoms.mean(0))
-    found = stats.ratio_difference(*parts)
+    found = _over_documents(base, row)
     for one in (base, row):
         found = stats.widen(found, one.of_seeds)
     return found

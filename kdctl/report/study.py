@@ -55,7 +55,7 @@ class Settings:
     """Of post-training quantization."""
     grid: str | None = None
     mix: str | None = None
-    """Weights of the sources of prompts, where ``prompts.mix`` set them."""
+    """Weights of the sources of prompts, where there are several."""
     rest: str = ""
     """All other distill settings that decide the weights, canonical JSON."""
 

@@ -90,7 +90,7 @@ def _model(source: Source, name: str, kind: Kind, result: EvalResult | None) -> 
     return Model(
         name=name,
         kind=kind,
-        settings=_settings(run, distilled, quantized),
+        settings=_settings(run, distilled, quantized, source.preset.prompts.shares if source.preset else None),
         scores={task: Score(score.value, score.stderr, score.items) for task, score in tasks.items()},
         folders=(source.name,),
         run=run,
@@ -102,7 +102,10 @@ def _model(source: Source, name: str, kind: Kind, result: EvalResult | None) -> 
     )
 
 
-def _settings(run: RunDir, distilled: DistillReport | None, quantized: QuantizeReport | None) -> Settings:
+def _settings(
+    run: RunDir, distilled: DistillReport | None, quantized: QuantizeReport | None, shares: str | None
+) -> Settings:
+    """Put together what made a model. shares: how the folder's preset weighs several sources of prompts."""
     folder = distilled or quantized
     made = Settings(method=folder.method, grid=_grid(folder)) if folder else Settings()
     if distilled is None:
@@ -120,7 +123,7 @@ def _settings(run: RunDir, distilled: DistillReport | None, quantized: QuantizeR
         train=section.train,
         rank=section.lora_rank if section.train == "lora" else None,
         seed=section.seed,
-        mix=distilled.mix,
+        mix=distilled.mix or shares,
         rest=canonical(rest),
     )
 

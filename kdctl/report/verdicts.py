@@ -24,7 +24,10 @@ def sentences(results: Results) -> list[str]:
 
 def _accuracies(results: Results, row: Row) -> str:
     """Give the verdict against each baseline, and the single tasks that differ."""
-    if not results.tasks or not all(model.scores for model in row.models):
+    missing = [model.name for model in row.models if not model.scores]
+    if missing and len(missing) < len(row.models):
+        return f"Nothing is said of tasks, because not all seeds were evaluated: {', '.join(missing)} (kdctl eval)."
+    if not results.tasks or missing:
         return "Not evaluated on any task yet (kdctl eval)."
     said = []
     for kind in BASELINES:

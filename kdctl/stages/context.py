@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from kdctl.base.errors import StoreError
+from kdctl.base.errors import DataError, StoreError
 from kdctl.base.progress import Reporter, Silent
 from kdctl.base.version import __version__
 from kdctl.config.mixture import MixedSource
@@ -198,7 +198,10 @@ def check_prompts(preset: Preset) -> None:
     """Raise DataError if a source of prompts cannot be read, or if its first row is not a prompt."""
     settings, offline = preset.prompts, preset.runtime.offline
     for source in (*settings.sources, MixedSource(source=settings.heldout, split=settings.heldout_split)):
-        prompt_row(rows_of(source, offline)[0], source)
+        try:
+            prompt_row(rows_of(source, offline)[0], source)
+        except DataError as error:
+            raise DataError(f"prompts from {source.source!r}, row 1: {error}") from None
 
 
 def check_same_model(base: Preset, preset: Preset, paths: RunDir) -> None:

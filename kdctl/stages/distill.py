@@ -42,6 +42,7 @@ from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
 from kdctl.stages.rollout import (
     Stores,
+    check_prompt_lengths,
     check_stores,
     engine_of,
     ensure_rollouts,
@@ -103,7 +104,10 @@ def distill(
     variant = context.paths.variant(check_name(name) if name is not None else default_name(context))
     if context.preset.distill.replay is not None:
         recorded(context, context.preset.distill.replay)
+    _check_mix(context, variant)
     check_stores(context, teacher)
+    if context.preset.distill.off_policy_source in context.preset.distill.stores:
+        check_prompt_lengths(context, teacher)
     ensure_student(context, teacher, measuring)
     measuring = measuring or ensure_measuring(context, teacher)
     if not force and context.ranks.on_main(variant.report.exists):
@@ -118,6 +122,19 @@ def distill(
             return _finished(context, plan)
         trained = _train(context, measuring, plan, before, watch)
         return context.on_main(lambda main: _finish_variant(main, teacher, plan, trained))
+
+
+def _check_mix(context: Context, variant: VariantDir) -> None:
+    """Raise StoreError, before rollouts are made, if a finished variant of the name was trained on another mix."""
+    mix = context.preset.prompts.mix
+    made = context.ranks.on_main(
+        lambda: read_record(variant.report, DistillReport) if variant.report.exists() else None
+    )
+    if made is not None and made.mix != mix:
+        raise StoreError(
+            f"{variant.path} was trained with prompts.mix={made.mix}, and {mix} is asked for; --name keeps both, and "
+            "--force redoes it"
+        )
 
 
 def default_name(context: Context) -> str:

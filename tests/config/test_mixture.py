@@ -19,11 +19,10 @@ def preset(**prompts: object) -> Preset:
 def test_a_mix_replaces_the_weights_and_leaves_out_what_it_does_not_name() -> None:
     weights = {source.label: source.weight for source in preset().prompts.sources}
     assert weights == {"kdctl": 3, "web-text": 1}
-    found = preset(mix="web-text:0.5, kdctl:2").prompts.sources
-    assert [(source.label, source.weight) for source in found] == [
-        ("kdctl", 2),
-        ("web-text", 0.5),
-    ]  # in their own order
+    found = preset(mix="web-text:0.5, kdctl:2").prompts
+    assert [(source.label, source.weight) for source in found.sources] == [("kdctl", 4), ("web-text", 1)]
+    assert found == preset(mix="kdctl:4,web-text:1").prompts  # equal mixes are written in one way
+    assert preset().prompts.shares == "kdctl:3,web-text:1"
     assert [source.label for source in preset(mix="web-text:1").prompts.sources] == ["web-text"]
 
 
@@ -77,7 +76,8 @@ def test_a_mixture_that_means_nothing_is_refused(prompts: dict[str, object], sai
 
 def test_a_variant_is_named_after_its_mix_where_that_is_not_the_folders_own() -> None:
     base = preset()
-    assert variant_name(preset(mix="kdctl:2,web-text:1"), base).endswith("_mix-kdctl-2_web-text-1")
+    assert variant_name(preset(mix="web-text:2,kdctl:4"), base).endswith("_mix-kdctl-2_web-text-1")
+    assert variant_name(base, preset(mix="kdctl:2")).endswith("_mix-own")
     assert "mix" not in variant_name(base, base)
     assert "mix" not in variant_name(preset(mix="kdctl:2"), preset(mix="kdctl:2"))
     assert len(mix_name(",".join(f"source{i}:1" for i in range(50)))) == 16

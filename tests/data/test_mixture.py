@@ -109,6 +109,26 @@ def test_half_of_a_short_text_is_its_prompt(tokenizer, tmp_path) -> None:
     assert lengths == [(1, 0), (1, 1), (1, 2), (4, 4)]
 
 
+def test_text_of_no_token_is_no_prompt(tokenizer, tmp_path) -> None:
+    rows = [{"t": tokenizer.eos_token}, {"t": "words to go on from"}]
+    (tmp_path / "ends.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [{"source": str(tmp_path / "ends.jsonl"), "columns": {"text": "t"}}]
+    found = PromptReader(tokenizer, PromptsSection.model_validate({"train": train}), True).train(9, 0)
+    assert [bool(prompt.prompt_ids) for prompt in found.prompts] == [True]
+    (tmp_path / "ends.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(DataError, match="has text in 't' that makes tokens"):
+        PromptReader(tokenizer, PromptsSection.model_validate({"train": train}), True).train(9, 0)
+
+
+def test_a_missing_answer_matters_only_where_answers_are_read(tokenizer, tmp_path) -> None:
+    rows = [{"q": "one", "r": None}, {"q": "two", "r": "yes"}]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [{"source": str(tmp_path / "some.jsonl"), "columns": {"prompt": "q", "answer": "r"}}]
+    read = PromptReader(tokenizer, PromptsSection.model_validate({"train": train}), True)
+    assert len(read.train(9, 0).prompts) == 2
+    assert len(read.train(9, 0, answers=True).prompts) == 1
+
+
 def test_a_source_that_runs_out_is_counted_and_the_order_of_the_others_stays(tokenizer, tmp_path) -> None:
     whole = reader(tokenizer, tmp_path).train(600, 1)
     assert set(whole.missing) == {"chat"}

@@ -26,6 +26,7 @@ NAMES = ("arc_easy_offline", "arc_challenge_offline", "hellaswag_offline", "wino
 BUNDLED = (
     *NAMES,
     *("gsm8k_offline", "triviaqa_offline", "squad_offline", "coqa_offline", "drop_offline", "lambada_offline"),
+    "humaneval_offline",
 )
 LIMIT = 6
 

@@ -6,17 +6,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_up import answers, evaluated, make_run
+from made_up import answers, evaluated, make_run, wrote_rollouts
 
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Contrasts
-from kdctl.report.effects import KL_MARGIN, effects, setting_changes, verdict
+from kdctl.report.effects import KL_MARGIN, Compared, Sums, effects, setting_changes, verdict
 from kdctl.report.figures import changes, verdicts
 from kdctl.report.study_reader import read_study
 from kdctl.report.tables import Table
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.paths import RunDir
-from kdctl.run.records import Estimate, Rollout, StoreManifest
+from kdctl.run.record_files import read_record, write_record
+from kdctl.run.records import DistillReport, Estimate, Rollout, StoreManifest
 
 LAMBDAS = {"off": 0.0, "mixed": 0.5, "on": 1.0}
 OWN = {"ptq": 0.5, "off": 0.4, "mixed": 0.3, "on": 0.2}
@@ -114,7 +115,30 @@ def test_length_and_ends_are_compared_by_prompt(results: Results) -> None:
     ],
 )
 def test_a_verdict_follows_from_the_interval_and_the_margin(low: float, high: float, words: str) -> None:
-    assert verdict(Estimate(value=(low + high) / 2, low=low, high=high), 0.1, 100) == words
+    found, sums = Estimate(value=(low + high) / 2, low=low, high=high), Sums(np.ones((1, 100)), np.ones((1, 100)))
+    assert verdict(Compared(sums, sums, 1.0, found, found), 0.1) == words
+
+
+def test_where_seeds_leave_it_open_no_number_of_documents_is_named() -> None:
+    sums = Sums(np.ones((2, 100)), np.ones((2, 100)))
+    wide, narrow = Estimate(value=0.0, low=-9.0, high=9.0), Estimate(value=0.0, low=-0.05, high=0.05)
+    words = "cannot tell; seeds differ, and more of them would see differences of the margin"
+    assert verdict(Compared(sums, sums, 1.0, wide, narrow), 0.1) == words
+
+
+def test_students_of_other_rollout_lengths_are_no_pair(tmp_path: Path) -> None:
+    """λ may differ along with the length, which λ = 0 has not; two lengths are two settings."""
+    variants = {"off": {"lmbda": 0.0}, "half": {"lmbda": 0.5}, "on": {"lmbda": 1.0}, "long": {"lmbda": 1.0, "steps": 2}}
+    made = make_run(tmp_path / "run", variants)
+    for name, length in (("half", 8), ("on", 8), ("long", 16)):
+        wrote_rollouts(made.variant(name).rollouts, length)
+    report = read_record(made.variant("long").report, DistillReport)
+    same = read_record(made.variant("on").report, DistillReport).settings
+    write_record(made.variant("long").report, report.model_copy(update={"settings": same}))
+    results = Results(read_study([made]), Contrasts(0.005))
+    found = {(one.change, one.where) for one in setting_changes(results) if one.change.startswith("λ")}
+    short = {(change, "rollout length = 8") for change in ("λ 0 → 0.5", "λ 0 → 1", "λ 0.5 → 1")}
+    assert found == short | {("λ 0 → 1", "rollout length = 16")}
 
 
 def test_figures_shade_what_is_too_small_to_matter(results: Results) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdctl.base.errors import PresetError
+from kdctl.base.errors import PresetError, StoreError
 from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.model.teacher import Teacher
@@ -64,6 +64,11 @@ def test_completions_beyond_the_context_are_refused_before_the_teacher_is_loaded
         pipeline.run_all(*run)
 
 
+def trained_name(run: Path) -> str:
+    """Return the name of the variant that was trained without a mix."""
+    return next(path.name for path in (run / "distill").iterdir() if "_mix-" not in path.name)
+
+
 def test_each_mix_has_its_own_stores_and_all_share_the_student(
     smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,5 +93,9 @@ def test_each_mix_has_its_own_stores_and_all_share_the_student(
     made = (tmp_path / "run" / "student" / "quantize.json").read_bytes()
     assert trained(None) == ["heldout", "teacher", "teacher-plain-1"]
     assert (tmp_path / "run" / "student" / "quantize.json").read_bytes() == made
+    other = Preset.model_validate({**tree, "prompts": {**tree["prompts"], "mix": "kdctl:1"}})
+    with pytest.raises(StoreError, match=r"was trained with prompts\.mix=None, and kdctl:1 is asked for"):
+        pipeline.distill(*open_run(other, tmp_path / "run"), name=trained_name(tmp_path / "run"))
+    assert not (tmp_path / "run" / "rollouts" / "teacher-kdctl-1").exists()
     rows = RolloutStore(tmp_path / "run" / "rollouts" / "teacher-plain-1").read()
     assert {one.prompt_id.partition(":")[0] for one in rows} == {"plain"}
