@@ -470,6 +470,13 @@ class EvalSection(Section):
     """What writes answers: this process, or the server of ``rollout.url`` or ``rollout.serve``, given each model in
     turn."""
 
+    allocation: Literal["all", "margin"] = "all"
+    """Documents of multiple-choice tasks that students answer: all, or by the teacher's margins, those that may differ;
+    then the others count by the teacher's answer."""
+    near: Annotated[Share, Field(gt=0)] = 0.5
+    """With ``margin``, share of documents, those of the smallest margin, that are all asked."""
+    far: Annotated[Share, Field(gt=0)] = 0.2
+    """With ``margin``, share of the other documents that are drawn and asked."""
     allow_code_execution: bool = False
     """Run code that models write, for tasks that are judged by it, in a child without network and files."""
 
@@ -477,7 +484,7 @@ class EvalSection(Section):
         """Return what results are identified by; how answers are drawn, only where that is not as it always was."""
         new = ("samples", "temperature", "seed", "engine")
         usual = {name for name in new if getattr(self, name) == EvalSection.model_fields[name].default}
-        usual.add("allow_code_execution")
+        usual |= {"allow_code_execution"} | ({"allocation", "near", "far"} if self.allocation == "all" else set())
         return self.model_dump(mode="json", exclude=usual)
 
     @model_validator(mode="after")

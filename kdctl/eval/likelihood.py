@@ -6,7 +6,7 @@ logits exist only where a token is scored. Texts become the same tokens as in ``
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
@@ -139,12 +139,18 @@ class LikelihoodModel(LM):
         self.head = head_of(model)
         self.batch_size = batch_size
         self.encoder = Encoder(tokenizer, resolve_max_length(model.config, tokenizer), reach_of(model.config))
+        self.known: Mapping[tuple[int, int], float] = {}
+        """Log-likelihoods that need no asking, by document and number of the choice."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[Result]:
         """Return each request's log-likelihood in nats, and whether greedy decoding would write its continuation."""
-        answers = [self.encoder.answer(index, request) for index, request in enumerate(requests)]
+        keys = [(request.doc_id or 0, request.idx) for request in requests]
+        results: dict[int, Result] = {i: (self.known[key], False) for i, key in enumerate(keys) if key in self.known}
+        for index in results:
+            self.cache_hook.add_partial("loglikelihood", requests[index].args, results[index])
+        asked = [(index, request) for index, request in enumerate(requests) if index not in results]
+        answers = [self.encoder.answer(index, request) for index, request in asked]
         found = questions(answers, self.batch_size if _resumable(self.model.config) else 1)
-        results: dict[int, Result] = {}
         for batch in batches(found, self.batch_size, lambda question: len(question.prefix)):
             for answer, result in self._judged(batch):
                 results[answer.index] = result

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.config.resolve import suggest
+from kdctl.eval.allocation import Allocation
 from kdctl.eval.answers import LiveModel
 from kdctl.eval.harness import Meter, hub_access, quiet
 from kdctl.eval.items import Repeat, Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
 from kdctl.rollout.work import RolloutEngine
+from kdctl.run.documents import WEIGHT, item_values
 from kdctl.run.files import atomic_path, sha256
-from kdctl.run.measures import derived_measures, reported_measures
+from kdctl.run.measures import ITEM_MEASURES, derived_measures, reported_measures
 from kdctl.run.records import TaskScore, WrittenAnswers
 from kdctl.system import sandbox
 
@@ -200,7 +203,7 @@ def _check_execution(name: str, bundled: bool, settings: EvalSection) -> None:
     if not settings.allow_code_execution:
         raise DataError(
             f"task {name!r} executes code that the model writes; --allow-code-execution lets it, in a child without "
-            "network, without files to write and with bounds of time and memory. Or take it out"
+            "network and files and with bounds of time and memory. Or take it out"
         )
     sandbox.check()
 
@@ -242,6 +245,9 @@ def _has_examples(task: ConfigurableTask) -> bool:
     return bool(examples.split or examples.samples) or fallback != evaluated
 
 
+NOTHING: Mapping[str, Allocation] = MappingProxyType({})
+
+
 def score_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -249,12 +255,13 @@ def score_tasks(
     settings: EvalSection,
     progress: Progress | None = None,
     engine: RolloutEngine | None = None,
+    allocations: Mapping[str, Allocation] = NOTHING,
 ) -> tuple[dict[str, TaskScore], dict[str, pa.Table]]:
     """Run a live model on tasks: scores and per-item tables, by task name.
 
     engine: holds the model's weights and writes answers; only tasks that generate need one. progress: told the task,
-    its documents done and its documents in all. A limit holds for each subtask of a group, as in lm-eval. Model and
-    tokenizer are left as they were.
+    its documents done and its documents in all. allocations: of tasks of which not all documents are asked. A limit
+    holds for each subtask of a group, as in lm-eval. Model and tokenizer are left as they were.
     """
     scores, tables = {}, {}
     training = model.training
@@ -263,8 +270,10 @@ def score_tasks(
             lm = _lm(model.eval(), tokenizer, settings, engine)
             for name, task in tasks.items():
                 started = time.perf_counter()
-                runs = list(_runs(lm, task, settings, progress))
-                tables[name] = items_table(name, runs)
+                allocation = allocations.get(name)
+                runs = list(_runs(lm, task, settings, progress, allocation))
+                table = items_table(name, runs)
+                tables[name] = allocation.noted(table) if allocation else table
                 scores[name] = _score(task, tables[name], runs, settings, time.perf_counter() - started)
     finally:
         model.train(training)
@@ -285,7 +294,13 @@ def generates(tasks: Mapping[str, LoadedTask]) -> bool:
     return any(one.OUTPUT_TYPE == GENERATES for task in tasks.values() for one in task.subtasks.values())
 
 
-def _runs(lm: LikelihoodModel, task: LoadedTask, settings: EvalSection, progress: Progress | None) -> Iterator[Run]:
+def _runs(
+    lm: LikelihoodModel,
+    task: LoadedTask,
+    settings: EvalSection,
+    progress: Progress | None,
+    allocation: Allocation | None = None,
+) -> Iterator[Run]:
     """Evaluate a task's subtasks one after the other."""
     limit = settings.limit
     documents = [len(subtask.eval_docs) for subtask in task.subtasks.values()]
@@ -300,6 +315,7 @@ def _runs(lm: LikelihoodModel, task: LoadedTask, settings: EvalSection, progress
         report(0)
         repeats = settings.samples if subtask.OUTPUT_TYPE == GENERATES else 1
         lm.set_cache_hook(Meter(subtask, report, repeats))
+        lm.known = allocation.known(done, count) if allocation else {}
         found = [_run(lm, name, subtask, limit, sample) for sample in range(repeats)]
         metrics = {key: statistics.fmean(one.metrics[key] for one in found) for key in found[0].metrics}
         yield Run(name, subtask, found[0].samples, metrics, [repeat for one in found for repeat in one.repeats])
@@ -353,18 +369,19 @@ def _score(
         return _score_answers(task, table, runs, settings, seconds_s)
     _check_sums(table, runs)
     metrics = _pooled(runs)
-    accuracy = {one.name: _mean(table, one.name) for one in reported_measures() if one.name in metrics}
+    accuracy = {one.name: derived(table, one) for one in reported_measures() if one.name in metrics}
     metric = list(accuracy)[-1]
-    value = accuracy[metric]
+    values = item_values(table, ITEM_MEASURES[metric]).astype(np.float64)
     others = {one.name: derived(table, one) for one in derived_measures()}
     return TaskScore(
         version=task.version,
         metric=metric,
-        value=value,
-        stderr=math.sqrt(value * (1 - value) / max(table.num_rows - 1, 1)),
+        value=accuracy[metric],
+        stderr=float(values.std() / math.sqrt(max(table.num_rows - 1, 1))),
         items=table.num_rows,
         num_fewshot=max(run.task.config.num_fewshot or 0 for run in runs),
         metrics=metrics | accuracy | others,
+        asked=int((table[WEIGHT].to_numpy() > 0).sum()) if WEIGHT in table.column_names else None,
     )
 
 

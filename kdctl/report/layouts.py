@@ -61,6 +61,12 @@ def legend(results: Results) -> tuple[str, ...]:
         )
     elif results.tasks:
         notes.append(f"No marks: {NO_ITEMS} of two models; kdctl eval keeps them.")
+    scored = [score for row in results.rows for one in row.models if one.result for score in one.result.tasks.values()]
+    if any(score.asked for score in scored):
+        notes.append(
+            "Some items were not asked (eval.allocation): they count by the teacher's answer, and one that was drawn "
+            "from among them for several."
+        )
     if any(len(row.models) > 1 for row in results.rows):
         notes.append("Rows of several seeds are their mean; errors and intervals hold the variance between seeds too.")
     if any(len(row.models) == 1 and row.kind == "variant" for row in results.rows):

@@ -12,6 +12,8 @@ from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, TokenMeasur
 
 Array = NDArray[np.float64]
 SCORE = "score"
+WEIGHT, TEACHERS = "weight", "teacher_loglikelihoods"
+"""Of a task of which only some items were asked: how many each counts for, and what the teacher said of it."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,40 @@ def right_bits(table: pa.Table) -> tuple[Array, Array]:
     Items without a right choice have 0 of both.
     """
     sizes = table["bytes" if "bytes" in table.column_names else "lengths"].to_pylist()
-    rows = zip(table["loglikelihoods"].to_pylist(), sizes, table["gold"].to_pylist(), strict=True)
-    pairs = [(-said[gold] / math.log(2), size[gold]) if gold >= 0 else (0.0, 0) for said, size, gold in rows]
-    bits, lengths = (np.array(column, np.float64) for column in zip(*pairs, strict=True))
-    return bits, lengths
+    golds = table["gold"].to_pylist()
+
+    def bits(column: str) -> Array:
+        rows = zip(table[column].to_pylist(), golds, strict=True)
+        return np.array([-said[gold] / math.log(2) if gold >= 0 else 0.0 for said, gold in rows])
+
+    lengths = np.array([size[gold] if gold >= 0 else 0 for size, gold in zip(sizes, golds, strict=True)], np.float64)
+    own = bits("loglikelihoods")
+    return (weighed(table, own, bits(TEACHERS)) if WEIGHT in table.column_names else own), lengths
 
 
 def item_values(table: pa.Table, measure: ItemMeasure) -> NDArray[np.generic]:
-    """Return a measure of each item, (items,), bool of a binary one: its own column, or computed of the choices'."""
+    """Return a measure of each item, (items,), bool where all are right or wrong.
+
+    It is its own column, or computed of the choices'. Of a task of which only some items were asked it is the teacher's
+    and, where asked, the difference to it as many times as the item counts: the mean is unbiased, and single items may
+    lie outside of 0 to 1.
+    """
     kind = np.bool_ if measure.binary else np.float64
     if measure.name in table.column_names:
-        return np.array(table[measure.name].to_pylist(), kind)
-    columns = (table[name].to_pylist() for name in ("loglikelihoods", "lengths", "gold"))
-    return np.array([measure.per_item(Choices(*row)) for row in zip(*columns, strict=True)], kind)
+        own = np.array(table[measure.name].to_pylist(), kind)
+    else:
+        own = np.array(_of_choices(table, measure, "loglikelihoods"), kind)
+    if WEIGHT not in table.column_names:
+        return own
+    found = weighed(table, own.astype(np.float64), np.array(_of_choices(table, measure, TEACHERS)))
+    return found.astype(np.bool_) if measure.binary and np.isin(found, (0, 1)).all() else found
+
+
+def _of_choices(table: pa.Table, measure: ItemMeasure, likelihoods: str) -> list[float]:
+    columns = (table[name].to_pylist() for name in (likelihoods, "lengths", "gold"))
+    return [measure.per_item(Choices(*row)) for row in zip(*columns, strict=True)]
+
+
+def weighed(table: pa.Table, own: Array, teachers: Array) -> Array:
+    """Return the teacher's values and the differences to them, each as many times as its item counts, (items,)."""
+    return teachers + table[WEIGHT].to_numpy() * (own - teachers)

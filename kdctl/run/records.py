@@ -320,6 +320,8 @@ class TaskScore(Record):
     items: int
     num_fewshot: int
     metrics: dict[str, float]
+    asked: int | None = None
+    """Items that the model answered, where ``eval.allocation`` left the others to the teacher's answers."""
     answers: WrittenAnswers | None = None
     """Only of a task that generates."""
 

@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import DataError, ModelError, PresetError
 from kdctl.config.preset import RolloutSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
+from kdctl.eval.allocation import Allocation, allocate
 from kdctl.formats.student import check_sums, load_student
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
@@ -22,8 +24,8 @@ from kdctl.model.teacher import Teacher
 from kdctl.rollout.engine import in_process, served
 from kdctl.rollout.work import RolloutEngine, Work
 from kdctl.run.documents import PerDocument, as_table
-from kdctl.run.files import remove
-from kdctl.run.record_files import read_record, write_record
+from kdctl.run.files import remove, sha256
+from kdctl.run.record_files import damaged, read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Prompt, Rollout
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
@@ -95,10 +97,44 @@ def _evaluate_all(
     if any(one.foreign is None and one.name != "teacher" for one in pending):
         ensure_student(context, teacher, measuring)
     found = measuring or ensure_measuring(context, teacher)
+    if settings.allocation == "margin":
+        pending = _after_teacher(context, found, pending, tasks)
     for one in context.ranks.share(pending):
         with (main := context.alone()).claimed(f"eval/{one.name}"):
             if force or _pending(main, teacher, [one]):  # else another process did it meanwhile
                 _evaluate_one(main, found, one, tasks)
+
+
+def _after_teacher(
+    context: Context, measuring: Measuring, pending: Sequence[Candidate], tasks: dict[str, Any]
+) -> list[Candidate]:
+    """Evaluate the teacher where its answers, which say what the others are asked, are missing; return the others."""
+    one = Candidate("teacher", measuring.teacher.folder())
+
+    def made(main: Context) -> None:
+        with main.claimed("eval/teacher"):
+            if one.name in (each.name for each in pending) or _pending(main, measuring.teacher, [one]):
+                _evaluate_one(main, measuring, one, tasks)
+
+    context.on_main(made)
+    return [each for each in pending if each.name != one.name]
+
+
+def _allocations(context: Context, one: Candidate, tasks: dict[str, Any]) -> dict[str, Allocation]:
+    """Choose by the teacher's answers which documents of each task a student is asked."""
+    settings = context.preset.eval
+    if settings.allocation == "all" or one.name == "teacher":
+        return {}
+    scored = read_record(context.paths.eval("teacher") / "results.json", EvalResult)
+    found = {}
+    for name in tasks:
+        path = context.paths.samples("teacher", name)
+        if not path.exists() or sha256(path) != scored.samples.get(path.name):
+            raise damaged(path, "it is not the file that the results were computed from")
+        table = pq.read_table(path)
+        if (allocation := allocate(table, scored.tasks[name].metric, settings)) is not None:
+            found[name] = allocation
+    return found
 
 
 def open_foreign(context: Context, teacher: Teacher, name: str, reference: str) -> Foreign:
@@ -127,7 +163,10 @@ def _eval_identity(context: Context, teacher: Teacher, one: Candidate, heldout: 
         "heldout": heldout,
         "lm_eval": version("lm-eval"),
     }
-    sections = {"eval": context.preset.eval.decisive(), "text_tokens": context.preset.heldout.text_tokens}
+    settings = context.preset.eval
+    if one.name == "teacher":
+        settings = settings.model_copy(update={"allocation": "all"})  # it answers everything
+    sections = {"eval": settings.decisive(), "text_tokens": context.preset.heldout.text_tokens}
     return identity("eval", sections, inputs)
 
 
@@ -157,7 +196,13 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
         context.reporter.task(f"evaluating {one.name}", "documents") as advance,
     ):
         scores, items = score_tasks(
-            model, teacher.tokenizer(), tasks, settings, lambda _, done, total: advance(done, total), engine
+            model,
+            teacher.tokenizer(),
+            tasks,
+            settings,
+            lambda _, done, total: advance(done, total),
+            engine,
+            _allocations(context, one, tasks),
         )
     found = _distances(context, measuring, one, model)
     remove(_results(context, one))  # they are not of the items that are written now

@@ -41,12 +41,14 @@ def correctness(values: ArrayLike, name: str) -> NDArray[np.bool_]:
 
 
 def shares(values: ArrayLike, name: str) -> Array:
-    """Return what answers are worth, (items,) or (seeds, items), each from 0 (wrong) to 1 (right).
+    """Return what answers are worth, (items,) or (seeds, items), on average from 0 (wrong) to 1 (right).
 
-    Raises DataError where there are none or any lies outside.
+    Single ones may lie outside, as those that stand for several do. Raises DataError where there are none or where the
+    average is beyond 1 or below 0 by more than chance can explain.
     """
     array = np.asarray(values, np.float64)
-    if not array.size or not ((array >= 0) & (array <= 1)).all():
+    spread = array.std() / np.sqrt(max(1, array.shape[-1])) if array.size else 0.0
+    if not array.size or not -6 * spread <= array.mean() <= 1 + 6 * spread:
         raise DataError(
             f"{name} must hold at least one answer, each worth 0 (wrong) to 1 (right); its shape is {array.shape}. "
             "Averages of accuracies hold for nothing else: use ratio_difference for other metrics."

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kdctl.base.errors import StoreError
 from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
@@ -181,3 +182,23 @@ def test_samples_that_nobody_writes_are_said_to_have_no_effect(brief: Preset, tm
     job = open_run(build_preset(brief.model_dump(), changes, "test"), tmp_path, reporter=notes)
     pipeline.evaluate(*job, names=["teacher"])
     assert [line for line in notes.lines if "eval.samples and eval.temperature have no effect" in line]
+
+
+@pytest.mark.slow
+def test_students_are_asked_by_the_margins_of_a_teacher_that_answered_everything(brief: Preset, tmp_path: Path) -> None:
+    changes = {"eval.tasks": ["arc_easy_offline"], "eval.limit": 20, "eval.student_written": False}
+    whole = build_preset(brief.model_dump(), changes, "test")
+    some = build_preset(whole.model_dump(), {"eval.allocation": "margin", "eval.near": 0.3, "eval.far": 0.2}, "test")
+    job = open_run(some, tmp_path)
+    found = pipeline.evaluate(*job, names=["ptq"])["ptq"].tasks["arc_easy_offline"]
+    assert (found.asked, found.items) == (9, 20)
+    made = (tmp_path / "eval" / "teacher" / "results.json").read_bytes()
+    items = pq.read_table(job.context.paths.samples("ptq", "arc_easy_offline"))
+    assert sorted(set(items["weight"].to_pylist())) == pytest.approx([0, 1, 14 / 3])
+    full = pipeline.evaluate(*open_run(whole, tmp_path))
+    assert (tmp_path / "eval" / "teacher" / "results.json").read_bytes() == made  # what it answered serves both
+    assert full["ptq"].tasks["arc_easy_offline"].asked is None
+    path = job.context.paths.samples("teacher", "arc_easy_offline")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="not the file that the results were computed from"):
+        pipeline.evaluate(*open_run(some, tmp_path), names=["ptq"])
