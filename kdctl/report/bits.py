@@ -24,26 +24,33 @@ def bits(results: Results) -> Table:
         Column("bits", "bits per byte [95 %]", "kl"),
         Column("ptq_difference", "less the PTQ student's [95 %]", "kl"),
         Column("teacher_difference", "less the teacher's [95 %]", "kl"),
+        Column("blur", "half interval over what quantization cost", "blur"),
     )
     note = (
         "−log₂ likelihood of the right choice over its bytes, lower is better, paired by item; of evaluations that "
-        "kept no bytes over its characters, which are as many in plain English. Not corrected for being several."
+        "kept no bytes over its characters, which are as many in plain English. Half interval: of the difference to "
+        "the PTQ student, over that between PTQ student and teacher. Not corrected for being several."
     )
     return without_empty(Table("bits", "Bits per byte of right answers", columns, (Block("", tuple(rows)),), (note,)))
 
 
 def _rows(results: Results, name: str, tasks: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
     for row in results.rows:
-        own = _ratio(row, tasks)
+        own = bits_per_byte(row, tasks)
         if own is None:
             continue
-        bases = [baseline(results.study, results.all_rows, row, kind) for kind in ("ptq", "teacher")]
-        others = [_ratio(row, tasks, base) if base and row.kind != "teacher" else None for base in bases]
-        yield Cell(row.name), Cell(name), estimated(own), *map(estimated, others)
+        ptq, teacher = (baseline(results.study, results.all_rows, row, kind) for kind in ("ptq", "teacher"))
+        others = [
+            bits_per_byte(row, tasks, base) if base and row.kind != "teacher" else None for base in (ptq, teacher)
+        ]
+        cost = bits_per_byte(ptq, tasks, teacher) if ptq and teacher else None
+        gain = others[0]
+        blur = (gain.high - gain.low) / 2 / abs(cost.value) if gain and cost and cost.value else None
+        yield Cell(row.name), Cell(name), estimated(own), *map(estimated, others), Cell(blur)
 
 
-def _ratio(row: Row, tasks: Sequence[str], base: Row | None = None) -> Estimate | None:
-    """Estimate a row's bits per byte over tasks, less those of a baseline; None where any likelihood was not kept."""
+def bits_per_byte(row: Row, tasks: Sequence[str], base: Row | None = None) -> Estimate | None:
+    """Estimate a row's bits per byte over tasks, less those of another; None where any likelihood was not kept."""
     ratios = {}
     for task in tasks:
         own, other = _right(row, task), _right(base, task) if base else None

@@ -134,5 +134,6 @@ Chart = Forest | Planes | Maps
 
 
 def mark(estimate: Estimate, factor: float = 1.0) -> Mark:
-    """Scale an estimate, as to percent."""
-    return Mark(factor * estimate.value, factor * estimate.low, factor * estimate.high)
+    """Scale an estimate, as to percent; a negative factor turns its interval round."""
+    low, high = sorted((factor * estimate.low, factor * estimate.high))
+    return Mark(factor * estimate.value, low, high)

@@ -209,8 +209,8 @@ def measures(results: Results) -> Table:
         Column("p", "p", "p"),
         Column("p_holm", "Holm's p", "p"),
         Column("mde", "detectable", "kl"),
-        Column("blur", "half interval over what quantization cost", "ratio"),
-        Column("accuracy_blur", "the same of accuracy", "ratio"),
+        Column("blur", "half interval over what quantization cost", "blur"),
+        Column("accuracy_blur", "the same of accuracy", "blur"),
         Column("verdict", "verdict"),
     )
     note = (

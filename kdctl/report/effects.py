@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdctl import stats
+from kdctl.report.bits import bits_per_byte
 from kdctl.report.columns import SETTINGS, Results
 from kdctl.report.contrasts import Row, baseline
 from kdctl.report.layouts import SWEEPS, Sweep, alike, headings, written
@@ -181,12 +182,22 @@ def verdict(found: Compared, margin: float) -> str:
     return f"cannot tell; {needed} documents would see differences of the margin"
 
 
+def _plain(difference: Estimate) -> str:
+    """Say which of two is lower, where that is sure."""
+    if difference.low <= 0 <= difference.high:
+        return "cannot tell"
+    return "better" if difference.value < 0 else "worse"
+
+
 def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
     """Compare probabilities of right answers, and the scores of tasks that generate."""
     rows = []
     parts = [(P_RIGHT.heading, results.choices, P_RIGHT.name)] if results.choices else []
     parts += [(task.removesuffix("_offline"), (task,), "") for task in results.tasks if task not in results.choices]
     for pair in pairs:
+        if (gone := bits_per_byte(pair.row, results.choices, pair.base)) is not None:
+            texts = (Cell(pair.change), Cell(pair.where), Cell("bits per byte"))
+            rows.append((*texts, estimated(gone), Cell(), Cell(_plain(gone))))
         for label, tasks, measure in parts:
             found = results.contrasts.over(pair.base, pair.row, tasks, measure)
             if found is not None:
@@ -201,7 +212,8 @@ def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
         Column("verdict", "verdict"),
     )
     note = (
-        "Paired by item; shares of 1. P(right) is the average over the multiple-choice tasks. Not corrected for number."
+        "Paired by item. Bits per byte of the right answer, fewer are better, and P(right), a share of 1, are averages "
+        "over the multiple-choice tasks; scores are shares of 1. Not corrected for being several."
     )
     title = "What each setting changes in answers"
     return Table("effects_answers", title, columns, (Block("", tuple(rows)),), (note,))

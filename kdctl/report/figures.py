@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from kdctl.report.bits import bits_per_byte
 from kdctl.report.charts import Cell, Chart, Entry, Forest, ForestPanel, Map, Maps, Mark, mark
 from kdctl.report.columns import Results
 from kdctl.report.contrasts import Row, baseline, differs, per_token_difference
@@ -82,12 +83,20 @@ def verdicts(results: Results) -> Forest | None:
         base = bases[row.name]
         return (_percent(removed(base, row)) if base else None,)
 
+    def saved(row: Row) -> tuple[Mark | None]:
+        base = bases[row.name]
+        found = bits_per_byte(row, results.choices, base) if base else None
+        return (mark(found, -1.0) if found else None,)
+
     def gained(row: Row, tasks: Sequence[str], measure: str, factor: float) -> tuple[Mark | None]:
         judged = results.judged(row, "ptq", tasks, measure)
         return (mark(judged.found.difference, factor) if judged else None,)
 
     margin = results.contrasts.margin
     panels = [ForestPanel("KL removed, %", _entries(rows, gone, NOT_MEASURED), 0.0, margin=PERCENT * KL_MARGIN)]
+    if any(bits_per_byte(row, results.choices) for row in rows):
+        entries = _entries(rows, saved, NOT_MEASURED)
+        panels.append(ForestPanel("bits saved per byte", entries, 0.0))
     if P_RIGHT.name in results.derived:
         entries = _entries(rows, lambda row: gained(row, results.choices, P_RIGHT.name, 1.0), NOT_MEASURED)
         panels.append(ForestPanel("gain in P(right)", entries, 0.0, margin=margin))
@@ -101,7 +110,8 @@ def verdicts(results: Results) -> Forest | None:
     caption = (
         "Every variant against the PTQ student that it was trained from, paired, with 95 % intervals; right of the "
         "line is better. Shaded: differences too small to matter. An interval within the shade shows that nothing "
-        "changed, one beside the line that something did, and one that does neither leaves it open."
+        "changed, one beside the line that something did, and one that does neither leaves it open. Bits: of right "
+        "answers."
     )
     return Forest("verdicts", "What training changed", caption, ("",), kept)
 
@@ -111,11 +121,11 @@ def changes(results: Results) -> Forest | None:
     found = setting_changes(results)
     if not found:
         return None
-    entries, heading = [], ""
-    for one in found:
-        if one.change != heading:
-            entries.append(Entry(heading := one.change))
-        entries.append(Entry(one.where or "all else equal", (_percent(one.on_teachers), _percent(one.on_own))))
+    entries = []
+    for change in dict.fromkeys(one.change for one in found):
+        entries.append(Entry(change))
+        for one in (one for one in found if one.change == change):
+            entries.append(Entry(one.where or "all else equal", (_percent(one.on_teachers), _percent(one.on_own))))
     panel = ForestPanel("change in KL, % of the PTQ student's", tuple(entries), 0.0, margin=PERCENT * KL_MARGIN)
     caption = (
         "Variants that differ in one setting, the second against the first, paired, with 95 % intervals over "

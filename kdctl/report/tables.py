@@ -13,7 +13,7 @@ from kdctl.run.measures import fixed
 from kdctl.run.records import Estimate
 
 TableFormat = Literal["markdown", "csv", "json", "latex", "html"]
-Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share", "ratio"]
+Style = Literal["text", "number", "percent", "points", "kl", "perplexity", "mib", "p", "share", "ratio", "blur"]
 ABSENT = "–"
 Value = float | int | str | None
 FORMATS: dict[Style, Callable[[float], str]] = {
@@ -21,6 +21,7 @@ FORMATS: dict[Style, Callable[[float], str]] = {
     "percent": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.2f}",
     "ratio": lambda value: f"{value:.1f}",
+    "blur": lambda value: fixed(value, 2),
     "share": lambda value: f"{100 * value:.0f} %",
     "kl": lambda value: fixed(value, 4),
     "perplexity": lambda value: fixed(value, 2),
