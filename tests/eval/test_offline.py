@@ -176,16 +176,16 @@ def test_humaneval_asks_what_lm_eval_asks_and_runs_the_answers():
         assert offline.humaneval_scores(doc, ["    import sys\n    sys.exit(0)\n"]) == {"pass@1": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed", "said"),
-    [
-        ("humaneval_offline", False, "--allow-code-execution lets it"),
-        ("humaneval", True, "by lm-eval's own means"),
-    ],
-)
-def test_code_is_run_with_leave_and_confined_only(name, allowed, said):
-    with pytest.raises(DataError, match=said):
-        build_tasks(EvalSection(tasks=(name,), allow_code_execution=allowed), offline=True)
+def test_code_is_run_with_leave_only():
+    with pytest.raises(DataError, match="--allow-code-execution lets it"):
+        build_tasks(EvalSection(tasks=CODE.tasks), offline=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_code_is_not_run_by_lm_evals_own_means(name):
+    with pytest.raises(DataError, match="by lm-eval's own means"):
+        build_tasks(EvalSection(tasks=(name,), allow_code_execution=True), offline=True)
 
 
 def test_leave_to_run_code_is_no_part_of_a_result():
