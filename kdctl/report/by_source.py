@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from kdctl.report.columns import Results
 from kdctl.report.study import Model
+from kdctl.report.study_reader import LOSSES
 from kdctl.report.tables import Block, Cell, Column, Table
 
 TOKENS = "train/completion_tokens/"
-OBJECTIVES = ("forward_kl", "reverse_kl", "jsd")
 PARTS = 4
 """The first and the last of as many parts of training are compared."""
 Line = dict[str, float]
@@ -46,7 +46,7 @@ def _rows(model: Model) -> Iterator[tuple[Cell, ...]]:
 
 def _loss(lines: Sequence[Line], name: str) -> float | None:
     """Average the loss on a source's tokens."""
-    found = (_mean(lines, f"train/{objective}/{name}", f"{TOKENS}{name}") for objective in OBJECTIVES)
+    found = (_mean(lines, f"{loss}/{name}", f"{TOKENS}{name}") for loss in LOSSES)
     return next((value for value in found if value is not None), None)
 
 

@@ -201,6 +201,11 @@ def block(results: Results, heading: str, rows: Sequence[Row], own: Sequence[Cal
     return Block(heading, tuple((*(make(row) for make in own), *(cells[row.name] for cells in ranked)) for row in rows))
 
 
+def written(value: object) -> str:
+    """Write the value of a setting in a text."""
+    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
 def setting_column(name: str) -> Column:
     """Describe the column of one setting."""
     label, style = SETTINGS[name]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kdctl import stats
 from kdctl.report.study import Kind, Model, Settings, Study
-from kdctl.run.documents import PerDocument
+from kdctl.run.documents import Array, PerDocument
 from kdctl.run.measures import ITEM_MEASURES, ScoreUnit, TokenMeasure
 from kdctl.run.records import Estimate
 from kdctl.stats import Paired, Repeated
@@ -18,6 +18,24 @@ from kdctl.stats.verdicts import SAID
 
 Found = Comparison | SeedComparison
 SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A mean of each seed of a row: sums over documents and what they are divided by, (seeds, documents) each."""
+
+    tops: Array
+    bottoms: Array
+
+    @property
+    def value(self) -> float:
+        """The mean over all seeds."""
+        return float(self.tops.sum() / self.bottoms.sum())
+
+    @property
+    def of_seeds(self) -> list[float]:
+        """The mean of each seed."""
+        return [float(top.sum() / bottom.sum()) for top, bottom in zip(self.tops, self.bottoms, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -55,10 +73,16 @@ class Row:
         found = [model.documents for model in self.models if model.documents is not None]
         return found if len(found) == len(self.models) else []
 
-    def measured(self, measure: TokenMeasure) -> list[PerDocument]:
-        """Held-out documents of every model; empty where a measure was not taken of each."""
-        found = self.documents
-        return found if all(one.has(measure) for one in found) else []
+    def sums(self, measure: TokenMeasure, own: bool = False) -> Sums | None:
+        """Return a measure of every model on each held-out document; None where any are missing.
+
+        own: on what each model wrote itself, by prompt.
+        """
+        found = [model.own_text if own else model.documents for model in self.models]
+        known = [one for one in found if one is not None and one.has(measure)]
+        if len(known) < len(found):
+            return None
+        return Sums(np.stack([one[measure] for one in known]), np.stack([one.tokens for one in known]))
 
 
 def rows_of(study: Study) -> list[Row]:
@@ -124,23 +148,29 @@ class Contrasts:
 
 def per_token(row: Row, measure: TokenMeasure) -> Estimate | None:
     """Estimate a row's mean of a measure per held-out token, with an interval over documents and seeds."""
-    documents = row.measured(measure)
-    if not documents:
+    found = row.sums(measure)
+    if found is None:
         return None
-    sums = np.mean([one[measure] for one in documents], axis=0)
-    return stats.widen(stats.ratio(sums, documents[0].tokens), [one.mean(measure) for one in documents])
+    return stats.widen(stats.ratio(found.tops.mean(0), found.bottoms.mean(0)), found.of_seeds)
 
 
 def per_token_difference(base: Row, row: Row, measure: TokenMeasure) -> Estimate | None:
     """Estimate the difference row − base per held-out token, paired over documents, with the variance of seeds."""
-    first, second = base.measured(measure), row.measured(measure)
-    if not first or not second:
+    first, second = base.sums(measure), row.sums(measure)
+    if first is None or second is None:
         return None
-    before, after = (np.mean([one[measure] for one in part], axis=0) for part in (first, second))
-    found = stats.ratio_difference(before, after, first[0].tokens)
-    for part in (first, second):
-        found = stats.widen(found, [one.mean(measure) for one in part])
-    return found
+    return over_seeds(over_documents(first, second), first, second)
+
+
+def over_documents(base: Sums, row: Sums) -> Estimate:
+    """Estimate the difference row − base of two means, paired over documents."""
+    before, after, counts, others = base.tops.mean(0), row.tops.mean(0), base.bottoms.mean(0), row.bottoms.mean(0)
+    return stats.ratio_difference(before, after, counts, others)
+
+
+def over_seeds(found: Estimate, base: Sums, row: Sums) -> Estimate:
+    """Add the variance of the seeds of both sides to a difference over documents."""
+    return stats.widen(stats.widen(found, base.of_seeds), row.of_seeds)
 
 
 def differs(estimate: Estimate | None) -> bool:

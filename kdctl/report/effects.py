@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kdctl import stats
 from kdctl.report.bits import bits_per_byte
-from kdctl.report.columns import SETTINGS, Results
-from kdctl.report.contrasts import Row, baseline
-from kdctl.report.layouts import SWEEPS, Sweep, alike, headings, written
+from kdctl.report.columns import SETTINGS, Results, written
+from kdctl.report.contrasts import Row, Sums, baseline, differs, over_documents, over_seeds
+from kdctl.report.layouts import SWEEPS, Sweep, alike, headings
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
 from kdctl.run.records import Estimate
 
 KL_MARGIN = 0.02
 """Differences in KL below this share of the PTQ student's own are too small to matter."""
-Array = NDArray[np.float64]
+WHICH = (Column("change", "setting"), Column("where", "at"))
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,9 @@ class Pair:
     change: str
     where: str
 
-
-@dataclass(frozen=True)
-class Sums:
-    """A mean of each row of a pair: sums over documents and what they are divided by, (seeds, documents) each."""
-
-    tops: Array
-    bottoms: Array
-
-    @property
-    def value(self) -> float:
-        """The mean over all seeds."""
-        return float(self.tops.sum() / self.bottoms.sum())
-
-    @property
-    def of_seeds(self) -> list[float]:
-        """The mean of each seed."""
-        return [float(top.sum() / bottom.sum()) for top, bottom in zip(self.tops, self.bottoms, strict=True)]
+    def cells(self, measure: str) -> tuple[Cell, Cell, Cell]:
+        """Write which pair is compared by which measure."""
+        return Cell(self.change), Cell(self.where), Cell(measure)
 
 
 def effects(results: Results) -> list[Table]:
@@ -122,11 +106,12 @@ class Compared:
 def _compared(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Compared | None:
     """Compare a pair by a measure; None where any of it, or the PTQ student's, is missing."""
     ptq = baseline(results.study, results.all_rows, pair.base, "ptq")
-    base, row = (_sums(one, measure, own) for one in (pair.base, pair.row))
-    start = _sums(ptq, measure, own) if ptq else None
+    base, row = pair.base.sums(measure, own), pair.row.sums(measure, own)
+    start = ptq.sums(measure, own) if ptq else None
     if base is None or row is None or start is None or not start.value > 0:
         return None
-    return Compared(base, row, start.value, _difference(base, row), _over_documents(base, row))
+    found = over_documents(base, row)
+    return Compared(base, row, start.value, over_seeds(found, base, row), found)
 
 
 def _scaled(found: Estimate, unit: float) -> Estimate:
@@ -147,10 +132,9 @@ def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
             share = estimated(_scaled(found.difference, found.start))
             numbers = (Cell(found.base.value), Cell(found.row.value), estimated(found.difference), share)
             words = verdict(found, KL_MARGIN * found.start)
-            rows.append((Cell(pair.change), Cell(pair.where), Cell(label), *numbers, Cell(words)))
+            rows.append((*pair.cells(label), *numbers, Cell(words)))
     columns = (
-        Column("change", "setting"),
-        Column("where", "at"),
+        *WHICH,
         Column("measure", "measure"),
         Column("base", "before", "kl"),
         Column("value", "after", "kl"),
@@ -169,7 +153,7 @@ def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
 def verdict(found: Compared, margin: float) -> str:
     """Say which of two KLs is lower, or that they are alike; where neither is sure, what would decide."""
     difference, documents = found.difference, found.base.tops.shape[1]
-    sure, small = not difference.low <= 0 <= difference.high, max(-difference.low, difference.high) < margin
+    sure, small = differs(difference), max(-difference.low, difference.high) < margin
     which = "better" if difference.value < 0 else "worse"
     if sure:
         return f"{which}, by less than the margin" if small else which
@@ -184,7 +168,7 @@ def verdict(found: Compared, margin: float) -> str:
 
 def _plain(difference: Estimate) -> str:
     """Say which of two is lower, where that is sure."""
-    if difference.low <= 0 <= difference.high:
+    if not differs(difference):
         return "cannot tell"
     return "better" if difference.value < 0 else "worse"
 
@@ -196,16 +180,13 @@ def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
     parts += [(task.removesuffix("_offline"), (task,), "") for task in results.tasks if task not in results.choices]
     for pair in pairs:
         if (gone := bits_per_byte(pair.row, results.choices, pair.base)) is not None:
-            texts = (Cell(pair.change), Cell(pair.where), Cell("bits per byte"))
-            rows.append((*texts, estimated(gone), Cell(), Cell(_plain(gone))))
+            rows.append((*pair.cells("bits per byte"), estimated(gone), Cell(), Cell(_plain(gone))))
         for label, tasks, measure in parts:
             found = results.contrasts.over(pair.base, pair.row, tasks, measure)
             if found is not None:
-                texts = (Cell(pair.change), Cell(pair.where), Cell(label))
-                rows.append((*texts, estimated(found.difference), Cell(found.mde), Cell(found.words)))
+                rows.append((*pair.cells(label), estimated(found.difference), Cell(found.mde), Cell(found.words)))
     columns = (
-        Column("change", "setting"),
-        Column("where", "at"),
+        *WHICH,
         Column("measure", "measure"),
         Column("difference", "difference [95 %]", "kl"),
         Column("mde", "detectable", "kl"),
@@ -227,12 +208,10 @@ def _texts(pairs: Sequence[Pair]) -> Table:
         if found[0] is not None and found[1] is not None:
             labels = ("tokens", "end by themselves, %")
             for label, first, second in zip(labels, found[0], found[1], strict=True):
-                difference = _difference(first, second)
-                texts = (Cell(pair.change), Cell(pair.where), Cell(label))
-                rows.append((*texts, Cell(first.value), Cell(second.value), estimated(difference)))
+                difference = over_seeds(over_documents(first, second), first, second)
+                rows.append((*pair.cells(label), Cell(first.value), Cell(second.value), estimated(difference)))
     columns = (
-        Column("change", "setting"),
-        Column("where", "at"),
+        *WHICH,
         Column("measure", "completions"),
         Column("base", "before", "ratio"),
         Column("value", "after", "ratio"),
@@ -244,15 +223,6 @@ def _texts(pairs: Sequence[Pair]) -> Table:
     )
 
 
-def _sums(row: Row, measure: TokenMeasure, own: bool) -> Sums | None:
-    """Return a measure's sums and tokens of each document, None where any are missing."""
-    found = [model.own_text if own else model.documents for model in row.models]
-    known = [one for one in found if one is not None and one.has(measure)]
-    if len(known) < len(found):
-        return None
-    return Sums(np.stack([one[measure] for one in known]), np.stack([one.tokens for one in known]))
-
-
 def _own_lengths(row: Row) -> tuple[Sums, Sums] | None:
     """Return tokens, and percent that end, of each completion that a row's models wrote."""
     found = [model.own_completions for model in row.models]
@@ -261,17 +231,3 @@ def _own_lengths(row: Row) -> tuple[Sums, Sums] | None:
         return None
     tokens, ended = (np.stack([one[place] for one in known]) for place in (0, 1))
     return Sums(tokens, np.ones_like(tokens)), Sums(100 * ended, np.ones_like(ended))
-
-
-def _over_documents(base: Sums, row: Sums) -> Estimate:
-    """Estimate the difference of two means, paired over documents."""
-    before, after, tokens, others = base.tops.mean(0), row.tops.mean(0), base.bottoms.mean(0), row.bottoms.mean(0)
-    return stats.ratio_difference(before, after, tokens, others)
-
-
-def _difference(base: Sums, row: Sums) -> Estimate:
-    """Estimate the difference of two means, paired over documents, with the variance of seeds."""
-    found = _over_documents(base, row)
-    for one in (base, row):
-        found = stats.widen(found, one.of_seeds)
-    return found

@@ -9,7 +9,16 @@ from typing import Literal
 import numpy as np
 
 from kdctl.base.errors import PresetError
-from kdctl.report.columns import SETTINGS, Results, block, measure_cell, measure_column, setting_cell, setting_column
+from kdctl.report.columns import (
+    SETTINGS,
+    Results,
+    block,
+    measure_cell,
+    measure_column,
+    setting_cell,
+    setting_column,
+    written,
+)
 from kdctl.report.contrasts import Contrasts, Row, rows_of
 from kdctl.report.spent import minutes_table
 from kdctl.report.study import Study
@@ -200,11 +209,6 @@ def _named(row: Row) -> dict[str, object]:
 
 def _label(key: str) -> str:
     return SETTINGS[key][0] if key in SETTINGS else key
-
-
-def written(value: object) -> str:
-    """Write the value of a setting."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def mixed(study: Study, contrasts: Contrasts) -> Table | None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from kdctl import stats
 from kdctl.report.charts import Mark, mark
-from kdctl.report.columns import SETTINGS, accuracy_cell, distance_cell
+from kdctl.report.columns import SETTINGS, accuracy_cell, distance_cell, written
 from kdctl.report.contrasts import Row
 from kdctl.run.measures import FORWARD_KL
 
@@ -75,9 +75,5 @@ def values(rows: Sequence[Row], name: str) -> list[float]:
 def telling(rows: Sequence[Row], without: Sequence[str]) -> list[str]:
     """Describe rows by the settings that tell them apart, by their names where none does."""
     names = [name for name in SETTINGS if name not in without and len({vars(row.settings)[name] for row in rows}) > 1]
-    found = [", ".join(f"{SETTINGS[name][0]} {_written(vars(row.settings)[name])}" for name in names) for row in rows]
+    found = [", ".join(f"{SETTINGS[name][0]} {written(vars(row.settings)[name])}" for name in names) for row in rows]
     return found if len(set(found)) == len(found) else [short(row.name) for row in rows]
-
-
-def _written(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else "–" if value is None else str(value)

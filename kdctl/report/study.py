@@ -125,9 +125,13 @@ class Model:
 
     def right(self, task: str) -> Right | None:
         """Read the likelihoods of a task's right choices; None where they were not kept. Raises like ``items``."""
-        if self.run is None or self.result is None or task not in self.scores:
-            return None
-        return read_right(self.run.samples(self.key, task), self.result.samples)
+        if task not in self._rights and self.run is not None and self.result is not None and task in self.scores:
+            self._rights[task] = read_right(self.run.samples(self.key, task), self.result.samples)
+        return self._rights.get(task)
+
+    @cached_property
+    def _rights(self) -> dict[str, Right | None]:
+        return {}
 
     @cached_property
     def _items(self) -> dict[tuple[str, str], Items | None]:
