@@ -1,11 +1,12 @@
 """Prompts of several sources in one order.
 
 Which source a place takes its prompt from is a keyed draw, so the order is the same at any number of processes and goes
-on the same way for more prompts. The k-th prompt of a source is the same one in every mix that draws it.
+on the same way for more prompts. The k-th prompt of a source is the same one in every mix that draws it, as long as no
+earlier source has some of its prompts too.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -36,6 +37,11 @@ def interleaved(found: Mapping[str, PromptSet], draws: Sequence[str]) -> PromptS
         else:
             prompts.append(replace(prompt, id=f"{name}:{prompt.id}", index=len(prompts)))
     return PromptSet(prompts, sum(one.skipped for one in found.values()), missing=missing)
+
+
+def sources_of(prompt_ids: Iterable[str]) -> list[str]:
+    """List the sources of a mixture that prompts are named after; none where they come from one source."""
+    return sorted({source_of(one) for one in prompt_ids} - {""})
 
 
 def source_of(prompt_id: str) -> str:

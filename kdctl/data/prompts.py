@@ -39,15 +39,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt before it is tokenized, and the answer where it is asked for.
-
-    goes_on: it is plain text, to be cut into prompt and answer when it is tokenized.
-    """
+    """A prompt before it is tokenized, and the answer where it is asked for; plain text whole, to be cut in tokens."""
 
     name: str
     head: str
     answer: str | None = None
-    goes_on: bool = False
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -161,7 +157,7 @@ class PromptReader:
             if name not in seen:
                 seen.add(name)
                 answer = row.answer if asked.answers else None
-                yield Text(name, row.text, goes_on=True) if row.text else self._rendered(name, row.messages, answer)
+                yield Text(name, row.text) if row.text else self._rendered(name, row.messages, answer)
 
     def _nothing(self, rows: Sequence[Row], asked: Asked, skipped: int) -> str:
         held = sum(row.name in asked.excluded for row in _prompt_rows(rows, asked))

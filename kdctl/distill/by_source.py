@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdctl.data.mixture import source_of
+from kdctl.data.mixture import source_of, sources_of
 from kdctl.model.batch import Batch
 from kdctl.run.records import Rollout
 from kdctl.system.distributed import Processes
@@ -15,7 +15,7 @@ class BySource:
     """Adds up loss and tokens of one step by source; nothing where there is one."""
 
     def __init__(self, rollouts: Sequence[Rollout], device: torch.device):
-        self.names = sorted({source_of(rollout.prompt_id) for rollout in rollouts} - {""})
+        self.names = sources_of(rollout.prompt_id for rollout in rollouts)
         self.device = device
         self._parts: list[tuple[Sequence[Rollout], Batch, Tensor]] = []
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kdctl import stats
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection
-from kdctl.data.mixture import source_of
+from kdctl.data.mixture import source_of, sources_of
 from kdctl.run.measures import fixed
 from kdctl.run.records import Rollout, StopReason
 from kdctl.run.tracking import DOCUMENT
@@ -43,7 +43,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if own:
         found["rollout/student_mean_tokens"] = _mean_tokens(own)
         found["rollout/student_stop_share"] = sum(rollout.finish_reason == "stop" for rollout in own) / len(own)
-    for name in sorted({source_of(rollout.prompt_id) for rollout in rollouts} - {""}):
+    for name in sources_of(rollout.prompt_id for rollout in rollouts):
         part = [rollout for rollout in rollouts if source_of(rollout.prompt_id) == name]
         found |= {f"rollout/mean_tokens/{name}": _mean_tokens(part), f"rollout/share/{name}": len(part) / len(rollouts)}
     return found

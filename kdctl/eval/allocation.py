@@ -66,9 +66,7 @@ def allocate(table: pa.Table, metric: str, settings: EvalSection) -> Allocation 
     near = math.ceil(settings.near * count)
     order = np.argsort(margins, kind="stable")
     far = order[near:].tolist()
-    keys = {
-        number: uniform("allocation", settings.seed, name) for number, name in enumerate(table["item_id"].to_pylist())
-    }
+    keys = [uniform("allocation", settings.seed, name) for name in table["item_id"].to_pylist()]
     drawn = sorted(far, key=lambda number: (keys[number], number))[: math.ceil(settings.far * len(far))]
     weights = np.zeros(count)
     weights[order[:near]] = 1.0

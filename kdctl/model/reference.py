@@ -29,7 +29,7 @@ from kdctl.model.hashes import is_whole, known_sha256, note_files
 from kdctl.model.stops import GENERATION, stop_ids
 from kdctl.run.files import atomic_folder, read_bytes, remove, sweep_up, write_bytes, writing
 from kdctl.run.paths import cache_dir
-from kdctl.system.packages import inside_package
+from kdctl.system.packages import PREFIX, inside_package
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 CONVERSION = 3  # raise it when a GGUF file is converted differently, so that older caches are not taken
@@ -44,7 +44,7 @@ def locate(
 
     Raises ModelError saying what was looked for and where.
     """
-    if reference.startswith("pkg:"):
+    if reference.startswith(PREFIX):
         return _checked(inside_package(reference, ModelError))
     path = Path(reference).expanduser()
     if path.exists():
