@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kdctl.model import varlen  # noqa: F401 - names its kernel
 from kdctl.system.patches import checkpoint_layers
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -27,6 +28,7 @@ EXPENSIVE = frozenset(
         ATEN._scaled_dot_product_flash_attention.default,
         ATEN._scaled_dot_product_efficient_attention.default,
         ATEN._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
     }
 )
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kdctl.base.errors import ModelError
 from kdctl.model.context import reach_of
+from kdctl.model.varlen import Ends, in_one_call, one_by_one, takes
 
 NAME = "kdctl"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "indices")
@@ -88,6 +89,13 @@ class Layout:
     longest: int = 0
     prefix: int = 0
     _seen: dict[int | None, Tensor] = field(default_factory=dict)
+    _ends: dict[torch.device, Ends] = field(default_factory=dict)
+
+    def ends(self, device: torch.device) -> Ends:
+        """Return where sequences and what they see end, made once for all layers."""
+        if device not in self._ends:
+            self._ends[device] = Ends.of(self.sequences, self.prefix, device)
+        return self._ends[device]
 
     def seen(self, window: int | None) -> Tensor:
         """Return which of its tokens each continued row sees, (R, 1, 1, longest) bool, made once for all layers."""
@@ -160,15 +168,15 @@ def attend(
     if layout.cache is not None and start:
         cached = layout.cache.first(module.layer_idx, start, layout.longest)  # pyright: ignore[reportArgumentType]
         parts.append(_continue(query[:, :, :start], *cached, layout.seen(window), scale))
-    for length in layout.sequences:
-        part = slice(start, start + length)
-        keys, values = key[:, :, part], value[:, :, part]
+    if layout.sequences:
+        own, prefix = (query[:, :, start:], key[:, :, start:], value[:, :, start:]), None
         if layout.cache is not None and layout.prefix:
-            first = layout.cache.of_row(module.layer_idx, layout.cache.rows - 1, layout.prefix)  # pyright: ignore
-            keys, values = torch.cat([first[0], keys], 2), torch.cat([first[1], values], 2)
-        parts.append(_whole(query[:, :, part], keys, values, window, scale))
-        start += length
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+            prefix = layout.cache.of_row(module.layer_idx, layout.cache.rows - 1, layout.prefix)  # pyright: ignore
+        if takes(*own):
+            parts.append(in_one_call(*own, prefix, layout.ends(query.device), window, scale))
+        else:
+            parts.append(one_by_one(*own, prefix, layout.sequences, window, scale))
+    return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).transpose(1, 2).contiguous(), None
 
 
 def _continue(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
@@ -180,17 +188,6 @@ def _continue(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: fl
     grouped = query[0].transpose(0, 1).reshape(rows, heads, -1, query.shape[-1])
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scale)
     return out.reshape(rows, -1, value.shape[-1]).transpose(0, 1).unsqueeze(0)
-
-
-def _whole(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """Attend causally from a sequence's last tokens, (1, heads, T, D), to all of it, no further than the window."""
-    length, whole = query.shape[2], key.shape[2]
-    if length == whole and (window is None or length <= window):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    place = torch.arange(whole, device=query.device)
-    distance = place[whole - length :].unsqueeze(-1) - place
-    seen = (distance >= 0) & (distance < (window or whole))
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
 
 
 AttentionInterface.register(NAME, attend)
