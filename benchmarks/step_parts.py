@@ -28,7 +28,7 @@ from kdctl.distill.loop import Trainer
 from kdctl.distill.optimizer import update
 from kdctl.distill.shadow import make_shadow
 from kdctl.model.activation_checkpointing import recomputed, set_checkpointing
-from kdctl.model.batch import Batch, collate, predicting_hidden
+from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states
 from kdctl.model.load import load_model, pick_device, quiet
 from kdctl.model.reference import model_folder
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
@@ -103,15 +103,15 @@ def rollouts(count: int, tokens: int, vocabulary: int) -> list[Rollout]:
     return [Rollout(str(i), i, 0, row[:cut], row[cut:], None, "length", 0, 0, "teacher") for i, row in enumerate(ids)]
 
 
-def timed_step(trainer: Trainer, data: list[Rollout], batch: Batch, clock: Clock) -> None:
+def timed_step(trainer: Trainer, batch: Batch, clock: Clock) -> None:
     """Do what a training step does, part by part."""
     with clock.part("whole step"):
         with clock.part("teacher forward"):
-            states = trainer.teacher_states(data, batch)
+            states = predicting_states(trainer.teacher, batch)
         with clock.part("student forward"), recomputed(trainer.student):
             hidden = predicting_hidden(trainer.student, batch)
         with clock.part("loss and its gradient"):
-            loss = divergence(hidden, states, trainer.head, trainer.objective, trainer.chunk)
+            loss = divergence(hidden, states, trainer.head, trainer.objective, trainer.head.chunk)
         with clock.part("backward"):
             (loss / batch.completion_tokens).backward()
         with clock.part("norm and optimizer"):
@@ -181,7 +181,7 @@ def main() -> None:
     trainer = Trainer(teacher, student, shadow, Feed(settings, data), settings)
     batch, clock = collate(data).to(device), Clock(device)
     for _ in range(args.rounds):
-        timed_step(trainer, data, batch, clock)
+        timed_step(trainer, batch, clock)
     measured = rates(device)
     print(f"{args.train}, {args.sequences} × {args.tokens} tokens, checkpointing {args.activation_checkpointing}")
     print(f"products {measured[0] / 1e9:.0f} GFLOP/s, copies {measured[1] / 1e9:.1f} GB/s")

@@ -33,6 +33,10 @@ class RolloutSource(Protocol):
         """Make sure that the rows of a step are there. Every process calls it."""
         ...
 
+    def ready(self, step: int) -> bool:
+        """Tell whether the rows of a step are there without more work."""
+        ...
+
     def row(self, slot: int) -> Rollout:
         """Return the rollout of a slot. Raises StoreError if there is none."""
         ...
@@ -67,6 +71,10 @@ class Feed:
         draws = on_policy_rows(settings.seed, step, count, settings.lmbda)
         return [self._row(step * count + row, drawn) for row, drawn in enumerate(draws)]
 
+    def ready(self, step: int) -> bool:
+        """Tell whether the rollouts of a step are there without more work."""
+        return self.on_policy is None or self.on_policy.ready(step)
+
     def metrics(self) -> dict[str, float]:
         """Return what is worth a line of ``metrics.jsonl`` about where the rows come from."""
         return {} if self.on_policy is None else self.on_policy.metrics()
@@ -88,6 +96,10 @@ class Stored:
 
     def prepare(self, step: int) -> None:
         """Do nothing."""
+
+    def ready(self, step: int) -> bool:
+        """Say yes."""
+        return True
 
     def resume(self, step: int) -> None:
         """Do nothing."""
@@ -160,6 +172,10 @@ class Live:
     _rows: dict[int, Rollout] = field(default_factory=dict)
     _shards: list[ShardEntry] = field(default_factory=list)
     _steps: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def ready(self, step: int) -> bool:
+        """Tell whether a step belongs to the current interval."""
+        return step // self.settings.refresh_every == self._interval
 
     def row(self, slot: int) -> Rollout:
         """Return the rollout of a slot of the current interval."""

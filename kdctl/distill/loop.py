@@ -3,13 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdctl.base.errors import StoreError, TrainingError
+from kdctl.base.errors import KdctlError, StoreError, TrainingError
 from kdctl.config.preset import DistillSection
 from kdctl.distill.by_source import BySource
 from kdctl.distill.checkpoint import (
@@ -29,13 +31,14 @@ from kdctl.distill.shadow import Shadow
 from kdctl.eval.distribution import Yardstick, compare
 from kdctl.model.activation_checkpointing import recomputed
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states, split
-from kdctl.model.head import head_of, token_chunk
+from kdctl.model.head import head_of
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.measures import FORWARD_KL, pair_measures
 from kdctl.run.record_files import damaged
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.run.tracking import DOCUMENT, Tracker
 from kdctl.system.distributed import passes
+from kdctl.system.transfers import fetch, upload
 
 Progress = Callable[[int, int], None]
 
@@ -59,8 +62,28 @@ def objective_of(settings: DistillSection) -> Objective:
     return Objective(settings.beta, settings.temperature, settings.divergence_scale)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One step's rollouts, laid out on the device.
+
+    parts, batches, states: this process's micro-batches, with the teacher's states where they are kept. tokens: those
+    of all processes that carry loss.
+    """
+
+    step: int
+    rollouts: list[Rollout]
+    parts: list[Sequence[Rollout]]
+    batches: list[Batch]
+    states: list[Tensor | None]
+    tokens: int
+
+
 class Trainer:
-    """Everything one variant's training holds on to."""
+    """Everything one variant's training holds on to.
+
+    A step is queued on the device as a whole; the host reads from it once, when all of it is queued and the next step's
+    rollouts are on their way.
+    """
 
     def __init__(
         self,
@@ -75,80 +98,112 @@ class Trainer:
         self.settings, self.states, self.processes = settings, states, feed.processes
         self.head = head_of(teacher)
         self.objective = objective_of(settings)
-        self.chunk = token_chunk(self.head.weight.shape[0])
         self.optimizer = make_optimizer(shadow, settings)
+        self._ahead: Work | None = None
 
     def step(self, step: int) -> dict[str, float]:
         """Do one optimizer step and return its metrics. Raises TrainingError if loss or gradient is not finite."""
         started = time.perf_counter()
-        rollouts = self.feed.rows(step)
+        work = self._work(step)
         generated = time.perf_counter() - started
-        sources = BySource(rollouts, self.student.device)
-        loss, tokens = self.accumulate(rollouts, sources)
-        norm, factor = self.clip()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}")
+        sources = BySource(work.rollouts)
         rate = learning_rate(step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["ratio"]
-        update(self.optimizer, self.shadow.parameters(), factor)
-        self.shadow.write_back()
+        losses, norm = self.queue(work, rate, sources)
+        self._lay_out_next(step + 1)
+        values, (grad_norm,), *sums = fetch(losses, norm, *sources.sums())
+        loss = self.processes.total(sum(values)) / work.tokens
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise TrainingError(f"step {step}: loss {loss}, gradient norm {grad_norm}")
         return {
             f"train/{self.objective.name}": loss,
-            "train/completion_tokens": tokens,
-            **sources.metrics(self.objective.name, self.processes),
-            **rollout_metrics(rollouts),
+            "train/completion_tokens": work.tokens,
+            **sources.metrics(sums, self.objective.name, self.processes),
+            **rollout_metrics(work.rollouts),
             **self.feed.metrics(),
             "optim/lr": rate,
-            "optim/grad_norm": norm,
+            "optim/grad_norm": grad_norm,
             "time/generate_s": generated,
             "time/step_s": time.perf_counter() - started,
         }
 
-    def accumulate(self, rollouts: list[Rollout], sources: BySource | None = None) -> tuple[float, int]:
-        """Add up the gradients of one step's rollouts; return the mean loss per completion token and the tokens.
+    def queue(self, work: Work, rate: float, sources: BySource) -> tuple[Tensor, Tensor]:
+        """Queue all that a step computes, and read nothing of it.
+
+        Returns the loss of each micro-batch and the gradient's norm. Where one of them is not finite nothing changes.
+        """
+        losses = self.accumulate(work, sources)
+        norm, factor = self.clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        update(self.optimizer, self.shadow.parameters(), factor, losses.isfinite().all() & norm.isfinite())
+        self.shadow.write_back()
+        return losses, norm
+
+    def lay_out(self, rollouts: list[Rollout], step: int = 0) -> Work:
+        """Copy one step's rollouts to the device, those of this process in micro-batches."""
+        settings, device = self.settings, self.student.device
+        parts = split(self.processes.share(rollouts), settings.micro_batch_size)
+        batches = [collate(part, settings.max_tokens) for part in parts]
+        tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
+        states = [self._kept_states(part, batch) for part, batch in zip(parts, batches, strict=True)]
+        return Work(step, rollouts, parts, [batch.to(device) for batch in batches], states, tokens)
+
+    def accumulate(self, work: Work, sources: BySource | None = None) -> Tensor:
+        """Add up the gradients of one step's rollouts; return the loss of each micro-batch, summed over its tokens.
 
         Processes divide the rows and add their gradients after the last micro-batch. The sum over all micro-batches is
         divided once by the global token count, so 8 × 1 equals 1 × 8, in one process or several.
         """
-        settings = self.settings
-        parts = split(self.processes.share(rollouts), settings.micro_batch_size)
-        batches = [collate(part, settings.max_tokens) for part in parts]
-        tokens = int(self.processes.total(sum(batch.completion_tokens for batch in batches)))
-        self.shadow.last_pass = len(batches) == 1
+        self.shadow.last_pass = len(work.batches) == 1
         losses: list[Tensor] = []
-        for part, batch in zip(parts, batches, strict=True):
+        for part, batch, states in zip(work.parts, work.batches, work.states, strict=True):
             each = sources.room(part, batch) if sources else None
-            loss = self.loss(part, batch.to(self.student.device), each)
-            (loss / tokens).backward()
-            losses.append(loss.detach())  # reading it here would make the next micro-batch wait for a GPU
+            loss = self._loss(batch, states, each)
+            (loss / work.tokens).backward()
+            losses.append(loss.detach())
         if not self.processes.sharded:  # FSDP2 has added them
             self.processes.sum_([p.grad for p in self.shadow.parameters() if p.grad is not None])
-        return self.processes.total(sum(map(float, losses))) / tokens, tokens
+        return torch.stack(losses)
 
-    def loss(self, rollouts: Sequence[Rollout], batch: Batch, each: Tensor | None = None) -> Tensor:
+    def clip(self) -> tuple[Tensor, Tensor]:
+        """Return the gradient's norm, float32, and the factor that scales it down to ``max_grad_norm``, float64."""
+        norm = gradient_norm(self.shadow.parameters())
+        if self.processes.sharded:
+            squares = norm.square()
+            self.processes.sum_([squares])
+            norm = squares.sqrt()
+        limit = self.settings.max_grad_norm or math.inf
+        return norm, (limit / (norm.double() + 1e-6)).clamp(max=1.0)
+
+    def _loss(self, batch: Batch, states: Tensor | None, each: Tensor | None) -> Tensor:
         """Sum the divergence over a batch's completion tokens; teacher and student activations never coexist.
 
         each: room for that of each token.
         """
-        states = self.teacher_states(rollouts, batch)
+        if states is None:
+            states = predicting_states(self.teacher, batch)
         with recomputed(self.student):
             hidden = predicting_hidden(self.student, batch)
-        return divergence(hidden, states, self.head, self.objective, self.chunk, each)
+        return divergence(hidden, states, self.head, self.objective, self.head.chunk, each)
 
-    def teacher_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor:
-        """Return the teacher's final hidden states, (M, H), stored ones where they are kept."""
+    def _kept_states(self, rollouts: Sequence[Rollout], batch: Batch) -> Tensor | None:
+        """Return the teacher's final hidden states, (M, H), where they are kept."""
         if self.states is None:
-            return predicting_states(self.teacher, batch)
-        return self.states.of(rollouts, batch.counts).to(self.student.device, self.student.dtype)
+            return None
+        return upload(self.states.of(rollouts, batch.counts).to(self.student.dtype), self.student.device)
 
-    def clip(self) -> tuple[float, float]:
-        """Return the gradient's norm and the factor that scales it down to ``max_grad_norm``."""
-        norm = gradient_norm(self.shadow.parameters())
-        if self.processes.sharded:
-            norm = math.sqrt(self.processes.total(norm**2))
-        limit = self.settings.max_grad_norm or math.inf
-        return norm, min(1.0, limit / (norm + 1e-6))
+    def _work(self, step: int) -> Work:
+        """Return a step's rollouts on the device, laid out while the last step ran or now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.step == step:
+            return ahead
+        return self.lay_out(self.feed.rows(step), step)
+
+    def _lay_out_next(self, step: int) -> None:
+        """Lay out a step's rollouts while the device is at work, where they are there; errors are its own step's."""
+        if step < self.settings.steps and self.feed.ready(step):
+            with suppress(KdctlError):
+                self._ahead = self.lay_out(self.feed.rows(step), step)
 
 
 @dataclass

@@ -50,16 +50,29 @@ def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Return the Euclidean norm of all gradients together, summed in float32 whatever their dtype."""
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the Euclidean norm of all gradients together, float32 whatever their dtype, where they lie."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Do an optimizer step with all gradients times ``factor`` and free them."""
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    factor: Tensor | float = 1.0,
+    finite: Tensor | None = None,
+) -> None:
+    """Do an optimizer step with all gradients times ``factor`` and free them.
+
+    finite: a bool on the device; where it is false nothing changes. The host does not wait for it: AdamW reads it
+    itself. Adafactor cannot, so for it the host does.
+    """
     pending = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     optimizer.zero_grad(set_to_none=True)
+    if finite is not None and isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]  # as torch's GradScaler
+    elif finite is not None and not finite:
+        return
     for start in range(0, len(pending), TOGETHER):
         for parameter, gradient in pending[start : start + TOGETHER]:
             parameter.grad = gradient.float().mul_(factor)

@@ -16,7 +16,7 @@ from kdctl import stats
 from kdctl.config.resolve import identity
 from kdctl.model.batch import Batch, collate, predicting_states, split
 from kdctl.model.context import Reach
-from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
+from kdctl.model.head import Head, head_of, rows_at_once
 from kdctl.run.documents import PerDocument
 from kdctl.run.measures import PERPLEXITY, TEACHER_PERPLEXITY, TOKEN_MEASURES, Predictions, TokenMeasure
 from kdctl.run.records import DistributionMetrics, Estimate, Rollout, TextMetrics
@@ -45,7 +45,7 @@ class Heads:
     @property
     def chunk(self) -> int:
         """Tokens whose logits are in memory at once."""
-        return token_chunk(self.teacher.weight.shape[0])
+        return self.teacher.chunk
 
 
 def yardstick_identity(text_tokens: int, heldout: str, teacher: str, window: int = TEXT_WINDOW) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kdctl.model.attention import Layout, forward
 from kdctl.run.records import Rollout
+from kdctl.system.transfers import upload
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Batch:
         return Batch(self.input_ids[tokens], self.position_ids[tokens], self.predicting[loss] - start, seq_lens, counts)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move to a device."""
+        """Copy to a device, without waiting for it."""
         ids, position_ids, predicting = (
-            tensor.to(device) for tensor in (self.input_ids, self.position_ids, self.predicting)
+            upload(tensor, device) for tensor in (self.input_ids, self.position_ids, self.predicting)
         )
         return Batch(ids, position_ids, predicting, self.seq_lens, self.counts)
 

@@ -11,6 +11,9 @@ from kdctl.base.errors import ModelError
 
 ROWS_IN_CACHE = 16
 """Positions whose float32 logits are worked on at once on a CPU: a few megabytes that stay in its cache."""
+LOGITS_ON_CPU = 64 * 2**20
+GPU_SHARE = 64
+"""A GPU's memory divided by the logits in it: large enough that reading the output head costs less than multiplying."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,13 @@ class Head:
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None
+
+    @property
+    def chunk(self) -> int:
+        """Positions that are multiplied at once where the head lies."""
+        device = self.weight.device
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        return token_chunk(len(self.weight), logits_budget(memory))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Multiply (N, H) hidden states to (N, V) logits in the head's dtype."""
@@ -50,9 +60,14 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def token_chunk(vocabulary: int, budget_bytes: int = 64 * 2**20) -> int:
+def token_chunk(vocabulary: int, budget_bytes: int = LOGITS_ON_CPU) -> int:
     """Choose how many positions to multiply at once: two float32 rows of logits each within the budget, at least 16."""
     return max(16, math.floor(budget_bytes / (2 * 4 * vocabulary)))
+
+
+def logits_budget(memory_bytes: int | None) -> int:
+    """Return how many bytes of logits are in memory at once: a 64th of a GPU's, little on a CPU (None)."""
+    return LOGITS_ON_CPU if memory_bytes is None else max(LOGITS_ON_CPU, memory_bytes // GPU_SHARE)
 
 
 def rows_at_once(tensor: Tensor, count: int) -> int:

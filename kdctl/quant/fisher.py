@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kdctl.base.progress import Advance, ignore
 from kdctl.base.rng import digest
 from kdctl.model.batch import Batch, predicting_hidden
-from kdctl.model.head import Head, head_of, rows_at_once, token_chunk
+from kdctl.model.head import Head, head_of, rows_at_once
 from kdctl.quant.calibrate import gram
 
 SEQUENCES = 8
@@ -92,13 +92,12 @@ def _start_graph(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
 def probe(hidden: Tensor, head: Head, generator: torch.Generator) -> Tensor:
     """Draw u·∂logits/∂hidden for each final hidden state, (N, H), E[u·uᵀ] = diag(p) − p·pᵀ of its distribution."""
     drawn = torch.empty_like(hidden)
-    chunk = token_chunk(head.weight.shape[0])
-    rows = rows_at_once(hidden, chunk)
-    for start in range(0, len(hidden), chunk):
-        logits = head(hidden[start : start + chunk])
+    rows = rows_at_once(hidden, head.chunk)
+    for start in range(0, len(hidden), head.chunk):
+        logits = head(hidden[start : start + head.chunk])
         for few in logits.split(rows):
             few.copy_(_logit_probe(few.float(), generator))
-        drawn[start : start + chunk] = logits @ head.weight
+        drawn[start : start + head.chunk] = logits @ head.weight
     return drawn
 
 

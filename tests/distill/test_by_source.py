@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from kdctl.distill.monitor import rollout_metrics
-from tests.distill.test_loop import rollouts, trainer_on
+from tests.distill.test_loop import accumulated, rollouts, trainer_on
 
 
 def test_the_parts_of_a_step_add_up_to_it(teacher_fp32: PreTrainedModel) -> None:
@@ -18,7 +18,7 @@ def test_the_parts_of_a_step_add_up_to_it(teacher_fp32: PreTrainedModel) -> None
     whole = sum(found[f"train/forward_kl/{name}"] * count for name, count in tokens.items())
     assert whole / found["train/completion_tokens"] == pytest.approx(found["train/forward_kl"], rel=1e-5)
     alone = [one for one in data if one.prompt_id.startswith("web")]
-    lone = trainer_on(teacher_fp32, alone, micro_batch_size=3).accumulate(alone)
+    lone = accumulated(trainer_on(teacher_fp32, alone, micro_batch_size=3), alone)
     assert found["train/forward_kl/web"] == pytest.approx(lone[0], rel=1e-4)
     assert tokens["web"] == lone[1]
 

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import StoreError, TrainingError
 from kdctl.config.preset import DistillSection, QuantizeSection
+from kdctl.distill.by_source import BySource
 from kdctl.distill.checkpoint import checkpoint_bytes, require_room
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed, Replay
@@ -29,6 +31,7 @@ from kdctl.distill.loop import Outputs, Trainer, learning_rate, train
 from kdctl.distill.monitor import WINDOW
 from kdctl.distill.shadow import ShadowWeights
 from kdctl.eval.distribution import compare, make_yardstick, summarize
+from kdctl.model import attention, head, varlen
 from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import collate, predicting_hidden, predicting_states
 from kdctl.model.head import head_of
@@ -36,7 +39,9 @@ from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport, Rollout
 from kdctl.run.tracking import Tracker, read_metrics
+from kdctl.system.transfers import fetch
 from tests.leftovers import dead_process, left_by
+from tests.tally import Tally, masked_varlen
 
 GRID = QuantizeSection(group_size=32, method="minmax")
 
@@ -61,12 +66,19 @@ def trainer_on(teacher: PreTrainedModel, data: list[Rollout], **settings) -> Tra
     return Trainer(teacher, student, shadow, Feed(section, data), section)
 
 
+def accumulated(trainer: Trainer, data: list[Rollout]) -> tuple[float, int]:
+    """Add up the gradients of rollouts; return the mean loss per completion token, and the tokens."""
+    work = trainer.lay_out(data)
+    losses = trainer.accumulate(work).tolist()
+    return trainer.processes.total(sum(losses)) / work.tokens, work.tokens
+
+
 def test_eight_rows_at_once_equal_one_row_eight_times(teacher_fp32: PreTrainedModel) -> None:
     data = rollouts(8)
     whole = trainer_on(teacher_fp32, data, micro_batch_size=8)
     single = trainer_on(teacher_fp32, data, micro_batch_size=1, gradient_accumulation=8)
-    loss, tokens = whole.accumulate(data)
-    other_loss, other_tokens = single.accumulate(data)
+    loss, tokens = accumulated(whole, data)
+    other_loss, other_tokens = accumulated(single, data)
     assert tokens == other_tokens == sum(len(r.completion_ids) for r in data)
     assert loss == pytest.approx(other_loss, rel=1e-5)
     for name, master in whole.shadow.trained.items():
@@ -79,7 +91,7 @@ def test_eight_rows_at_once_equal_one_row_eight_times(teacher_fp32: PreTrainedMo
 def test_loss_is_the_divergence_over_completion_tokens_divided_once(teacher_fp32: PreTrainedModel) -> None:
     data = rollouts(5)
     trainer = trainer_on(teacher_fp32, data, micro_batch_size=2, gradient_accumulation=3)
-    loss, tokens = trainer.accumulate(data)
+    loss, tokens = accumulated(trainer, data)
     total = 0.0
     for rollout in data:
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
@@ -130,8 +142,8 @@ def test_training_lowers_the_divergence_it_minimises(teacher_fp32: PreTrainedMod
 
 def test_clipping_bounds_the_gradient_norm(teacher: PreTrainedModel) -> None:
     trainer = trainer_on(teacher, rollouts(4), micro_batch_size=4, max_grad_norm=1e-4)
-    trainer.accumulate(rollouts(4))
-    norm, factor = trainer.clip()
+    accumulated(trainer, rollouts(4))
+    norm, factor = map(float, trainer.clip())
     whole = math.sqrt(
         sum(float(m.grad.double().square().sum()) for m in trainer.shadow.parameters() if m.grad is not None)
     )
@@ -513,3 +525,67 @@ def test_a_run_killed_twice_stops_early_where_it_would_have(tiny_dir: Path, tmp_
     assert report.steps == len(lines)
     assert report.stopped == "patience"
     assert report.kept_step == len(lines) - 8
+
+
+@pytest.fixture
+def one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend as on a GPU, by the kernel's documented arithmetic, and work on all logits of a chunk at once."""
+    monkeypatch.setattr(head, "ROWS_IN_CACHE", 10**6)
+    monkeypatch.setattr(attention, "takes", lambda *_: True)
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", masked_varlen)
+
+
+def tallied(trainer: Trainer, step: int = 1) -> tuple[Tally, Tally]:
+    """Do a step, after a first one that builds what lasts; return what laying out and what queueing asked for."""
+    trainer.step(0)
+    rollouts_of_step = trainer.feed.rows(step)
+    with Tally() as laying:
+        work = trainer.lay_out(rollouts_of_step, step)
+    with Tally() as queueing:
+        trainer.queue(work, 1e-4, BySource(work.rollouts))
+    return laying, queueing
+
+
+@pytest.mark.parametrize("settings", [{}, {"learn_scales": True}, {"beta": 0.5, "max_grad_norm": 0.0}], ids=str)
+def test_a_step_reads_nothing_and_its_operators_do_not_grow_with_sequences(
+    teacher: PreTrainedModel, one_call: None, settings: dict[str, Any]
+) -> None:
+    counts = []
+    for rows in (2, 16):
+        trainer = trainer_on(teacher, rollouts(rows), micro_batch_size=rows, **settings)
+        laying, queueing = tallied(trainer)
+        assert laying.reads == queueing.reads == 0
+        assert laying.made <= 5
+        counts.append((queueing.operators, queueing.made))
+    assert counts[0] == counts[1]
+
+
+def test_queueing_a_step_needs_no_number_of_the_device(teacher_fp32: PreTrainedModel) -> None:
+    """Tensors without numbers say so where one is asked for, in whatever way."""
+    trainer = trainer_on(teacher_fp32, named(rollouts(4)), micro_batch_size=2, gradient_accumulation=2)
+    work = trainer.lay_out(trainer.feed.rows(0))
+    sources = BySource(work.rollouts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        losses, norm = trainer.queue(work, 1e-4, sources)
+        for asked in (lambda: losses.tolist(), lambda: float(norm), lambda: fetch(losses, norm, *sources.sums())):
+            with pytest.raises((DataDependentOutputException, RuntimeError)):
+                asked()
+
+
+def named(data: list[Rollout]) -> list[Rollout]:
+    """Let rollouts come from two sources in turn."""
+    return [replace(one, prompt_id=f"{'ab'[i % 2]}:{one.prompt_id}") for i, one in enumerate(data)]
+
+
+def test_what_is_laid_out_ahead_is_what_the_step_would_have_laid_out(teacher_fp32: PreTrainedModel) -> None:
+    data = rollouts(8)
+    ahead, late = (trainer_on(teacher_fp32, data, micro_batch_size=4, steps=3) for _ in range(2))
+    late.feed.ready = lambda _: False  # pyright: ignore[reportAttributeAccessIssue]
+    for step in range(3):
+        found, expected = ahead.step(step), late.step(step)
+        assert {k: v for k, v in found.items() if k[:5] != "time/"} == {
+            k: v for k, v in expected.items() if k[:5] != "time/"
+        }
+        assert (ahead._ahead is None) == (step == 2)
+    for name, tensor in ahead.shadow.trained.items():
+        assert torch.equal(tensor, late.shadow.trained[name])

@@ -141,6 +141,12 @@ def rollouts(count: int) -> list[Rollout]:
     return made
 
 
+def accumulated(trainer: Trainer, data: list[Rollout]) -> tuple[float, int]:
+    """Add up the gradients of rollouts; return the mean loss per completion token of all processes, and the tokens."""
+    work = trainer.lay_out(data)
+    return trainer.processes.total(sum(trainer.accumulate(work).tolist())) / work.tokens, work.tokens
+
+
 def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **settings) -> Trainer:
     teacher = load_model(folder, dtype, torch.device("cpu"))
     weights = quantize_layers(teacher, select_layers(teacher, GRID), GRID)
@@ -183,7 +189,7 @@ def differing(one: Trainer, other: Trainer) -> float:
 def train_in_float32(processes: Processes, folder: Path) -> None:
     first = trainer_on(folder / "float32", processes, torch.float32, gradient_accumulation=2)
     alone = trainer_on(folder / "float32", ALONE, torch.float32, micro_batch_size=4)
-    (loss, tokens), (expected, all_tokens) = first.accumulate(rollouts(4)), alone.accumulate(rollouts(4))
+    (loss, tokens), (expected, all_tokens) = (accumulated(each, rollouts(4)) for each in (first, alone))
     assert tokens == all_tokens
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, master in first.shadow.trained.items():
@@ -229,7 +235,7 @@ def matches_whole(divided: Trainer, whole: Trainer) -> None:
 def compare_gradients(divided: Trainer, whole: Trainer) -> None:
     """Check that what backward leaves on shards is the whole gradient's rows."""
     for trainer in (divided, whole):
-        trainer.accumulate(rollouts(trainer.settings.rows_per_step))
+        accumulated(trainer, rollouts(trainer.settings.rows_per_step))
     for name, tensor in divided.shadow.trained.items():
         expected = whole.shadow.trained[name].grad
         assert expected is not None
@@ -264,7 +270,7 @@ def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
 
 def train_in_bfloat16(processes: Processes, folder: Path) -> None:
     lone = trainer_on(folder / "bfloat16", processes, torch.bfloat16, gradient_accumulation=2)
-    lone.accumulate(rollouts(4))
+    accumulated(lone, rollouts(4))
     assert {p.grad.dtype for p in lone.shadow.parameters() if p.grad is not None} == {torch.bfloat16}
     divided, whole = compare_training(folder / "bfloat16", processes, torch.bfloat16)
     assert differing(divided, whole) <= 0.02
