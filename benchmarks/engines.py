@@ -27,7 +27,8 @@ from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
 from kdctl.model.load import quiet
 from kdctl.quant.affine import dequantize
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.child import Child
 from kdctl.rollout.server.gap import gap, slope
 from kdctl.rollout.server.pool import Pool

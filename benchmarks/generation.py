@@ -21,7 +21,8 @@ from kdctl.eval.distribution import text_documents
 from kdctl.model.load import load_model, pick_device, quiet
 from kdctl.model.reference import model_folder
 from kdctl.model.tokenizer import open_tokenizer
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Prompt
 
 SHORTEST, LONGEST = 16, 128

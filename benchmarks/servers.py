@@ -24,7 +24,7 @@ from pathlib import Path
 
 from kdctl.base.progress import Silent
 from kdctl.model.load import quiet
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.child import Child
 from kdctl.rollout.server.pool import Pool
 from kdctl.rollout.server.writer import Writer

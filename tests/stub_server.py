@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdctl.formats.student import read_student
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.rules import log_probabilities
 from kdctl.run.records import Prompt, Rollout
 

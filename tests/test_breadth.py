@@ -31,7 +31,8 @@ from kdctl.config.resolve import load_preset
 from kdctl.formats.student import load_student
 from kdctl.formats.verify import find_teacher, verify
 from kdctl.model.load import linear_shapes
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Prompt
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run

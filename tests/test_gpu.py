@@ -11,7 +11,8 @@ from kdctl.distill.divergence import Objective, divergence
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states
 from kdctl.model.head import Head, head_of
 from kdctl.model.load import load_model
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Prompt, Rollout
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import shuffled_index, uniform
 from kdctl.config.preset import DistillSection
-from kdctl.rollout.sampler import Item, Sampling
+from kdctl.rollout.sampler import Item
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.work import RolloutEngine
 from kdctl.run.records import Prompt, Rollout, ShardEntry, StoreManifest

@@ -18,7 +18,7 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.config.resolve import canonical
 from kdctl.eval.likelihood import Encoder, LikelihoodModel
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.work import RolloutEngine
 from kdctl.run.records import Prompt, Rollout
 

@@ -21,7 +21,7 @@ from kdctl.formats.records import Check
 from kdctl.formats.student import load_student
 from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import load_tokenizer
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.child import Child
 from kdctl.rollout.server.gap import BOUND, gap
 from kdctl.rollout.server.pool import Pool

@@ -21,6 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 from kdctl.base.errors import ModelError
 from kdctl.model.context import reach_of
 from kdctl.model.varlen import Ends, in_one_call, one_by_one, takes
+from kdctl.system.transfers import upload
 
 NAME = "kdctl"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "indices")
@@ -70,9 +71,11 @@ class RowCache:
 
     def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
         """Copy a row's first tokens over other rows."""
-        if targets:
-            for tensor in chain.from_iterable(self._layers.values()):
-                tensor[list(targets), :, :tokens] = tensor[source, :, :tokens]
+        if not targets:
+            return
+        rows = targets[0] if len(targets) == 1 else upload(torch.tensor(targets), self._place.device)
+        for tensor in chain.from_iterable(self._layers.values()):
+            tensor[rows, :, :tokens] = tensor[source, :, :tokens]
 
 
 @dataclass(frozen=True)

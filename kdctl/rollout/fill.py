@@ -8,7 +8,8 @@ from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.data.prompts import PromptSet
 from kdctl.model.batch import split
-from kdctl.rollout.sampler import Item, Sampling
+from kdctl.rollout.sampler import Item
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.work import RolloutEngine
 from kdctl.run.record_files import damaged

@@ -3,6 +3,9 @@
 A block of prompts is always generated from its start and its rows follow each other in a fixed order, so its tokens do
 not depend on what ran before. Each token is drawn by inverting the cumulative distribution at a uniform number keyed by
 (seed, policy step, prompt, sample, position). Nothing is inherited from the model's generation configuration.
+
+What is being written lies on the device. The host looks at it every few tokens: what a row wrote after its end is
+forgotten, and rows that wait take the places of those that ended.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,49 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdctl.base.rng import uniform
-from kdctl.config.preset import RolloutSection
 from kdctl.model.attention import Layout, RowCache, forward
-from kdctl.model.head import rows_at_once
-from kdctl.run.records import EngineRecord, Prompt, Rollout, SamplingRecord
+from kdctl.rollout.sampling import Sampling, draw
+from kdctl.run.records import EngineRecord, Prompt, Rollout
 from kdctl.system.cpu_products import packed
+from kdctl.system.transfers import upload
 
 Progress = Callable[[int], None]
 Item = tuple[Prompt, int]
 """A prompt and the index of its sample."""
 PROMPT_TOKENS = 8192
 """Prompt tokens that are read in one pass."""
+LOOK_ON_GPU = 16
+"""Tokens that each row draws before the host looks: it waits that much more seldom, and half as many are in vain."""
 PREFIX = 128
 """Tokens that all prompts begin with, as examples of a task, from which they are read once for all."""
-SPAN = 256
-"""Tokens of the vocabulary whose weights are summed up first when one is drawn."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; ``min_new_tokens`` masks the stop tokens before it."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    min_new_tokens: int
-    seed: int
-
-    @classmethod
-    def of(cls, settings: RolloutSection) -> "Sampling":
-        """Take the sampling fields of a preset section."""
-        return cls(
-            settings.temperature,
-            settings.top_p,
-            settings.top_k,
-            settings.max_new_tokens,
-            settings.min_new_tokens,
-            settings.seed,
-        )
-
-    def record(self) -> SamplingRecord:
-        """Describe the sampling for a manifest."""
-        return SamplingRecord(**vars(self))
 
 
 @dataclass
@@ -86,16 +61,19 @@ class InProcess:
     """Samples completions from a model in this process: what trains is what generates.
 
     stop: the tokens that end a completion. source: what the rollouts say about who wrote them. batch_size: completions
-    in the making at once.
+    in the making at once. look: tokens a row that are drawn before the host looks at them.
     """
 
     blocks_at_once = 1  # so that a block's tokens do not depend on what ran beside it
 
-    def __init__(self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64):
+    def __init__(
+        self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64, look: int | None = None
+    ):
         self.model = model
         self.stop = set(stop)
         self.source = source
         self.batch_size = batch_size
+        self.look = look or (LOOK_ON_GPU if model.device.type == "cuda" else 1)
 
     def load(self, model: PreTrainedModel, policy_step: int) -> None:
         """Take up a model; its weights are read where they are, so that nothing else is to be done."""
@@ -127,10 +105,10 @@ class InProcess:
         """
         rows = [Row(prompt, sample, place) for place, (prompt, sample) in enumerate(items)]
 
-        def drawn(active: list[Row]) -> None:
+        def drawn(rows: list[Row]) -> None:
             if progress is not None:
-                progress(len(active))
-            for row in active:
+                progress(len(rows))
+            for row in rows:
                 row.enough = until is not None and until(row.place, row.tokens)
                 if finished is not None and row.finished(sampling):
                     finished(row.place, self._rollout(row, sampling.seed, policy_step))
@@ -140,7 +118,7 @@ class InProcess:
         return [self._rollout(row, sampling.seed, policy_step) for row in rows]
 
     def _run(self, rows: list[Row], sampling: Sampling, policy_step: int, drawn: Callable[[list[Row]], None]) -> None:
-        """Draw a token for every active row and step; a row that finishes makes room for a waiting one."""
+        """Draw tokens for all active rows; a row that finishes makes room for a waiting one."""
         waiting = sorted(rows, key=lambda row: -len(row.prompt.prompt_ids))
         size = min(self.batch_size, len(rows))
         longest = max(len(row.prompt.prompt_ids) for row in rows)
@@ -152,22 +130,22 @@ class InProcess:
             admitted = _admit(waiting, size - len(active), prefix)
             logits = self._forward(active, admitted, cache, prefix)
             active += admitted
-            self._draw(active, logits, sampling, policy_step)
-            drawn(active)
+            found = self._draw_on(active, logits, cache, sampling, policy_step)
+            self._note(active, found.tolist(), sampling, drawn)
             _retire(active, cache, sampling)
 
     def _read(self, tokens: Sequence[int], cache: RowCache) -> None:
         """Read what all prompts begin with into the cache's last row."""
         place = torch.arange(len(tokens), device=self.model.device)
         cache.point(torch.full_like(place, cache.rows - 1), place)
-        forward(self.model, torch.tensor(tokens, device=place.device), place, Layout([len(tokens)], cache))
+        forward(self.model, self._upload(tokens), place, Layout([len(tokens)], cache))
 
     def _forward(self, active: list[Row], admitted: list[Row], cache: RowCache, prefix: int) -> Tensor:
         """Read the active rows' last tokens and the admitted rows' prompts; return each row's next logits, (R, V).
 
         Rows admitted side by side with one prompt share its reading. prefix: tokens of every prompt that were read.
         """
-        counts, device = [row.length for row in active], self.model.device
+        counts = [row.length for row in active]
         tokens, rows = [row.tokens[-1] for row in active], list(range(len(active)))
         places, ends, shared = [count - 1 for count in counts], list(rows), []
         for _, group in groupby(enumerate(admitted, len(active)), key=lambda item: id(item[1].prompt)):
@@ -180,38 +158,68 @@ class InProcess:
             shared.append((slots, len(ids)))
             if prefix:
                 cache.copy(cache.rows - 1, slots[:1], prefix)
-        place = torch.tensor(places, device=device)
-        cache.point(torch.tensor(rows, device=device), place)
-        count = torch.tensor(counts, dtype=torch.int64, device=device)
-        layout = Layout([length for _, length in shared], cache, count, max(counts, default=0), prefix)
-        hidden = forward(self.model, torch.tensor(tokens, device=device), place, layout)
+        place = self._upload(places)
+        cache.point(self._upload(rows), place)
+        layout = Layout([length for _, length in shared], cache, self._upload(counts), max(counts, default=0), prefix)
+        hidden = forward(self.model, self._upload(tokens), place, layout)
         for slots, length in shared:
             cache.copy(slots[0], slots[1:], prefix + length)
-        return self.model.get_output_embeddings()(hidden[ends])  # pyright: ignore[reportOptionalCall]
+        return self.model.get_output_embeddings()(hidden[self._upload(ends)])  # pyright: ignore[reportOptionalCall]
 
-    def _draw(self, rows: list[Row], logits: Tensor, sampling: Sampling, policy_step: int) -> None:
-        """Draw one token a row and note it with its unmasked log-probability at temperature 1."""
-        device = logits.device
-        keys = [(row.prompt.id, row.sample_index, len(row.tokens)) for row in rows]
-        numbers = [uniform("token", sampling.seed, policy_step, *key) for key in keys]
-        uniforms = torch.tensor(numbers, dtype=torch.float64, device=device)
-        short = torch.tensor([len(row.tokens) < sampling.min_new_tokens for row in rows], device=device)
-        stop = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
-        stop[list(self.stop)] = True
-        few = rows_at_once(logits, len(rows))
-        drawn = []
-        for part in (slice(i, i + few) for i in range(0, len(rows), few)):
-            values = logits[part].float()
-            masked = values
-            if sampling.min_new_tokens:
-                masked = values.masked_fill(short[part, None] & stop, -torch.inf)
-            tokens = sample(masked, uniforms[part], sampling)
-            chosen = values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - values.logsumexp(-1)
-            drawn += zip(tokens.tolist(), chosen.tolist(), strict=True)
-        for row, (token, logprob) in zip(rows, drawn, strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            row.stopped = token in self.stop
+    def _draw_on(
+        self, rows: list[Row], logits: Tensor, cache: RowCache, sampling: Sampling, policy_step: int
+    ) -> Tensor:
+        """Draw ``look`` tokens a row, and read none; return them and their log-probabilities, (2, steps, R) float64.
+
+        logits: (R, V), of the first. A row that may have no more writes over its last token.
+        """
+        limits = [len(row.prompt.prompt_ids) + sampling.max_new_tokens for row in rows]
+        steps = min(self.look, max(limit - row.length for limit, row in zip(limits, rows, strict=True)))
+        numbers = torch.tensor(_uniforms(rows, steps, sampling, policy_step), dtype=torch.float64)
+        uniforms = upload(numbers, logits.device)
+        written = self._upload([len(row.tokens) for row in rows])
+        barred = self._barred(logits.shape[-1]) if sampling.min_new_tokens else None
+        ends, lengths = self._upload(limits), self._upload([row.length for row in rows])
+        found: list[tuple[Tensor, Tensor]] = []
+        for step in range(steps):
+            if step:
+                longest = max(min(row.length + step, limit) for row, limit in zip(rows, limits, strict=True))
+                logits = self._next(found[-1][0], torch.minimum(lengths + step, ends), longest, cache)
+            short = None if barred is None else (written + step < sampling.min_new_tokens).unsqueeze(-1) & barred
+            found.append(draw(logits, uniforms[step], short, sampling))
+        return torch.stack([torch.stack(part).double() for part in zip(*found, strict=True)])
+
+    def _next(self, tokens: Tensor, counts: Tensor, longest: int, cache: RowCache) -> Tensor:
+        """Read each row's last token; return its next logits, (R, V). counts: tokens of each row, this one included."""
+        place = counts - 1
+        cache.point(torch.arange(len(tokens), device=tokens.device), place)
+        hidden = forward(self.model, tokens, place, Layout((), cache, counts, longest))
+        return self.model.get_output_embeddings()(hidden)  # pyright: ignore[reportOptionalCall]
+
+    def _note(
+        self,
+        rows: list[Row],
+        found: Sequence[Sequence[Sequence[float]]],
+        sampling: Sampling,
+        drawn: Callable[[list[Row]], None],
+    ) -> None:
+        """Give rows the tokens that they drew, with their log-probabilities, up to their ends."""
+        for step in zip(*found, strict=True):
+            going = [each for each in zip(rows, *step, strict=True) if not each[0].finished(sampling)]
+            for row, token, logprob in going:
+                row.tokens.append(int(token))
+                row.logprobs.append(logprob)
+                row.stopped = row.tokens[-1] in self.stop
+            drawn([row for row, _, _ in going])
+
+    def _barred(self, vocabulary: int) -> Tensor:
+        """Mark the tokens that end a completion, (V,)."""
+        barred = torch.zeros(vocabulary, dtype=torch.bool)
+        barred[list(self.stop)] = True
+        return upload(barred, self.model.device)
+
+    def _upload(self, numbers: Sequence[int]) -> Tensor:
+        return upload(torch.tensor(numbers, dtype=torch.int64), self.model.device)
 
     def _rollout(self, row: Row, seed: int, policy_step: int) -> Rollout:
         return Rollout(
@@ -226,6 +234,17 @@ class InProcess:
             seed=seed,
             source=self.source,
         )
+
+
+def _uniforms(rows: list[Row], steps: int, sampling: Sampling, policy_step: int) -> list[list[float]]:
+    """Return the uniform numbers that the next tokens of each row are drawn with, a list a step."""
+    if not sampling.temperature:
+        return [[0.0] * len(rows)] * steps
+    keys = [(row.prompt.id, row.sample_index, len(row.tokens)) for row in rows]
+    return [
+        [uniform("token", sampling.seed, policy_step, prompt, index, written + step) for prompt, index, written in keys]
+        for step in range(steps)
+    ]
 
 
 def _retire(active: list[Row], cache: RowCache, sampling: Sampling) -> None:
@@ -256,47 +275,3 @@ def _admit(waiting: list[Row], free: int, prefix: int) -> list[Row]:
             break
         admitted.append(waiting.pop(0))
     return admitted
-
-
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution.
-
-    logits: (B, V) float32; uniforms: (B,) float64 in [0, 1). Returns (B,) int64. Temperature 0 is greedy.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    if sampling.top_k:
-        kept = scaled.topk(min(sampling.top_k, scaled.shape[-1]))  # k tokens even where logits are equal
-        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept.indices, kept.values)
-    if sampling.top_p < 1:
-        return invert(nucleus(scaled.softmax(-1), sampling.top_p), uniforms)
-    return invert((scaled - scaled.amax(-1, keepdim=True)).exp_(), uniforms)
-
-
-def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the token of each row on whose share of the unit interval its uniform number falls.
-
-    weights: (B, V) float32, not negative, of any sum. First the span of tokens is found, then the token in it, so that
-    nothing as long as the vocabulary is summed up in float64. A token of weight zero is never returned.
-    """
-    spans = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
-    cumulative = spans.sum(-1).double().cumsum(-1)
-    total = cumulative[:, -1:]
-    target = _below(uniforms.unsqueeze(-1) * total, total)
-    span = torch.searchsorted(cumulative, target, right=True)
-    before = torch.where(span > 0, cumulative.gather(-1, (span - 1).clamp(min=0)), 0.0)
-    within = spans.gather(1, span.unsqueeze(-1).expand(-1, 1, SPAN)).squeeze(1).double().cumsum(-1)
-    return (span * SPAN + torch.searchsorted(within, _below(target - before, within[:, -1:]), right=True)).squeeze(-1)
-
-
-def _below(values: Tensor, limit: Tensor) -> Tensor:
-    """Keep values under a limit also after rounding, so that the place found has a weight above zero."""
-    return torch.minimum(values, torch.nextafter(limit, torch.zeros_like(limit)))
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of likeliest tokens whose mass reaches ``top_p`` (Holtzman et al. 2020)."""
-    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    return probabilities.scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import Form, RolloutSection
-from kdctl.rollout.sampler import Item, Progress, Sampling
+from kdctl.rollout.sampler import Item, Progress
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import EngineRecord, Prompt, Rollout
 from kdctl.system.distributed import ALONE, Processes
 

@@ -26,7 +26,7 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.quant.apply import build_student, share_frozen
 from kdctl.quant.methods import QUANTIZERS
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.documents import PerDocument

@@ -16,7 +16,7 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.engine import engine_named
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.rollout.work import RolloutEngine, WeightFiles, Work

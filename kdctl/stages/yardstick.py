@@ -17,7 +17,8 @@ from kdctl.formats.student import read_heldout
 from kdctl.model.context import check_completions
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.fill import Plan, fill, usable
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument, from_table
 from kdctl.run.record_files import read_record

@@ -11,7 +11,8 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection, PromptsSection
 from kdctl.data.prompts import PromptReader
 from kdctl.distill.feed import Feed, Live, Replay, on_policy_rows, slot_index
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Rollout
 

@@ -13,7 +13,8 @@ from kdctl.config.resolve import build_preset, identity
 from kdctl.data.prompts import PromptSet
 from kdctl.rollout.engine import ENGINES, engine_named
 from kdctl.rollout.fill import Plan, fill
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.work import Work
 from kdctl.run.records import EngineRecord, Prompt, Rollout, StoreManifest

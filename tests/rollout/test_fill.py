@@ -18,7 +18,8 @@ from kdctl.base.progress import Advance, Silent
 from kdctl.cli.app import app
 from kdctl.data.prompts import PromptSet
 from kdctl.rollout.fill import Plan, fill, fill_from_dataset, usable
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.records import Prompt, Rollout
 from tests.leftovers import dead_process, left_by

@@ -26,7 +26,8 @@ from kdctl.model.load import load_model
 from kdctl.model.tokenizer import load_tokenizer
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.rollout.fill import Plan, fill
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
 from kdctl.run.record_files import read_record

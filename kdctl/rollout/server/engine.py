@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from kdctl.base.errors import ServerError
 from kdctl.config.preset import Form
-from kdctl.rollout.sampler import Item, Progress, Sampling
+from kdctl.rollout.sampler import Item, Progress
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.child import START_S, Child
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.gap import Gap, gap, slope

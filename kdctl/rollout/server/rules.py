@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kdctl.model.batch import collate, predicting_hidden
 from kdctl.model.head import head_of, token_chunk
-from kdctl.rollout.sampler import Sampling
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Rollout
 
 SURE = math.log(1e6)

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from kdctl.base.errors import ServerError
 from kdctl.base.rng import digest
-from kdctl.rollout.sampler import Item, Progress, Sampling
+from kdctl.rollout.sampler import Item, Progress
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Draw, Drawn, Malformed

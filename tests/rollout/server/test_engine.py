@@ -14,7 +14,8 @@ from kdctl.base.errors import ServerError
 from kdctl.base.progress import Silent
 from kdctl.config.preset import RolloutSection
 from kdctl.model.load import load_model
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.engine import Served
 from kdctl.rollout.server.llama import Llama
 from kdctl.rollout.server.protocol import About, Draw

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kdctl.rollout.sampler import InProcess, Sampling, nucleus
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling, nucleus
 from kdctl.rollout.server.rules import SIGMAS, SURE, USUAL, Rule, asked_rule, log_probabilities, read, rules_of
 from kdctl.run.records import Prompt
 
