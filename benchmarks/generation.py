@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from parts.stand_in import add_shape, teacher_of
 from transformers import GenerationConfig
 
 from kdctl.config.resolve import load_preset
 from kdctl.eval.distribution import text_documents
-from kdctl.model.load import load_model, pick_device, quiet
+from kdctl.model.load import pick_device, quiet
 from kdctl.model.reference import model_folder
 from kdctl.model.tokenizer import open_tokenizer
 from kdctl.rollout.sampler import InProcess
@@ -31,20 +32,20 @@ SHORTEST, LONGEST = 16, 128
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=load_preset("quickstart").teacher.model)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    add_shape(parser)
     return parser.parse_args()
 
 
 class Bench:
     """One model and the prompts that both sides continue."""
 
-    def __init__(self, reference: str, count: int, tokens: int):
-        folder = model_folder(reference, torch.bfloat16)
-        self.model = load_model(folder, torch.bfloat16, pick_device("auto"))
-        self.tokens = tokens
+    def __init__(self, args: argparse.Namespace):
+        folder, count = model_folder(load_preset("quickstart").teacher.model, torch.bfloat16), args.prompts
+        self.model = teacher_of(args, pick_device("auto"))
+        self.tokens = args.tokens
         ids = [token for document in text_documents(open_tokenizer(folder), 8192) for token in document]
         lengths = torch.randint(SHORTEST, LONGEST, (count,), generator=torch.Generator().manual_seed(0)).tolist()
         apart = (len(ids) - LONGEST) // count
@@ -93,7 +94,7 @@ def main() -> None:
     """Time both sides in turn and print medians."""
     args = arguments()
     quiet()
-    bench = Bench(args.model, args.prompts, args.tokens)
+    bench = Bench(args)
     times: dict[str, list[float]] = {"kdctl": [], "transformers": []}
     for _ in range(args.rounds):
         times["kdctl"].append(clock(bench.kdctl))

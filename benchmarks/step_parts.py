@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from parts.stand_in import add_shape, teacher_of
 
 from kdctl.config.preset import DistillSection, QuantizeSection
-from kdctl.config.resolve import load_preset
 from kdctl.distill.divergence import divergence
 from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Trainer
@@ -29,8 +28,7 @@ from kdctl.distill.optimizer import update
 from kdctl.distill.shadow import make_shadow
 from kdctl.model.activation_checkpointing import recomputed, set_checkpointing
 from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_states
-from kdctl.model.load import load_model, pick_device, quiet
-from kdctl.model.reference import model_folder
+from kdctl.model.load import pick_device, quiet
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.run.records import Rollout
 
@@ -69,31 +67,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--train", choices=["weights", "lora", "scales"], default="weights")
     parser.add_argument("--activation-checkpointing", choices=["none", "selective", "full"], default="selective")
-    parser.add_argument("--hidden", type=int, default=0, help="build a random Qwen3 of this width; 2560 for the 4B's")
-    parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--intermediate", type=int, default=9728)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=151_936)
+    add_shape(parser)
     return parser.parse_args()
-
-
-def teacher_of(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
-    """Load the quickstart's teacher, or build a random network of the shape that was asked for."""
-    if not args.hidden:
-        folder = model_folder(load_preset("quickstart").teacher.model, torch.bfloat16)
-        return load_model(folder, torch.bfloat16, device)
-    config = Qwen3Config(
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        intermediate_size=args.intermediate,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.heads // 4,
-        head_dim=128,
-        vocab_size=args.vocabulary,
-        tie_word_embeddings=True,
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
 
 def rollouts(count: int, tokens: int, vocabulary: int) -> list[Rollout]:
@@ -121,24 +96,29 @@ def timed_step(trainer: Trainer, batch: Batch, clock: Clock) -> None:
             trainer.shadow.write_back()
 
 
-def floors(trainer: Trainer, batch: Batch, rates: tuple[float, float]) -> dict[str, float]:
-    """Return the least seconds that each part could take. rates: operations and bytes a second."""
-    config, tokens, predicting = trainer.student.config, sum(batch.seq_lens), batch.completion_tokens
+def operations(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Count the operations of matrix products and attention in each part; recomputed ones count once."""
+    config, tokens = trainer.student.config, sum(batch.seq_lens)
     linear = sum(parameter.numel() for parameter in trainer.shadow._parameters.values())
     attention = sum(2 * length * length for length in batch.seq_lens) * config.num_hidden_layers
     attention *= config.num_attention_heads * config.head_dim  # QKᵀ and PV, the causal half of each
     forward = 2 * linear * tokens + attention
-    head = 2 * trainer.head.weight.numel() * predicting
-    trained = sum(parameter.numel() for parameter in trainer.shadow.parameters())
-    operations, copied = rates
-    parts = {
-        "teacher forward": forward / operations,
-        "student forward": forward / operations,
-        "loss and its gradient": 3 * head / operations,
-        "backward": 2 * forward / operations,
-        "norm and optimizer": (2 * 2 + 6 * 4) * trained / copied,
-        "write-back": (4 + 2) * linear / copied,
+    head = 2 * trainer.head.weight.numel() * batch.completion_tokens
+    return {
+        "teacher forward": forward,
+        "student forward": forward,
+        "loss and its gradient": 3 * head,
+        "backward": 2 * forward,
     }
+
+
+def floors(trainer: Trainer, batch: Batch, rates: tuple[float, float]) -> dict[str, float]:
+    """Return the least seconds that each part could take. rates: operations and bytes a second."""
+    linear = sum(parameter.numel() for parameter in trainer.shadow._parameters.values())
+    trained = sum(parameter.numel() for parameter in trainer.shadow.parameters())
+    parts = {name: count / rates[0] for name, count in operations(trainer, batch).items()}
+    parts["norm and optimizer"] = (2 * 2 + 6 * 4) * trained / rates[1]
+    parts["write-back"] = (4 + 2) * linear / rates[1]
     return parts | {"whole step": sum(parts.values())}
 
 
@@ -170,7 +150,9 @@ def main() -> None:
     quiet()
     device = pick_device("auto")
     teacher = teacher_of(args, device)
-    settings = DistillSection(train=args.train, steps=args.rounds, max_tokens=args.tokens)
+    settings = DistillSection(
+        train=args.train, steps=args.rounds, max_tokens=args.tokens, micro_batch_size=args.sequences, lmbda=0.0
+    )
     grid = QuantizeSection(method="minmax", group_size=64)
     weights = quantize_layers(teacher, select_layers(teacher, grid), grid)
     student = build_student(teacher, weights)
@@ -182,6 +164,9 @@ def main() -> None:
     batch, clock = collate(data).to(device), Clock(device)
     for _ in range(args.rounds):
         timed_step(trainer, batch, clock)
+    for step in range(args.rounds):
+        with clock.part("as trained"):
+            trainer.step(step)
     measured = rates(device)
     print(f"{args.train}, {args.sequences} × {args.tokens} tokens, checkpointing {args.activation_checkpointing}")
     print(f"products {measured[0] / 1e9:.0f} GFLOP/s, copies {measured[1] / 1e9:.1f} GB/s")
@@ -190,6 +175,9 @@ def main() -> None:
     else:
         print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB resident")
     show(clock, floors(trainer, batch, measured), clock.median)
+    share = sum(operations(trainer, batch).values()) / measured[0] / clock.median("as trained")
+    print(f"\na step as it is trained, without waits between its parts: {clock.median('as trained'):.3f} s, ", end="")
+    print(f"{share:.0%} of what matrix products reach here")
 
 
 if __name__ == "__main__":
