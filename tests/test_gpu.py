@@ -146,5 +146,6 @@ def test_forward_loss_and_backward_wait_for_nothing(on_gpu: PreTrainedModel, req
     batch, head = ragged().to(GPU), head_of(on_gpu)
     states = predicting_states(on_gpu, batch) * 1.1
     on_gpu.requires_grad_(True)
+    divergence(predicting_hidden(on_gpu, batch), states, head, Objective(0.5)).backward()  # builds what lasts
     request.getfixturevalue("waits_are_errors")
     divergence(predicting_hidden(on_gpu, batch), states, head, Objective(0.5)).backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from kdctl.distill.divergence import Objective, Scale, divergence, value_and_gradient
+from kdctl.distill.divergence import Objective, Scale, compiled, divergence, value_and_gradient
 from kdctl.model.head import Head, token_chunk
 
 BETAS = (0.0, 1e-4, 0.01, 0.1, 0.5, 0.9, 0.999, 1.0)
@@ -215,6 +215,16 @@ def test_the_host_reads_nothing_so_that_a_gpu_never_waits(beta: float):
         assert hidden.grad is not None
         with pytest.raises(DataDependentOutputException):
             loss.detach().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_what_is_fused_for_a_gpu_computes_the_same(beta: float):
+    for rows in (7, 12):
+        student, teacher = (3 * random(rows, VOCABULARY, seed=seed) for seed in (1, 2))
+        expected = value_and_gradient(student, teacher, Objective(beta, 0.7))
+        for found, wanted in zip(compiled()(student, teacher, Objective(beta, 0.7)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [264, 32_000, 49_152, 151_936, 10_000_000])
