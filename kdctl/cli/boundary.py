@@ -36,7 +36,8 @@ class Known:
 
 
 def main() -> None:
-    """Run the command line and exit: 0; 1 where verify failed; 2 for a mistake; 70 for a bug; 128 + a signal's number.
+    """Run the command line and exit: 0; 1 where verify failed; 2 for a mistake; 70 for a bug; 75 where training was
+    preempted; 128 + a signal's number.
 
     Only the main one of several processes prints results.
     """
@@ -95,7 +96,7 @@ def end(error: BaseException) -> int:
     from kdctl.cli.explain import explain
 
     ending = explain(error)
-    if not _first():
+    if not _says(error):
         return ending.code
     if Known.verbose:
         traceback.print_exception(error)
@@ -121,7 +122,7 @@ def _say(message: str) -> None:
         _discard(2)
 
 
-def _last_words(stopped: stopping.Stopped) -> None:
+def _last_words(stopped: stopping.Stopped | stopping.Preempted) -> None:
     """Say why the process ends, unless an error was said before."""
     if not Known.said:
         from kdctl.cli.explain import explain
@@ -133,11 +134,13 @@ def _plain(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def _first() -> bool:
-    """Tell whether this is the first of several processes to fail."""
+def _says(error: BaseException) -> bool:
+    """Tell whether this one of several processes says how they end: the first to fail; of preempted ones, the main."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
         return True
     stopping.finish()  # the launcher's signal would cut the message off
+    if isinstance(error, stopping.Preempted):
+        return os.environ.get("RANK", "0") == "0"
     try:
         from kdctl.system.distributed import first_to_report
 

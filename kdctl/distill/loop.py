@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdctl.base import stopping
 from kdctl.base.errors import KdctlError, StoreError, TrainingError
 from kdctl.config.preset import DistillSection
 from kdctl.distill.by_source import BySource
@@ -221,7 +222,8 @@ class Outputs:
 def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     """Train to the last step or an early stop, from the newest checkpoint if there is one.
 
-    Metrics go to the tracker. The student is left as it was after the outcome's ``kept_step``.
+    Metrics go to the tracker. The student is left as it was after the outcome's ``kept_step``. Raises Preempted, with a
+    checkpoint written, after a step at whose end any process is asked to stop.
     """
     settings, processes, root = trainer.settings, trainer.processes, outputs.checkpoints
     room = settings.keep_last + settings.stop_early
@@ -243,10 +245,14 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
             for warning in monitor.see({"step": done, **metrics}):
                 outputs.note(f"step {done}: {warning}")
             outputs.progress(done, settings.steps)
-            if _saves(settings, done, monitor):
+            leaving = processes.total(stopping.asked()) > 0
+            if leaving or _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="", metrics=tracker.sha256())
                 state, kept = (trainer.shadow, trainer.optimizer), (settings.keep_last, monitor.best)
                 save_checkpoint(root, *state, meta, *kept, processes)
+            if leaving:
+                processes.wait()  # a launcher ends all of them once one has left, the one that writes too
+                stopping.preempt(f"after step {done} of {settings.steps}, with its checkpoint written")
     finally:
         tracker.close()
     outcome = monitor.outcome(done)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from kdctl import stats
+from kdctl.base import stopping
 from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import LONGEST_NAME, canonical, identity, variant_name
@@ -237,7 +238,8 @@ def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Stude
     with closing(feed), context.reporter.task(f"distilling {plan.variant.name}", "steps") as advance:
         opened = _tracker(context, plan, watch)
         outputs = Outputs(plan.variant.checkpoints, opened, plan.identity, advance, context.reporter.note)
-        outcome = train(trainer, small, outputs)
+        with stopping.put_off():
+            outcome = train(trainer, small, outputs)
     files.clear()
     student.weights.update(whole_rows(shadow.quantized(), ranks))
     shadow.detach()

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from kdctl.base import stopping
 from kdctl.base.errors import StoreError, TrainingError
 from kdctl.config.preset import DistillSection, QuantizeSection
 from kdctl.distill.by_source import BySource
@@ -302,6 +303,29 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(teacher: PreTr
         train(trainer, make_yardstick(teacher, data), outputs_in(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_step_that_is_asked_to_be_the_last_leaves_a_checkpoint_that_goes_on_bit_for_bit(
+    teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, yardstick = rollouts(4), make_yardstick(teacher, rollouts(2))
+    undisturbed = trainer_on(teacher, data, micro_batch_size=4, checkpoint_every=0)
+    train(undisturbed, yardstick, outputs_in(tmp_path / "a"))
+    answers = iter([False, True, True, False])
+    monkeypatch.setattr(stopping, "asked", lambda: next(answers))
+    monkeypatch.setattr(stopping, "_State", type("State", (stopping._State,), {}))
+    for step in (2, 3):
+        with pytest.raises(stopping.Preempted, match=f"stopped after step {step} of 4, with its checkpoint written"):
+            train(
+                trainer_on(teacher, data, micro_batch_size=4, checkpoint_every=0), yardstick, outputs_in(tmp_path / "b")
+            )
+        assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == [f"step_00000{step}"]
+    resumed = trainer_on(teacher, data, micro_batch_size=4, checkpoint_every=0)
+    train(resumed, yardstick, outputs_in(tmp_path / "b"))
+    for name, trained in undisturbed.shadow.trained.items():
+        assert torch.equal(trained, resumed.shadow.trained[name])
+    final = [(tmp_path / run / "checkpoints" / "step_000004" / "state.safetensors").read_bytes() for run in "ab"]
+    assert final[0] == final[1]
 
 
 def test_too_little_disk_is_refused_before_the_first_step(
