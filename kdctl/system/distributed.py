@@ -7,6 +7,7 @@ done by the main process while the others wait. All of them see the same run fol
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ def connect(device: str) -> Processes:
         )
     # Objects and waits go through gloo also on GPUs: it sees a closed connection, and waiting keeps no GPU busy.
     backend = {} if cpu else {"backend": "cpu:gloo,cuda:nccl"}
-    state = PartialState(cpu=cpu, timeout=LONGEST_WAIT, **backend)
+    with passes():
+        state = PartialState(cpu=cpu, timeout=LONGEST_WAIT, **backend)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the command line listens itself
         signal.signal(signal.SIGTERM, _stopped)
     freed = _says("FSDP_RESHARD_AFTER_FORWARD", "true")
@@ -211,8 +213,12 @@ def leave() -> None:
 
 
 def first_to_report() -> bool:
-    """Tell whether this process is the first of all that has an error to show; what follows it is noise."""
+    """Tell whether this process is the first of all that has an error to show; what follows it is noise.
+
+    Raises OSError where nobody can tell: without a launcher it is the main process that keeps the store.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection((host, port), timeout=1).close()  # torch would try for long, and say so at length
     try:
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)).add("kdctl/reported", 1) == 1
     except RuntimeError:
@@ -221,7 +227,7 @@ def first_to_report() -> bool:
 
 @contextmanager
 def passes() -> Iterator[None]:
-    """Say what it means when a pass of a divided model fails because another process has ended."""
+    """Say what it means when what libraries do between processes fails because another one has ended."""
     try:
         yield
     except ProcessError:
