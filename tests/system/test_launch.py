@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kdctl.cli.app import app
@@ -166,3 +168,78 @@ def test_a_killed_process_ends_all_and_one_or_two_go_on(
     resumed, whole = only_variant(tmp_path / "killed"), only_variant(tmp_path / "whole")
     assert [line["step"] for line in read_metrics(resumed.metrics)] == list(range(1, 41))
     assert differing_codes(resumed.final, whole.final) <= 0.01
+
+
+def lines_of(run: Path) -> int:
+    """Count the steps that a run's one variant has logged."""
+    return sum(path.read_bytes().count(b"\n") for path in run.glob("distill/*/metrics.jsonl"))
+
+
+def by_hand(preset: Path, run: Path) -> "list[subprocess.Popen[str]]":
+    """Start two processes as srun and pods do: each is told who it is by variables alone."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-m", "kdctl", "distill", "--preset", str(preset), "--run", str(run)]
+    return [
+        subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True, env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def a_try(file: Path, run: Path, how: str, steps: int, what: str) -> tuple[list[int], list[str]]:
+    """Start a command and, after some steps, send a signal, as a scheduler does that takes the machine away.
+
+    what: ``SIGNAL to WHOM``, a rank, the launcher or all of them; nothing without it. Returns exit codes and errors.
+    """
+    started = [launch("distill", file, run, how)] if how else by_hand(file, run)
+    while lines_of(run) < steps:
+        assert not any(one.poll() for one in started), [one.communicate() for one in started]
+        time.sleep(0.005)
+    if what:
+        name, whom = what.split(" to ")
+        pids = (
+            {"launcher": started[0].pid, **ranks(started[0].pid)} if how else {r: p.pid for r, p in enumerate(started)}
+        )
+        for pid in pids.values() if whom == "all" else [pids[int(whom) if whom.isdigit() else whom]]:
+            os.kill(pid, getattr(signal, name))
+    said = "".join(one.communicate(timeout=120)[1] for one in started)
+    return [one.returncode for one in started], [x for x in said.splitlines() if x.startswith("error: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes of a launcher in /proc")
+@pytest.mark.parametrize(
+    ("how", "ends"),
+    [
+        ("", [(3, "SIGTERM to 1", [75, 75]), (8, "SIGKILL to 0", [-9, 2]), (9, "SIGUSR1 to all", [75, 75])]),
+        ("--multi_gpu", [(3, "SIGTERM to all", [1]), (8, "SIGKILL to 0", [1]), (9, "SIGTERM to launcher", [1])]),
+        (SHARDS, [(3, "SIGTERM to launcher", [1]), (8, "SIGKILL to 1", [1]), (9, "SIGUSR1 to 0", [1])]),
+    ],
+)
+def test_a_preempted_training_ends_with_the_student_of_an_undisturbed_one(
+    smoke: Preset, tiny_dir_fp32: Path, tmp_path: Path, how: str, ends: list[tuple[int, str, list[int]]]
+) -> None:
+    """There is nothing to go on from but the checkpoints of preemption; kill -9 loses the steps after the last."""
+    replayed = {"distill__refresh_every": 0} if how == SHARDS else {}
+    _, file = settings(smoke, tiny_dir_fp32, tmp_path, distill__steps=24, distill__checkpoint_every=0, **replayed)
+    kept = 0
+    for steps, what, codes in ends:
+        found, (message,) = a_try(file, tmp_path / "run", how, steps, what)
+        assert found == codes, what
+        if not what.startswith("SIGKILL"):
+            told = re.fullmatch(r"error: stopped.* after step (\d+) of 24, with its checkpoint written; .*", message)
+            assert told, message
+            assert int(told[1]) > kept
+            kept = int(told[1])
+        assert [path.name for path in only_variant(tmp_path / "run").checkpoints.iterdir()] == [f"step_{kept:06d}"]
+    for run in ("run", "whole"):
+        codes, said = a_try(file, tmp_path / run, how, 0, "")
+        assert set(codes) == {0}, said
+    resumed, whole = only_variant(tmp_path / "run"), only_variant(tmp_path / "whole")
+    assert [line["step"] for line in read_metrics(resumed.metrics)] == list(range(1, 25))
+    one, other = (load_file(variant.final / "model.safetensors") for variant in (resumed, whole))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
