@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from kdctl.base.errors import StoreError
 from kdctl.run.files import make_folder, open_new
 
 LONGEST_END_S = 6.0
+LOOK_S = 0.2
 
 
 def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
     """Run commands side by side until all have ended.
 
     What a worker prints goes to a file in ``logs``. No worker outlives this call. Raises StoreError with the last line
-    of a worker that failed, after the others have finished.
+    of a worker that failed, after the others have finished, and Preempted once all have ended because this process was
+    asked to stop.
     """
     make_folder(logs)
     files = [open_new(logs / f"worker-{index}.log") for index in range(len(commands))]
@@ -26,13 +29,26 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
             places = _places(index, len(commands))
             with stopping.held():  # a worker that was started and is not in the list would outlive this call
                 workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
-        for worker in workers:
-            worker.wait()
+        with stopping.put_off():
+            _wait(workers)
     finally:
         _end(workers)
         for file in files:
             file.close()
     _check(workers, logs)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for every worker to end, which they are asked to once this process is."""
+    told = False
+    while any(worker.poll() is None for worker in workers):
+        if stopping.asked() and not told:
+            for worker in workers:
+                worker.terminate()
+            told = True
+        time.sleep(LOOK_S)
+    if told and any(worker.returncode for worker in workers):
+        stopping.preempt("together with its trials")
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:

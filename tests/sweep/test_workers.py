@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdctl.base import stopping
 from kdctl.base.errors import StoreError
 from kdctl.sweep import workers
 from kdctl.sweep.workers import run_workers
@@ -53,6 +54,21 @@ def test_no_worker_outlives_an_interrupted_sweep(tmp_path: Path, monkeypatch: py
         run_workers([python("import time; time.sleep(60)")] * 2, tmp_path)
     assert time.monotonic() - before < 30
     assert started[0].returncode is not None
+
+
+def test_workers_of_a_sweep_that_is_to_stop_are_asked_once_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import pathlib, signal, sys, time\nasked = []\nsignal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+    code += f"pathlib.Path({str(tmp_path)!r}, sys.argv[1]).touch()\nwhile not asked: time.sleep(0.01)\n"
+    code += "time.sleep(1)\nprint(len(asked))\nsys.exit(75)"
+    monkeypatch.setattr(workers, "LONGEST_END_S", 0.1)
+    monkeypatch.setattr(stopping, "_State", type("State", (stopping._State,), {}))
+    monkeypatch.setattr(stopping, "asked", lambda: len(list(tmp_path.glob("here*"))) == 2)
+    with pytest.raises(stopping.Preempted) as caught:
+        run_workers([[*python(code), f"here{index}"] for index in range(2)], tmp_path / "logs")
+    assert caught.value.code == 75
+    assert [(tmp_path / "logs" / f"worker-{index}.log").read_text() for index in range(2)] == ["1\n", "1\n"]
 
 
 @pytest.mark.parametrize(("named", "given"), [("3,5", ["3", "5", "3"]), ("7", ["7"] * 3), (None, ["none"] * 3)])
