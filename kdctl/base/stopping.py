@@ -141,15 +141,24 @@ def held() -> Iterator[None]:
         raise ended
 
 
-def end_with(parent: int) -> None:
-    """End this process, as SIGTERM does, once its parent is gone."""
+def end_with(starter: int) -> None:
+    """End this process, as SIGTERM does, once its parent or the process that started them both is gone."""
+    parent = os.getppid()
 
     def look() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and _lives(starter):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=look, daemon=True).start()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:  # gone, or its number is another user's by now
+        return False
+    return True
 
 
 def _why(number: int) -> str:

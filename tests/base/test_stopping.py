@@ -118,3 +118,13 @@ def test_what_hangs_after_it_was_preempted_is_ended_from_outside_with_its_code()
     process = started(SWALLOWING)
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (75, ["outside stopped by SIGTERM in time"])
+
+
+def test_what_an_agent_of_a_sweep_starts_ends_with_the_sweep_and_not_before() -> None:
+    sweep = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = started(f'    stopping.end_with({sweep.pid})\n    say("ready")\n    time.sleep(20)')
+    time.sleep(0.7)
+    assert process.poll() is None
+    sweep.kill()
+    sweep.wait()
+    assert ended(process) == (143, ["stopped by SIGTERM"])
