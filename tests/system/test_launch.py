@@ -200,10 +200,10 @@ def a_try(file: Path, run: Path, how: str, steps: int, what: str) -> tuple[list[
         time.sleep(0.005)
     if what:
         name, whom = what.split(" to ")
-        pids = (
-            {"launcher": started[0].pid, **ranks(started[0].pid)} if how else {r: p.pid for r, p in enumerate(started)}
-        )
-        for pid in pids.values() if whom == "all" else [pids[int(whom) if whom.isdigit() else whom]]:
+        found = ranks(started[0].pid) if how else {rank: one.pid for rank, one in enumerate(started)}
+        pids = {"launcher": started[0].pid} if how else {}
+        pids |= {str(rank): pid for rank, pid in found.items()}
+        for pid in pids.values() if whom == "all" else [pids[whom]]:
             os.kill(pid, getattr(signal, name))
     said = "".join(one.communicate(timeout=120)[1] for one in started)
     return [one.returncode for one in started], [x for x in said.splitlines() if x.startswith("error: ")]
