@@ -89,7 +89,7 @@ class Where:
     ] = None
     pod: Annotated[
         list[str] | None,
-        typer.Option(help="image=, gpus=, cpus=, memory=, claim= or secret= of a pod. Repeatable."),
+        typer.Option(help="image=, gpus=, cpus=, memory=, grace=, claim= or secret= of a pod. Repeatable."),
     ] = None
     apply: Annotated[bool, typer.Option("--apply", help="Hand the manifests to kubectl; else print them.")] = False
 

@@ -4,6 +4,7 @@ import posixpath
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdctl.base.errors import PresetError
+from kdctl.base.stopping import LATER
 from kdctl.base.version import __version__
 
+CONTAINER = "kdctl"
 WORK, CACHE = "/work", "/cache"
 RUNS = f"{WORK}/runs"
 RETRIES = 6  # for about ten minutes: a volume's server may keep the locks of a pod that died for one or two
+PREEMPTED = (LATER, 128 + signal.SIGTERM)
+"""Exit codes of a pod that was asked to go: in training, and elsewhere."""
 Manifest = dict[str, Any]
 
 
@@ -35,6 +40,8 @@ class PodSettings(BaseModel):
     """CPU cores of a pod."""
     memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?([KMGT]i?)?$")] = "64Gi"
     """Memory of a pod."""
+    grace: Annotated[int, Field(ge=1)] = 300
+    """Seconds that a pod which has to go is left: a step and the writing of a checkpoint must fit."""
     claim: str = "kdctl"
     """PersistentVolumeClaim, ReadWriteMany, that all pods mount."""
     secret: str = "kdctl"
@@ -107,6 +114,7 @@ def manifests(fleet: Fleet, pod: PodSettings) -> list[Manifest]:
             "completions": fleet.pods,
             "parallelism": fleet.pods,
             "backoffLimitPerIndex": RETRIES,
+            "podFailurePolicy": {"rules": _not_counted()},
             "template": {"metadata": {"labels": dict(labels)}, "spec": _pod(fleet, pod, name)},
         },
     }
@@ -115,6 +123,15 @@ def manifests(fleet: Fleet, pod: PodSettings) -> list[Manifest]:
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "labels": dict(labels)}}
     data = {_key(index, name): text for index, (name, text) in enumerate(fleet.files.items())}
     return [{**config, "data": data}, job]
+
+
+def _not_counted() -> list[Manifest]:
+    """Describe the ends of a pod that use up no retry: it was preempted, or its node is drained or gone."""
+    codes = {"containerName": CONTAINER, "operator": "In", "values": [int(code) for code in PREEMPTED]}
+    return [
+        {"action": "Ignore", "onExitCodes": codes},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
 
 
 def object_name(name: str) -> str:
@@ -129,6 +146,7 @@ def _pod(fleet: Fleet, pod: PodSettings, name: str) -> Manifest:
         volumes.append({"name": "files", "configMap": {"name": name}})
     return {
         "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": pod.grace,
         "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000},
         "containers": [_container(fleet, pod)],
@@ -150,7 +168,7 @@ def _container(fleet: Fleet, pod: PodSettings) -> Manifest:
         mounts.append({"name": "files", "mountPath": place, "subPath": _key(index, name), "readOnly": True})
     places = {"HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface", "KDCTL_CACHE": f"{CACHE}/kdctl", "WANDB_DIR": CACHE}
     return {
-        "name": "kdctl",
+        "name": CONTAINER,
         "image": pod.image,
         "workingDir": WORK,
         "command": ["/bin/sh", "-c", fleet.command],

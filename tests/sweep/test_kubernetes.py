@@ -72,6 +72,16 @@ def test_settings_reach_the_pod() -> None:
     assert "nvidia.com/gpu" not in container(FLEET, parse_pod(["gpus=0"]))["resources"]["limits"]
 
 
+def test_a_pod_that_is_preempted_has_time_and_uses_up_no_retry() -> None:
+    spec = manifests(FLEET, parse_pod(["grace=600"]))[-1]["spec"]
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 600
+    codes, condition = spec["podFailurePolicy"]["rules"]
+    assert codes["action"] == condition["action"] == "Ignore"
+    assert codes["onExitCodes"]["values"] == [75, 143]
+    assert codes["onExitCodes"]["containerName"] == container(FLEET, PodSettings())["name"]
+    assert condition["onPodConditions"][0]["type"] == "DisruptionTarget"
+
+
 def test_a_pods_shell_runs_its_own_shard(tmp_path: Path) -> None:
     fake = tmp_path / "kdctl"
     fake.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
@@ -86,7 +96,7 @@ def test_a_pods_shell_runs_its_own_shard(tmp_path: Path) -> None:
     [("gpu=2", "gpu=2"), ("gpus=two", "gpus=two"), ("gpus=-1", "gpus=-1"), ("memory=lots", "memory=lots")],
 )
 def test_a_pod_that_makes_no_sense_is_refused(text: str, part: str) -> None:
-    with pytest.raises(PresetError, match="image, gpus, cpus, memory, claim, secret") as caught:
+    with pytest.raises(PresetError, match="image, gpus, cpus, memory, grace, claim, secret") as caught:
         parse_pod([text])
     assert part in str(caught.value)
 
