@@ -25,6 +25,10 @@ MADE_BY_KDCTL = DOCS / "study" / "report.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 OF_OTHERS = {
     *("--constraint", "--no-deps", "--num_processes", "--multi_gpu", "--config_file", "--nproc-per-node"),
+    *("--num_machines", "--machine_rank", "--same_network", "--main_process_ip", "--main_process_port"),
+    *("--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
+    *("--nodes", "--job-name", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),  # SLURM
+    *("--signal", "--requeue", "--open-mode"),
     *("--use_fsdp", "--fsdp_version", "--version", "--help", "--state", "--short", "--budget"),
     *("--generation-config", "--gpu-memory-utilization", "--no-enable-chunked-prefill", "--dtype"),  # vLLM
     *("--model-path", "--sampling-defaults", "--parallel", "--ctx-size", "--port"),  # SGLang, llama-server
