@@ -28,7 +28,7 @@ OF_OTHERS = {
     *("--num_machines", "--machine_rank", "--same_network", "--main_process_ip", "--main_process_port"),
     *("--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
     *("--nodes", "--job-name", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),  # SLURM
-    *("--signal", "--requeue", "--open-mode"),
+    *("--signal", "--requeue", "--open-mode", "--wait"),
     *("--use_fsdp", "--fsdp_version", "--version", "--help", "--state", "--short", "--budget"),
     *("--generation-config", "--gpu-memory-utilization", "--no-enable-chunked-prefill", "--dtype"),  # vLLM
     *("--model-path", "--sampling-defaults", "--parallel", "--ctx-size", "--port"),  # SGLang, llama-server

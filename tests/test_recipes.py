@@ -17,9 +17,10 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 KDCTL = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> "$TOLD"; exit "$CODE"'
 SCONTROL = '[ "$1" = show ] && printf "%s\\n" first second || echo "$@" >> "$CALLS"'
 SRUN = """
+while [[ $1 == --* ]]; do shift; done
 worst=0
 for task in 0 1 2 3; do
-  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 "${@:2}"
+  SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 "$@"
   code=$?
   [ "$code" -gt "$worst" ] && worst=$code
 done
