@@ -9,19 +9,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import NoReturn, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kdctl.base.errors import DataError, ModelError
+from kdctl.model.attention import Layout, forward
 from kdctl.model.context import UNLIMITED, Reach, reach_of
 from kdctl.model.head import check_head, head_of, rows_at_once
 
@@ -31,6 +33,8 @@ CHUNK = 256
 """Positions whose logits are multiplied at once."""
 PADDING = 48
 """Padded positions that cost about as much as another pass through a small model on a CPU."""
+PACKED = 2**14
+"""Tokens of texts that are laid end to end in one pass."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,28 @@ class Encoder:
                 "least one can be scored; take the task out of eval.tasks"
             )
         tokens = (context + continuation)[-(self.max_tokens + 1) :]
-        if not self.reach.has(len(tokens) - 1):
+        answer = Answer(index, (request.task_name, request.doc_id), tokens, len(continuation))
+        return self._reached(answer, "lower eval.num_fewshot or ")
+
+    def windows(self, index: int, request: Instance) -> Iterator[Answer]:
+        """Cut a text as lm-eval does into windows that judge each of its tokens once; an empty text has none.
+
+        Raises DataError for a window that the network does not reach.
+        """
+        (text,) = request.args
+        found = get_rolling_token_windows(self.encode(text), self.first, self.max_tokens, context_len=1)
+        for before, judged in map(make_disjoint_window, found):
+            yield self._reached(Answer(index, (request.task_name, request.doc_id), before + judged, len(judged)))
+
+    def _reached(self, answer: Answer, way: str = "") -> Answer:
+        """Refuse what the network would compute otherwise in other company. way: what may help."""
+        if not self.reach.has(len(answer.inputs)):
+            task, document = answer.document
             raise DataError(
-                f"task {request.task_name!r}, document {request.doc_id}: {len(tokens) - 1} tokens, and "
-                f"{self.reach.why}; lower eval.num_fewshot or take the task out of eval.tasks"
+                f"task {task!r}, document {document}: {len(answer.inputs)} tokens, and {self.reach.why}; {way}take the "
+                "task out of eval.tasks"
             )
-        return Answer(index, (request.task_name, request.doc_id), tokens, len(continuation))
+        return answer
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Split at the end of the context; spaces that end it belong to the continuation, where tokens begin."""
@@ -157,9 +177,31 @@ class LikelihoodModel(LM):
                 self.cache_hook.add_partial("loglikelihood", requests[answer.index].args, result)
         return [results[index] for index in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> NoReturn:
-        """Refuse tasks that score whole texts."""
-        raise _unscorable(requests)
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Return each text's log-likelihood in nats; one longer than the context is read in lm-eval's windows."""
+        windows = [window for index, request in enumerate(requests) for window in self.encoder.windows(index, request)]
+        totals, done = [0.0] * len(requests), 0
+        for pack in packs(windows, self.batch_size):
+            for window, (value, _) in zip(pack, self._read(pack), strict=True):
+                totals[window.index] += value
+            self._offer_texts(requests, totals, done, pack[-1].index)
+            done = pack[-1].index
+        self._offer_texts(requests, totals, done, len(requests))
+        return totals
+
+    def _offer_texts(self, requests: Sequence[Instance], totals: Sequence[float], first: int, stop: int) -> None:
+        for request, total in zip(requests[first:stop], totals[first:stop], strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+
+    @torch.inference_mode()
+    def _read(self, windows: Sequence[Answer]) -> list[Result]:
+        """Judge windows that lie end to end."""
+        lengths = [len(window.inputs) for window in windows]
+        ids = torch.tensor([*chain.from_iterable(window.inputs for window in windows)], device=self.model.device)
+        places = torch.cat([torch.arange(length, device=self.model.device) for length in lengths])
+        parts = forward(self.model, ids, places, Layout(lengths)).split(lengths)
+        predicting = [part[-window.scored :] for part, window in zip(parts, windows, strict=True)]
+        return self._results(windows, torch.cat(predicting))
 
     def generate_until(self, requests: list[Instance]) -> NoReturn:
         """Refuse tasks that generate."""
@@ -237,6 +279,20 @@ def batches(items: Iterable[T], size: int, length: Callable[[T], int]) -> Iterat
         batch.append(item)
     if batch:
         yield batch
+
+
+def packs(windows: Iterable[Answer], size: int) -> Iterator[list[Answer]]:
+    """Put windows together in their order: at most ``size``, of PACKED tokens in all where it is more than one."""
+    pack: list[Answer] = []
+    tokens = 0
+    for window in windows:
+        tokens += len(window.inputs)
+        if pack and (len(pack) == size or tokens > PACKED):
+            yield pack
+            pack, tokens = [], len(window.inputs)
+        pack.append(window)
+    if pack:
+        yield pack
 
 
 def _padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

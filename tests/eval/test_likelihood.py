@@ -27,6 +27,7 @@ from transformers import (
 from kdctl.base.errors import DataError, ModelError
 from kdctl.eval.harness import quiet
 from kdctl.eval.likelihood import PADDING, Encoder, LikelihoodModel, batches, questions
+from kdctl.model.context import Reach
 
 tiny: Any = importlib.import_module("tiny")
 WINDOW = 16
@@ -64,11 +65,15 @@ def request(context: str, continuation: str, document: int) -> Instance:
     return Instance("loglikelihood", {}, (context, continuation), 0, ("made_up", document, 1))
 
 
+def lm_evals_own(model, tokenizer) -> HFLM:
+    options: dict[str, Any] = {"pretrained": model, "tokenizer": copy.deepcopy(tokenizer), "batch_size": 1}
+    return HFLM(**options)
+
+
 def oracle(model, tokenizer, requests) -> list[tuple[float, bool]]:
     """Ask lm-eval's own class, one sequence at a time."""
-    options: dict[str, Any] = {"pretrained": model, "tokenizer": copy.deepcopy(tokenizer), "batch_size": 1}
     with quiet():
-        return HFLM(**options).loglikelihood(requests)
+        return lm_evals_own(model, tokenizer).loglikelihood(requests)
 
 
 def ask(model, tokenizer, requests, batch_size: int = 8) -> list[tuple[float, bool]]:
@@ -163,10 +168,65 @@ def test_logits_that_are_more_than_the_head_are_refused(tokenizer):
         LikelihoodModel(model, tokenizer, 8)
 
 
-@pytest.mark.parametrize("method", ["generate_until", "loglikelihood_rolling"])
-def test_other_kinds_of_request_are_refused_by_task(teacher_fp32, tokenizer, method):
+def test_tasks_that_generate_are_refused_by_name(teacher_fp32, tokenizer):
     with pytest.raises(DataError, match="task made_up asks for more than log-likelihoods"):
-        vars(LikelihoodModel)[method](LikelihoodModel(teacher_fp32, tokenizer, 8), [request("a", "b", 0)])
+        LikelihoodModel(teacher_fp32, tokenizer, 8).generate_until([request("a", "b", 0)])
+
+
+CONTEXT = 24
+PACKABLE = [
+    (kind, values) for kind, values in FAMILIES if kind is not Lfm2Config and "attn_implementation" not in values
+]
+
+
+def texts_of(*lengths: int) -> list[Instance]:
+    """Make documents of so many letters, which are as many tokens."""
+    letters = random.Random(0)
+    made = ["".join(letters.choices("abcdefgh ", k=length)) for length in lengths]
+    return [Instance("loglikelihood_rolling", {}, (text,), 0, ("texts", i, 1)) for i, text in enumerate(made)]
+
+
+@pytest.mark.parametrize("make", [tiny.byte_tokenizer, with_bos])
+@pytest.mark.parametrize(("kind", "values"), PACKABLE)
+def test_whole_documents_agree_with_lm_eval_also_beyond_the_context(kind, values, make):
+    model, tokenizer = network(kind, max_position_embeddings=CONTEXT, **values), make()
+    edges = (CONTEXT - 1, CONTEXT, CONTEXT + 1, 2 * CONTEXT - 1, 2 * CONTEXT, 2 * CONTEXT + 1)
+    requests = texts_of(1, 7, *edges, 5 * CONTEXT + 3, 0, 12)
+    with quiet():
+        expected = lm_evals_own(model, tokenizer).loglikelihood_rolling(requests)
+    for batch_size in (1, 3, 16):
+        found = LikelihoodModel(model, tokenizer, batch_size).loglikelihood_rolling(requests)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_whole_documents_are_read_end_to_end_in_passes_of_bounded_length(monkeypatch, teacher_fp32, tokenizer):
+    monkeypatch.setattr("kdctl.eval.likelihood.PACKED", 40)
+    read, run = [], teacher_fp32.model.forward
+    monkeypatch.setattr(
+        teacher_fp32.model, "forward", lambda **given: read.append(given["input_ids"].shape) or run(**given)
+    )
+    lm = LikelihoodModel(teacher_fp32, tokenizer, 3)
+    read.clear()
+    lm.loglikelihood_rolling(texts_of(10, 20, 11, 5, 5, 5, 5, 50))
+    assert read == [(1, 30), (1, 21), (1, 10), (1, 50)]
+
+
+def test_every_document_is_offered_to_the_hook_once_in_order(teacher_fp32, tokenizer):
+    offered = []
+    model, requests = LikelihoodModel(teacher_fp32, tokenizer, 2), texts_of(5, 0, 2500, 3, 4, 0)
+    model.cache_hook.add_partial = lambda attr, req, res: offered.append((attr, req, res))
+    results = model.loglikelihood_rolling(requests)
+    assert offered == [
+        ("loglikelihood_rolling", each.args, value) for each, value in zip(requests, results, strict=True)
+    ]
+
+
+def test_a_document_beyond_the_reach_is_refused_by_name(tokenizer):
+    encoder = Encoder(tokenizer, 100, Reach(20, "beyond 20 tokens it is another network"))
+    short, long = texts_of(20, 21)
+    assert [window.scored for window in encoder.windows(0, short)] == [20]
+    with pytest.raises(DataError, match=r"'texts', document 1: 21 tokens, and beyond 20 .*; take the task out"):
+        list(encoder.windows(1, long))
 
 
 def test_equal_requests_get_equal_answers_whatever_their_order(teacher_fp32, tokenizer):
