@@ -1,67 +1,88 @@
-"""Bits per byte of right answers: how well a model would compress them."""
+"""Bits per byte of right answers and of whole documents: how well a model would compress them."""
 
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
 
 from kdctl import stats
 from kdctl.report.columns import AVERAGE, Results
-from kdctl.report.contrasts import Row, baseline
+from kdctl.report.contrasts import Row, baseline, per_byte
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
-from kdctl.run.documents import Array
+from kdctl.run.measures import WORD_PERPLEXITY
 from kdctl.run.records import Estimate
 from kdctl.stats import Ratio
+
+Measured = Callable[[Row, Row | None], Estimate | None]
+"""Bits per byte of a row, less those of another where one is given."""
+COLUMNS = (
+    Column("model", "model"),
+    Column("task", "on"),
+    Column("bits", "bits per byte [95 %]", "kl"),
+    Column("ptq_difference", "less the PTQ student's [95 %]", "kl"),
+    Column("teacher_difference", "less the teacher's [95 %]", "kl"),
+    Column("blur", "half interval over what quantization cost", "blur"),
+)
+BLUR = (
+    "Half interval: of the difference to the PTQ student, over that between PTQ student and teacher. Not corrected for "
+    "being several."
+)
 
 
 def bits(results: Results) -> Table:
     """List bits per byte of the right choices, and their paired differences to the PTQ student and the teacher."""
     parts = [(AVERAGE, results.choices)] if len(results.choices) > 1 else []
     parts += [(task.removesuffix("_offline"), (task,)) for task in results.choices]
-    rows = [row for name, tasks in parts for row in _rows(results, name, tasks)]
-    columns = (
-        Column("model", "model"),
-        Column("task", "on"),
-        Column("bits", "bits per byte [95 %]", "kl"),
-        Column("ptq_difference", "less the PTQ student's [95 %]", "kl"),
-        Column("teacher_difference", "less the teacher's [95 %]", "kl"),
-        Column("blur", "half interval over what quantization cost", "blur"),
-    )
+    rows = [
+        cells
+        for name, tasks in parts
+        for _, cells in _rows(results, name, lambda row, base, tasks=tasks: bits_per_byte(row, tasks, base))
+    ]
     note = (
         "−log₂ likelihood of the right choice over its bytes, lower is better, paired by item; of evaluations that "
-        "kept no bytes over its characters, which are as many in plain English. Half interval: of the difference to "
-        "the PTQ student, over that between PTQ student and teacher. Not corrected for being several."
+        f"kept no bytes over its characters, which are as many in plain English. {BLUR}"
     )
-    return without_empty(Table("bits", "Bits per byte of right answers", columns, (Block("", tuple(rows)),), (note,)))
+    return without_empty(Table("bits", "Bits per byte of right answers", COLUMNS, (Block("", tuple(rows)),), (note,)))
 
 
-def _rows(results: Results, name: str, tasks: Sequence[str]) -> Iterator[tuple[Cell, ...]]:
+def rolling(results: Results) -> Table:
+    """List bits per byte of whole documents, with the same differences."""
+    rows = [
+        (*cells, Cell(_word_perplexity(row, task)))
+        for task in results.rolling
+        for row, cells in _rows(
+            results, task.removesuffix("_offline"), lambda row, base, task=task: per_byte(row, task, base)
+        )
+    ]
+    columns = (*COLUMNS, Column("word_perplexity", WORD_PERPLEXITY.label, "perplexity"))
+    note = f"−log₂ likelihood of all documents over all their bytes, lower is better, paired by document. {BLUR}"
+    title = "Bits per byte of whole documents"
+    return without_empty(Table("rolling", title, columns, (Block("", tuple(rows)),), (note,)))
+
+
+def _word_perplexity(row: Row, task: str) -> float | None:
+    """Return what lm-eval reports of one model."""
+    result = row.models[0].result
+    return result.tasks[task].metrics.get(WORD_PERPLEXITY.name) if result and len(row.models) == 1 else None
+
+
+def _rows(results: Results, name: str, measured: Measured) -> Iterator[tuple[Row, tuple[Cell, ...]]]:
     for row in results.rows:
-        own = bits_per_byte(row, tasks)
+        own = measured(row, None)
         if own is None:
             continue
         ptq, teacher = (baseline(results.study, results.all_rows, row, kind) for kind in ("ptq", "teacher"))
-        others = [
-            bits_per_byte(row, tasks, base) if base and row.kind != "teacher" else None for base in (ptq, teacher)
-        ]
-        cost = bits_per_byte(ptq, tasks, teacher) if ptq and teacher else None
+        others = [measured(row, base) if base and row.kind != "teacher" else None for base in (ptq, teacher)]
+        cost = measured(ptq, teacher) if ptq and teacher else None
         gain = others[0]
         blur = (gain.high - gain.low) / 2 / abs(cost.value) if gain and cost and cost.value else None
-        yield Cell(row.name), Cell(name), estimated(own), *map(estimated, others), Cell(blur)
+        yield row, (Cell(row.name), Cell(name), estimated(own), *map(estimated, others), Cell(blur))
 
 
 def bits_per_byte(row: Row, tasks: Sequence[str], base: Row | None = None) -> Estimate | None:
     """Estimate a row's bits per byte over tasks, less those of another; None where any likelihood was not kept."""
     ratios = {}
     for task in tasks:
-        own, other = _right(row, task), _right(base, task) if base else None
+        own, other = row.bits(task), base.bits(task) if base else None
         if own is None or (base and other is None):
             return None
-        less = other[0] if other else 0.0
-        ratios[task] = Ratio(own[0] - less, own[1], row.clusters(task))
+        less = other.tops.mean(0) if other else 0.0
+        ratios[task] = Ratio(own.tops.mean(0) - less, own.bottoms[0], row.clusters(task))
     return stats.average_ratio(ratios) if ratios else None
-
-
-def _right(row: Row, task: str) -> tuple[Array, Array] | None:
-    """Return bits of each right choice, the mean of a row's seeds, and bytes; None where any was not kept."""
-    found = [one for model in row.models if (one := model.right(task)) is not None]
-    return (np.mean([one.bits for one in found], axis=0), found[0].bytes) if len(found) == len(row.models) else None

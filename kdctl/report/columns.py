@@ -15,12 +15,13 @@ from kdctl.report.contrasts import (
     baseline,
     differs,
     judge,
+    per_byte,
     per_token,
     per_token_difference,
     rows_of,
 )
 from kdctl.report.study import Kind, Study
-from kdctl.report.tables import Block, Cell, Column, Style
+from kdctl.report.tables import Block, Cell, Column, Style, estimated
 from kdctl.run.measures import ITEM_MEASURES, P_RIGHT, TokenMeasure, Unit, column_measures, derived_measures
 from kdctl.run.records import Estimate
 
@@ -54,6 +55,13 @@ class Scale:
     measure: TokenMeasure | None = None
     items: str = ""
     """The measure of items, where it is not the tasks' headline."""
+    rolling: str = ""
+    """The task, where it scores whole documents."""
+
+    @property
+    def lower(self) -> bool:
+        """Tell whether less is better."""
+        return bool(self.rolling) or (self.measure is not None and self.measure.better == "lower")
 
 
 class Results:
@@ -63,7 +71,7 @@ class Results:
         self.study, self.contrasts = study, contrasts
         self.all_rows = rows_of(study)
         self.rows = self.all_rows if rows is None else list(rows)
-        self.tasks = tuple(study.tasks)
+        self.tasks, self.rolling = tuple(study.tasks), tuple(study.rolling)
         self.averages = judge(self._family([self.tasks]))
         self.choices = tuple(task for task in self.tasks if self._has_choices(task))
         self.derived = [one.name for one in derived_measures() if one.heading and self.choices]
@@ -95,38 +103,41 @@ class Results:
 
     @property
     def scales(self) -> list[Scale]:
-        """List the columns of results: every task, their average, KL and held-out perplexity."""
+        """List the columns of results: every task, their average, whole documents, KL and held-out perplexity."""
         found = [Scale(task, Column(task, task.removesuffix("_offline"), "percent"), (task,)) for task in self.tasks]
         if len(found) > 1:
             found.append(Scale(AVERAGE, Column(AVERAGE, "average", "percent"), self.tasks))
         for name in self.derived:
             found.append(Scale(name, Column(name, ITEM_MEASURES[name].heading, "kl"), self.choices, items=name))
+        found += [Scale(task, rolling_column(task), rolling=task) for task in self.rolling]
         return found + [Scale(one.name, measure_column(one), measure=one) for one in column_measures() if one.ranked]
 
     def cell(self, row: Row, scale: Scale) -> Cell:
         """Write a row's result with the marks of what it differs from."""
+        marks = tuple(self._distance_marks(row, scale)) if row.kind != "teacher" else ()
+        if scale.rolling:
+            return replace(estimated(per_byte(row, scale.rolling)), marks=marks)
         if scale.measure is None:
             cell = accuracy_cell(row, scale.tasks, scale.items)
             return replace(cell, marks=self._accuracy_marks(row, scale.tasks, scale.items))
         if row.kind == "teacher" and scale.measure.of == "pair":
             return Cell()
-        marks = tuple(self._distance_marks(row, scale.measure)) if row.kind != "teacher" else ()
         return replace(distance_cell(row, scale.measure), marks=marks)
 
     def _accuracy_marks(self, row: Row, tasks: Sequence[str], measure: str) -> tuple[str, ...]:
         judged = [(letter, self.judged(row, kind, tasks, measure)) for kind, letter in BASELINES.items()]
         return tuple(letter + ARROWS[one.verdict] for letter, one in judged if one and one.verdict in ARROWS)
 
-    def _distance_marks(self, row: Row, measure: TokenMeasure) -> Sequence[str]:
+    def _distance_marks(self, row: Row, scale: Scale) -> Sequence[str]:
         """Mark what is better or worse than a baseline's; the teacher has no distance to itself."""
         marks = []
         for kind, letter in BASELINES.items():
             base = baseline(self.study, self.all_rows, row, kind)
-            if base is None or (kind == "teacher" and measure.of == "pair"):
+            if base is None or (kind == "teacher" and scale.measure and scale.measure.of == "pair"):
                 continue
-            difference = per_token_difference(base, row, measure)
+            difference = _difference(base, row, scale)
             if difference is not None and differs(difference):
-                marks.append(letter + ("↑" if (difference.value < 0) == (measure.better == "lower") else "↓"))
+                marks.append(letter + ("↑" if (difference.value < 0) == scale.lower else "↓"))
         return marks
 
     def ranked(self, rows: Sequence[Row], scale: Scale) -> Mapping[str, Cell]:
@@ -135,7 +146,7 @@ class Results:
         students = [row for row in rows if row.kind != "teacher" and isinstance(cells[row.name].value, float)]
         if len(students) < 2:
             return cells
-        sign = -1 if scale.measure and scale.measure.better == "lower" else 1
+        sign = -1 if scale.lower else 1
         best, *others = sorted(students, key=lambda row: -sign * float(cells[row.name].value or 0))
         tied = self._tied(best, others, scale)
         if tied is None:
@@ -148,13 +159,20 @@ class Results:
 
     def _tied(self, best: Row, others: Sequence[Row], scale: Scale) -> list[Row] | None:
         """List the rows that cannot be told from the best; None where that cannot be known."""
-        if scale.measure is not None:
-            found = [per_token_difference(best, row, scale.measure) for row in others]
+        if scale.measure is not None or scale.rolling:
+            found = [_difference(best, row, scale) for row in others]
             tied = [row for row, one in zip(others, found, strict=True) if not differs(one)]
             return None if None in found else tied
         judged = judge({(row.name,): self.contrasts.over(best, row, scale.tasks, scale.items) for row in others})
         tied = [row for row in others if (one := judged.get((row.name,))) and one.p_holm >= SIGNIFICANT]
         return tied if len(judged) == len(others) else None
+
+
+def _difference(base: Row, row: Row, scale: Scale) -> Estimate | None:
+    """Estimate how a row differs where no item is right or wrong."""
+    if scale.rolling:
+        return per_byte(row, scale.rolling, base)
+    return per_token_difference(base, row, scale.measure) if scale.measure else None
 
 
 def accuracy_cell(row: Row, tasks: Sequence[str], measure: str = "") -> Cell:
@@ -172,6 +190,11 @@ def accuracy_cell(row: Row, tasks: Sequence[str], measure: str = "") -> Cell:
     known = [error for error in errors if error is not None]
     single = len(row.models) == 1 and len(known) == len(tasks)
     return Cell(value, float(np.hypot.reduce(known)) / len(tasks) if single else None)
+
+
+def rolling_column(task: str) -> Column:
+    """Describe the column of a task that scores whole documents."""
+    return Column(task, f"{task.removesuffix('_offline')}, bits per byte [95 %]", "kl")
 
 
 def measure_column(measure: TokenMeasure) -> Column:

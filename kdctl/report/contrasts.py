@@ -12,7 +12,7 @@ from kdctl.report.study import Kind, Model, Settings, Study
 from kdctl.run.documents import Array, PerDocument
 from kdctl.run.measures import ITEM_MEASURES, ScoreUnit, TokenMeasure
 from kdctl.run.records import Estimate
-from kdctl.stats import Paired, Repeated
+from kdctl.stats import Paired, Ratio, Repeated
 from kdctl.stats.findings import Comparison, SeedComparison
 from kdctl.stats.verdicts import SAID
 
@@ -66,6 +66,13 @@ class Row:
         items = self.models[0].items(task)
         labels = items.clusters if items is not None else None
         return None if labels is None else [f"{task}/{label}" for label in labels]
+
+    def bits(self, task: str) -> Sums | None:
+        """Return bits over bytes of a task's right choices or whole documents, as ``sums``."""
+        found = [one for model in self.models if (one := model.bits(task)) is not None]
+        if len(found) < len(self.models):
+            return None
+        return Sums(np.stack([one.bits for one in found]), np.stack([one.bytes for one in found]))
 
     @property
     def documents(self) -> list[PerDocument]:
@@ -171,6 +178,20 @@ def over_documents(base: Sums, row: Sums) -> Estimate:
 def over_seeds(found: Estimate, base: Sums, row: Sums) -> Estimate:
     """Add the variance of the seeds of both sides to a difference over documents."""
     return stats.widen(stats.widen(found, base.of_seeds), row.of_seeds)
+
+
+def per_byte(row: Row, task: str, base: Row | None = None) -> Estimate | None:
+    """Estimate bits per byte of a task's whole documents, less those of another row; over documents and seeds.
+
+    None where any were not kept.
+    """
+    own, other = row.bits(task), base.bits(task) if base else None
+    if own is None or (base and other is None):
+        return None
+    less = other.tops.mean(0) if other else 0.0
+    ratio = Ratio(own.tops.mean(0) - less, own.bottoms[0], row.clusters(task))
+    found = stats.widen(stats.average_ratio({task: ratio}), own.of_seeds)
+    return stats.widen(found, other.of_seeds) if other else found
 
 
 def differs(estimate: Estimate | None) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kdctl import stats
-from kdctl.report.bits import bits
+from kdctl.report.bits import bits, rolling
 from kdctl.report.by_source import sources
 from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
@@ -261,7 +261,7 @@ def answers(results: Results) -> Table:
 
 def detail_tables(results: Results) -> list[Table]:
     """Return the tables behind the verdicts that have any row."""
-    made = [comparisons(results), measures(results), bits(results), answers(results)]
+    made = [comparisons(results), measures(results), bits(results), rolling(results), answers(results)]
     alone = not any(row.kind == "ptq" for row in results.rows)  # distances have nothing to be measured against
     made += [held_out(results)] if alone else [distances(results)]
     made += [recoveries(results), spreads(results), sources(results)]

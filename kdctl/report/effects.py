@@ -9,7 +9,7 @@ import numpy as np
 
 from kdctl.report.bits import bits_per_byte
 from kdctl.report.columns import SETTINGS, Results, written
-from kdctl.report.contrasts import Row, Sums, baseline, differs, over_documents, over_seeds
+from kdctl.report.contrasts import Row, Sums, baseline, differs, over_documents, over_seeds, per_byte
 from kdctl.report.layouts import SWEEPS, Sweep, alike, headings
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
@@ -185,6 +185,10 @@ def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
             found = results.contrasts.over(pair.base, pair.row, tasks, measure)
             if found is not None:
                 rows.append((*pair.cells(label), estimated(found.difference), Cell(found.mde), Cell(found.words)))
+        for task in results.rolling:
+            if (gone := per_byte(pair.row, task, pair.base)) is not None:
+                label = f"bits per byte, {task.removesuffix('_offline')}"
+                rows.append((*pair.cells(label), estimated(gone), Cell(), Cell(_plain(gone))))
     columns = (
         *WHICH,
         Column("measure", "measure"),
@@ -195,6 +199,7 @@ def _answers(results: Results, pairs: Sequence[Pair]) -> Table:
     note = (
         "Paired by item. Bits per byte of the right answer, fewer are better, and P(right), a share of 1, are averages "
         "over the multiple-choice tasks; scores are shares of 1. Not corrected for being several."
+        + (" Bits per byte of a task's whole documents: fewer are better." if results.rolling else "")
     )
     title = "What each setting changes in answers"
     return Table("effects_answers", title, columns, (Block("", tuple(rows)),), (note,))

@@ -70,6 +70,11 @@ def legend(results: Results) -> tuple[str, ...]:
         )
     elif results.tasks:
         notes.append(f"No marks: {NO_ITEMS} of two models; kdctl eval keeps them.")
+    if results.rolling:
+        notes.append(
+            "Bits per byte of whole documents: fewer are better, with a 95 % interval over documents; marked where the "
+            "interval of the difference leaves out 0."
+        )
     scored = [score for row in results.rows for one in row.models if one.result for score in one.result.tasks.values()]
     if any(score.asked for score in scored):
         notes.append(

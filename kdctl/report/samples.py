@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdctl.base.errors import brief
-from kdctl.run.documents import PerDocument, from_table, is_scored, item_values, right_bits, scores
+from kdctl.run.documents import (
+    PerDocument,
+    from_table,
+    is_rolling,
+    is_scored,
+    item_values,
+    right_bits,
+    scores,
+    whole_bits,
+)
 from kdctl.run.files import sha256
 from kdctl.run.measures import FORWARD_KL, ITEM_MEASURES, PERPLEXITY, TEACHER_PERPLEXITY, derived_measures
 from kdctl.run.record_files import damaged
@@ -37,7 +46,8 @@ class Items:
     labels: NDArray[np.str_]
     """Equal for items that are not independent."""
     values: NDArray[np.generic]
-    """What the answers are worth by one measure: bool where it is right or wrong, else float64 in [0, 1]."""
+    """What the answers are worth by one measure: bool where it is right or wrong, else float64 in [0, 1]; of whole
+    documents their bits per byte, of which fewer are better."""
 
     @property
     def clusters(self) -> NDArray[np.str_] | None:
@@ -53,10 +63,10 @@ def read_items(path: Path, metric: str, sums: Mapping[str, str] = NO_SUMS) -> It
     table = _read(path, ["item_id", "subtask", "cluster", "doc_index"], sums)
     if table is None:
         return None
-    if is_scored(table):
+    if is_scored(table) or is_rolling(table):
         if metric in DERIVED:
             return None  # there are no choices
-        return _items(table, scores(table))
+        return _items(table, scores(table) if is_scored(table) else np.divide(*whole_bits(table)))
     measure = ITEM_MEASURES[metric]
     if measure.reported:
         _check_columns(path, table, [metric])
@@ -66,20 +76,19 @@ def read_items(path: Path, metric: str, sums: Mapping[str, str] = NO_SUMS) -> It
 
 
 @dataclass(frozen=True)
-class Right:
-    """What a model said of the right choices of one task, ordered by item id, (items,) each."""
+class Bits:
+    """What the right choices, or the whole documents, of one task cost a model, ordered by item id, (items,) each."""
 
     bits: NDArray[np.float64]
     bytes: NDArray[np.float64]
 
 
-def read_right(path: Path, sums: Mapping[str, str] = NO_SUMS) -> Right | None:
-    """Read the likelihoods of right choices like ``read_items``; None where none were kept."""
+def read_bits(path: Path, sums: Mapping[str, str] = NO_SUMS) -> Bits | None:
+    """Read the likelihoods of right choices or of whole documents like ``read_items``; None where none were kept."""
     table = _read(path, ["item_id"], sums)
-    if table is None or not {*table.column_names} >= CHOICES:
+    if table is None or not (is_rolling(table) or {*table.column_names} >= CHOICES):
         return None
-    bits, sizes = right_bits(table.sort_by("item_id"))
-    return Right(bits, sizes)
+    return Bits(*(whole_bits if is_rolling(table) else right_bits)(table.sort_by("item_id")))
 
 
 def _items(table: pa.Table, values: NDArray[np.generic]) -> Items:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kdctl.report.columns import AVERAGE, BASELINES, Results
-from kdctl.report.contrasts import Judged, Row, baseline, differs, per_token_difference
+from kdctl.report.contrasts import Judged, Row, baseline, differs, per_byte, per_token_difference
 from kdctl.report.details import NAMES, removed
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
@@ -48,9 +48,8 @@ def _main(table: Table, results: Results) -> Table:
     judged = [(*cells, _verdict(results, row)) for row, cells in zip(results.rows, block.rows, strict=True)]
     whole = replace(table, columns=(*table.columns, VERDICT), blocks=(Block("", tuple(judged)),))
     places = {column.key: at for at, column in enumerate(whole.columns)}
-    kept = _kept(
-        whole, [places[key] for key in ("model", "forward_kl", accuracy, "verdict", "size_bytes") if key in places]
-    )
+    compared = ("model", "forward_kl", accuracy, *results.rolling, "verdict", "size_bytes")
+    kept = _kept(whole, [places[key] for key in compared if key in places])
     rows = tuple(tuple(replace(cell, marks=()) for cell in row) for row in kept.rows)
     return replace(without_empty(replace(kept, blocks=(Block("", rows),))), notes=(_legend(results),))
 
@@ -86,12 +85,15 @@ def _legend(results: Results) -> str:
 def headlines(results: Results) -> list[Headline]:
     """Say of every student in one line what its accuracy and its KL show."""
     students = [row for row in results.rows if row.kind != "teacher"]
-    return [Headline(row.name, "; ".join([*_accuracy(results, row), *_distance(results, row)])) for row in students]
+    said = ([*_accuracy(results, row), *_rolling(results, row), *_distance(results, row)] for row in students)
+    return [Headline(row.name, "; ".join(words)) for row, words in zip(students, said, strict=True)]
 
 
 def _accuracy(results: Results, row: Row) -> list[str]:
-    if not results.tasks or not all(model.scores for model in row.models):
+    if not all(model.tasks for model in row.models):
         return ["not evaluated on any task yet (kdctl eval)"]
+    if not results.tasks or not all(model.scores for model in row.models):
+        return []
     return [_told(PHRASES[kind], one) for kind, one in _judged(results, row)] or ["no baseline was evaluated"]
 
 
@@ -106,6 +108,19 @@ def _told(name: str, judged: Judged | None) -> str:
         "equivalent": f"equivalent to {name}",
         "cannot tell": f"cannot tell from {name} (would see {100 * judged.found.mde:.1f} points)",
     }[judged.verdict]
+
+
+def _rolling(results: Results, row: Row) -> list[str]:
+    """Compare bits per byte of whole documents with the PTQ student's, or the teacher's where there is none."""
+    bases = {kind: baseline(results.study, results.all_rows, row, kind) for kind in BASELINES}
+    kind: Kind = "ptq" if bases["ptq"] else "teacher"
+    said = []
+    for task in results.rolling if bases[kind] else ():
+        if (difference := per_byte(row, task, bases[kind])) is not None:
+            more = f"{fixed(abs(difference.value), 4)} {'less' if difference.value < 0 else 'more'} than"
+            which = more if differs(difference) else "not distinguishable from"
+            said.append(f"bits per byte of {task.removesuffix('_offline')} {which} {PHRASES[kind]}'s")
+    return said
 
 
 def _distance(results: Results, row: Row) -> list[str]:

@@ -15,14 +15,14 @@ import numpy as np
 from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset
 from kdctl.report.samples import (
+    Bits,
     Items,
-    Right,
     document_differences,
     item_differences,
+    read_bits,
     read_by_prompt,
     read_documents,
     read_items,
-    read_right,
 )
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import Array, PerDocument
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Score:
-    """A task's accuracy, a share in [0, 1], as it was reported."""
+    """A task's accuracy, a share in [0, 1], or its bits per byte, as it was reported."""
 
     value: float
     standard_error: float | None = None
@@ -81,7 +81,9 @@ class Model:
     kind: Kind
     settings: Settings = Settings()
     scores: dict[str, Score] = field(default_factory=dict)
-    """By task, in the order of evaluation."""
+    """Accuracies by task, in the order of evaluation."""
+    rolling: dict[str, Score] = field(default_factory=dict)
+    """Bits per byte, by task that scores whole documents; fewer are better."""
     folders: tuple[str, ...] = ()
     """Names of the run folders that it belongs to; several where joined folders share it."""
     run: RunDir | None = None
@@ -112,25 +114,30 @@ class Model:
             return self.result.size_bytes
         return self.quantized.student_bytes if self.quantized else None
 
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks that it was evaluated on."""
+        return [*self.scores, *self.rolling]
+
     def items(self, task: str, measure: str = "") -> Items | None:
         """Read the answers to a task, by its headline measure or another; None where items were not kept.
 
         Raises StoreError if they are damaged.
         """
         key = (task, measure)
-        if key not in self._items and self.run is not None and self.result is not None and task in self.scores:
+        if key not in self._items and self.run is not None and self.result is not None and task in self.tasks:
             path = self.run.samples(self.key, task)
             self._items[key] = read_items(path, measure or self.result.tasks[task].metric, self.result.samples)
         return self._items.get(key)
 
-    def right(self, task: str) -> Right | None:
-        """Read the likelihoods of a task's right choices; None where they were not kept. Raises like ``items``."""
-        if task not in self._rights and self.run is not None and self.result is not None and task in self.scores:
-            self._rights[task] = read_right(self.run.samples(self.key, task), self.result.samples)
-        return self._rights.get(task)
+    def bits(self, task: str) -> Bits | None:
+        """Read what a task's right choices or whole documents cost; None where that was not kept. Raises as items."""
+        if task not in self._bits and self.run is not None and self.result is not None and task in self.tasks:
+            self._bits[task] = read_bits(self.run.samples(self.key, task), self.result.samples)
+        return self._bits.get(task)
 
     @cached_property
-    def _rights(self) -> dict[str, Right | None]:
+    def _bits(self) -> dict[str, Bits | None]:
         return {}
 
     @cached_property
@@ -202,8 +209,13 @@ class Study:
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks of any model, in the order of their first appearance."""
+        """Tasks of any model that have an accuracy, in the order of their first appearance."""
         return list(dict.fromkeys(task for model in self.models for task in model.scores))
+
+    @property
+    def rolling(self) -> list[str]:
+        """Tasks of any model that score whole documents, in the order of their first appearance."""
+        return list(dict.fromkeys(task for model in self.models for task in model.rolling))
 
     def baseline(self, model: Model, kind: Kind) -> Model | None:
         """Return the teacher or the PTQ student that a model came from."""
@@ -235,7 +247,7 @@ def student_folder(run: RunDir, name: str) -> Path:
 
 def differences(a: Model, b: Model) -> list[str]:
     """List what keeps two models from being compared, on the tasks and documents that both have."""
-    shared = [task for task in a.scores if task in b.scores]
+    shared = [task for task in a.tasks if task in b.tasks]
     found = [reason for task in shared for reason in _task_differences(task, a, b)]
     return found + _document_differences(a, b)
 
@@ -289,7 +301,7 @@ def _obstacles(study: Study) -> list[str]:
             found.extend(f"{models[0].name} and {other.name}: {reason}" for reason in compare(models[0], other))
 
     against_first([model for model in study.models if model.teacher_weights], _teacher_differences)
-    for task in study.tasks:
-        against_first([model for model in study.models if task in model.scores], partial(_task_differences, task))
+    for task in (*study.tasks, *study.rolling):
+        against_first([model for model in study.models if task in model.tasks], partial(_task_differences, task))
     against_first([model for model in study.models if model.documents is not None], _document_differences)
     return found

@@ -21,6 +21,7 @@ from kdctl.report.study import (
     require_comparable,
     student_folder,
 )
+from kdctl.run.measures import ROLLING_MEASURES
 from kdctl.run.paths import RunDir, VariantDir
 from kdctl.run.record_files import first_problem, read_record
 from kdctl.run.records import DistillReport, EvalResult, MethodResult, QuantizeReport, StoreManifest, StudentFolder
@@ -86,12 +87,14 @@ def _model(source: Source, name: str, kind: Kind, result: EvalResult | None) -> 
         quantized = read_record(path, QuantizeReport)
     if kind == "variant":
         distilled = read_record(run.variant(name).report, DistillReport)
-    tasks = result.tasks if result else {}
+    scores = {task: Score(one.value, one.stderr, one.items) for task, one in result.tasks.items()} if result else {}
+    rolling = {task for task in scores if result and result.tasks[task].metric in ROLLING_MEASURES}
     return Model(
         name=name,
         kind=kind,
         settings=_settings(run, distilled, quantized, source.preset.prompts.shares if source.preset else None),
-        scores={task: Score(score.value, score.stderr, score.items) for task, score in tasks.items()},
+        scores={task: score for task, score in scores.items() if task not in rolling},
+        rolling={task: score for task, score in scores.items() if task in rolling},
         folders=(source.name,),
         run=run,
         key=name,

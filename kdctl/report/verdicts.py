@@ -1,7 +1,7 @@
 """What was found, in plain sentences."""
 
 from kdctl.report.columns import BASELINES, Results
-from kdctl.report.contrasts import Row, baseline, per_token, per_token_difference
+from kdctl.report.contrasts import Row, baseline, differs, per_byte, per_token, per_token_difference
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.study import Kind
 from kdctl.run.measures import FORWARD_KL, fixed
@@ -16,7 +16,8 @@ def sentences(results: Results) -> list[str]:
     for row in results.rows:
         if row.kind == "teacher":
             continue
-        said = [text for text in (_accuracies(results, row), _distance(results, row), _recovered(results, row)) if text]
+        parts = (_accuracies(results, row), _rolling(results, row), _distance(results, row), _recovered(results, row))
+        said = [text for text in parts if text]
         if said:
             paragraphs.append(f"**{row.name}**: " + " ".join(said))
     return paragraphs
@@ -27,8 +28,10 @@ def _accuracies(results: Results, row: Row) -> str:
     missing = [model.name for model in row.models if not model.scores]
     if missing and len(missing) < len(row.models):
         return f"Nothing is said of tasks, because not all seeds were evaluated: {', '.join(missing)} (kdctl eval)."
-    if not results.tasks or missing:
+    if not all(model.tasks for model in row.models):
         return "Not evaluated on any task yet (kdctl eval)."
+    if not results.tasks or missing:
+        return ""
     said = []
     for kind in BASELINES:
         base = baseline(results.study, results.all_rows, row, kind)
@@ -55,6 +58,29 @@ def _single(results: Results, row: Row, kind: Kind) -> str:
     found = [(task, results.single.get((row.name, kind, task))) for task in results.tasks]
     named = [f"{one.verdict} on {task}" for task, one in found if one and one.verdict in ("better", "worse")]
     return f" (single tasks: {', '.join(named)})" if named else ""
+
+
+def _rolling(results: Results, row: Row) -> str:
+    """Give bits per byte of whole documents and how they differ from each baseline's."""
+    said = []
+    for task in results.rolling:
+        if (found := per_byte(row, task)) is None:
+            continue
+        told = ""
+        for kind in BASELINES:
+            base = baseline(results.study, results.all_rows, row, kind)
+            difference = per_byte(row, task, base) if base else None
+            told += _told(PHRASES[kind], difference) if difference else ""
+        said.append(f"Documents of {task} cost {_interval(found)} bits a byte{told}.")
+    return " ".join(said)
+
+
+def _told(whose: str, difference: Estimate) -> str:
+    low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
+    if not differs(difference):
+        return f", not distinguishable from {whose}'s (difference {fixed(difference.value, 4, '+')} [{low}, {high}])"
+    verb = "less, which is better," if difference.value < 0 else "more, which is worse,"
+    return f", {fixed(abs(difference.value), 4)} {verb} than {whose}'s ({low} to {high})"
 
 
 def _distance(results: Results, row: Row) -> str:

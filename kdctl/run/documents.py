@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, TokenMeasure
+from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, RollingMeasure, TokenMeasure
 
 Array = NDArray[np.float64]
-SCORE = "score"
+SCORE, ROLLING = "score", "loglikelihood"
 WEIGHT, TEACHERS = "weight", "teacher_loglikelihoods"
 """Of a task of which only some items were asked: how many each counts for, and what the teacher said of it."""
 
@@ -64,6 +64,22 @@ def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Ta
 def is_scored(table: pa.Table) -> bool:
     """Tell whether a table of items is of a task that is no multiple choice, whose items have a score of their own."""
     return SCORE in table.column_names
+
+
+def is_rolling(table: pa.Table) -> bool:
+    """Tell whether a table of items is of a task that scores whole documents."""
+    return ROLLING in table.column_names
+
+
+def rolling_value(table: pa.Table, measure: RollingMeasure) -> float:
+    """Return a measure of all of a table's whole documents."""
+    sizes = table[measure.size].to_numpy().astype(np.float64)
+    return measure.of_nats(-float(table[ROLLING].to_numpy().sum()) / float(sizes.sum()))
+
+
+def whole_bits(table: pa.Table) -> tuple[Array, Array]:
+    """Return −log₂ likelihood of each whole document, (documents,), and its bytes."""
+    return -table[ROLLING].to_numpy() / math.log(2), table["bytes"].to_numpy().astype(np.float64)
 
 
 def scores(table: pa.Table) -> NDArray[np.generic]:

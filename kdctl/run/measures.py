@@ -1,13 +1,13 @@
-"""Every number that says how good a model is, per token or per item, declared once.
+"""Every number that says how good a model is, per token, item or whole document, declared once.
 
-Columns on disk, tables, views, model cards, the metrics of sweeps and the report follow from the two tables at the end;
-a new measure is one more entry. Nothing here imports torch: functions call methods of the tensors that they are given.
+Columns on disk, tables, views, model cards, the metrics of sweeps and the report follow from the tables at the end; a
+new measure is one more entry. Nothing here imports torch: functions call methods of the tensors that they are given.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp
+from math import exp, log
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -143,6 +143,18 @@ class ItemMeasure(Measure):
     """What a difference is said in."""
 
 
+@dataclass(frozen=True)
+class RollingMeasure(Measure):
+    """A number of the documents of a task that scores whole ones, as lm-eval reports it.
+
+    It is a function of −Σ log-likelihood / Σ size over documents. size: the column of ``samples/<task>.parquet`` that a
+    document is counted in. of_nats: makes the number of the nats that one byte or word costs.
+    """
+
+    size: Literal["bytes", "words"]
+    of_nats: Callable[[float], float]
+
+
 FORWARD_KL = TokenMeasure(
     name="forward_kl",
     label="KL(teacher‖student) per token",
@@ -217,10 +229,21 @@ P_RIGHT = ItemMeasure(
 )
 """Moves with every change of a likelihood, accuracy only where a choice overtakes another; it is another quantity."""
 
+BITS_PER_BYTE = RollingMeasure(
+    name="bits_per_byte", label="bits per byte", better="lower", size="bytes", of_nats=lambda nats: nats / log(2)
+)
+BYTE_PERPLEXITY = RollingMeasure(
+    name="byte_perplexity", label="perplexity per byte", better="lower", size="bytes", of_nats=exp
+)
+WORD_PERPLEXITY = RollingMeasure(
+    name="word_perplexity", label="perplexity per word", better="lower", size="words", of_nats=exp
+)
+
 TOKEN_MEASURES = {
     one.name: one for one in (FORWARD_KL, REVERSE_KL, AGREEMENT, PERPLEXITY, TEACHER_PERPLEXITY)
 }  # in the order of the columns of heldout.parquet
 ITEM_MEASURES = {one.name: one for one in (ACCURACY, NORMALIZED_ACCURACY, P_RIGHT)}
+ROLLING_MEASURES = {one.name: one for one in (BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY)}
 
 
 def pair_measures() -> list[TokenMeasure]:
