@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,14 @@ from lm_eval.api.task import ConfigurableTask
 from kdctl.config.resolve import canonical
 from kdctl.eval.answers import Written
 from kdctl.run.documents import item_values
-from kdctl.run.measures import ACCURACY, NORMALIZED_ACCURACY, Choices, ItemMeasure
+from kdctl.run.measures import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    NORMALIZED_ACCURACY,
+    WORD_PERPLEXITY,
+    Choices,
+    ItemMeasure,
+)
 
 SCHEMA = pa.schema(
     {
@@ -52,7 +59,22 @@ SCORED = pa.schema(
 )
 """Items that are no multiple choice; the lists have one entry for each answer, and none where nothing is written."""
 
+WHOLE = pa.schema(
+    {
+        "task": pa.string(),
+        "subtask": pa.string(),
+        "cluster": pa.string(),
+        "item_id": pa.string(),
+        "doc_index": pa.int32(),
+        "loglikelihood": pa.float64(),
+        "bytes": pa.int64(),
+        "words": pa.int64(),
+    }
+)
+"""Whole documents, as lm-eval counts their bytes and words."""
+
 Sample = Mapping[str, Any]
+ROLLING = "loglikelihood_rolling"
 TWINS = 0.7
 """Share of common words from which on neighbours with the same options are twins: WinoGrande's share 0.76 or more."""
 
@@ -79,18 +101,23 @@ class Run:
     repeats: list[Repeat] = field(default_factory=list)
 
 
-def items_table(name: str, runs: Iterable[Run]) -> pa.Table:
+def items_table(name: str, runs: Sequence[Run]) -> pa.Table:
     """Make the table of a task or group from the runs of its subtasks, one row a document.
 
     ``subtask`` is the document's subject where it has one (MMLU), else the lm-eval task. Items of one ``cluster`` are
     not independent.
     """
-    rows = [row for run in runs for row in _rows(run)]
+    rows, schema = [row for run in runs for row in _rows(run)], _schema(runs[0])
     ids = item_ids(row.pop("requests") for row in rows)
-    schema = SCORED if any("score" in row for row in rows) else SCHEMA
     return pa.Table.from_pylist(
         [{"task": name, "item_id": item_id, **row} for item_id, row in zip(ids, rows, strict=True)], schema
     )
+
+
+def _schema(run: Run) -> pa.Schema:
+    if run.task.OUTPUT_TYPE == ROLLING:
+        return WHOLE
+    return SCORED if run.repeats else SCHEMA
 
 
 def item_ids(requests: Iterable[str]) -> Iterator[str]:
@@ -107,14 +134,29 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
     clusters = cluster_labels(run.name, [sample["doc"] for sample in run.samples])
     for place, (sample, cluster) in enumerate(zip(run.samples, clusters, strict=True)):
         doc = sample["doc"]
-        contexts, continuations = zip(*(arguments[:2] for arguments in sample["arguments"]), strict=True)
+        asked = [arguments[:2] if len(arguments) > 1 else ("", *arguments) for arguments in sample["arguments"]]
+        contexts, continuations = zip(*asked, strict=True)
         yield {
             "subtask": str(doc.get("subject", run.name)),
             "cluster": cluster,
             "requests": canonical({"context": contexts, "choices": continuations}),
             "doc_index": sample["doc_id"],
-            **(_scored(run, place) if run.repeats else _verdict(run.task, sample)),
+            **_found(run, place),
         }
+
+
+def _found(run: Run, place: int) -> dict[str, Any]:
+    """Say what the model made of a document, by the kind of task."""
+    if run.task.OUTPUT_TYPE == ROLLING:
+        return _whole(run.samples[place])
+    return _scored(run, place) if run.repeats else _verdict(run.task, run.samples[place])
+
+
+def _whole(sample: Sample) -> dict[str, Any]:
+    """Say how likely a whole document is, and how lm-eval counts its bytes and, where the task has them, its words."""
+    loglikelihood, size = sample[BITS_PER_BYTE.name]
+    words = sample[WORD_PERPLEXITY.name][1] if WORD_PERPLEXITY.name in sample else None
+    return {"loglikelihood": loglikelihood, "bytes": size, "words": words}
 
 
 def _scored(run: Run, place: int) -> dict[str, Any]:

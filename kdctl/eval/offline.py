@@ -123,6 +123,12 @@ def coqa(**_metadata: object) -> Splits:
     return {"validation": _shuffled(Dataset.from_list([_conversation(doc) for doc in last.values()]), "coqa")}
 
 
+def coqa_texts(**_metadata: object) -> Splits:
+    """Read the texts that CoQA's validation split asks about, each once."""
+    texts = dict.fromkeys(doc["story"] for doc in _requests("coqa/bpb_0shot"))
+    return {"validation": _shuffled(Dataset.from_list([{"text": text} for text in texts]), "coqa_text")}
+
+
 def _conversation(doc: dict[str, Any]) -> dict[str, Any]:
     """Turn the document of a conversation's last turn into one of the conversation."""
     turns = doc["previous_qa"][: int(doc["id"].rpartition("_turn")[2]) + 1]

@@ -31,18 +31,25 @@ from kdctl.config.resolve import suggest
 from kdctl.eval.allocation import Allocation
 from kdctl.eval.answers import LiveModel
 from kdctl.eval.harness import Meter, hub_access, quiet
-from kdctl.eval.items import Repeat, Run, derived, items_table
+from kdctl.eval.items import ROLLING, Repeat, Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
 from kdctl.rollout.work import RolloutEngine
-from kdctl.run.documents import WEIGHT, item_values
+from kdctl.run.documents import WEIGHT, is_rolling, item_values, rolling_value, whole_bits
 from kdctl.run.files import atomic_path, sha256
-from kdctl.run.measures import ITEM_MEASURES, derived_measures, reported_measures
+from kdctl.run.measures import (
+    BITS_PER_BYTE,
+    ITEM_MEASURES,
+    ROLLING_MEASURES,
+    derived_measures,
+    reported_measures,
+)
 from kdctl.run.records import TaskScore, WrittenAnswers
+from kdctl.stats import Ratio
 from kdctl.system import sandbox
 
 BUNDLED = Path(__file__).parent / "task_files"
 MULTIPLE_CHOICE, GENERATES = "multiple_choice", "generate_until"
-KINDS = (MULTIPLE_CHOICE, GENERATES, "loglikelihood")
+KINDS = (MULTIPLE_CHOICE, GENERATES, "loglikelihood", ROLLING)
 MEANS = (lm_eval_mean, np.mean, statistics.mean, statistics.fmean)
 """Aggregations by which a task's score is the mean of its items'."""
 REPORTED = {measure.name for measure in reported_measures()}
@@ -112,15 +119,25 @@ def _check_name(manager: TaskManager, name: str, settings: EvalSection) -> None:
     if config.get("unsafe_code"):
         _check_execution(name, _is_bundled(manager, name), settings)
     if name in manager.all_subtasks and "class" not in config:
-        _check_kind(name, config.get("output_type", "generate_until"))
+        _check_kind(name, config.get("output_type", "generate_until"), settings)
 
 
-def _check_kind(name: str, kind: str | None) -> None:
-    """Refuse the kinds of task whose items have no score of their own."""
+def _check_kind(name: str, kind: str | None, settings: EvalSection) -> None:
+    """Refuse the kinds of task whose items have no score of their own, and what makes no sense with one."""
     if kind not in KINDS:
         raise DataError(
             f"task {name!r} is of kind {kind!r}; kdctl compares models item by item, which it can do for tasks of the "
             f"kinds {', '.join(KINDS)} only; take it out of eval.tasks"
+        )
+    if kind == ROLLING and settings.allocation != "all":
+        raise DataError(
+            f"task {name!r} scores whole documents, and eval.allocation={settings.allocation} goes by how near a "
+            "question's choices are, of which they have none; set eval.allocation=all, or take the task out"
+        )
+    if kind == ROLLING and settings.num_fewshot:
+        raise DataError(
+            f"task {name!r} scores whole documents without a prompt, and eval.num_fewshot={settings.num_fewshot} asks "
+            "for examples in it; leave eval.num_fewshot unset or take the task out of eval.tasks"
         )
 
 
@@ -159,16 +176,27 @@ def _is_pooled(group: Group) -> bool:
 def _check(task: Task, settings: EvalSection) -> None:
     """Refuse a task whose items cannot be scored one by one, and set its number of examples."""
     name = task.task_name
-    _check_kind(name, task.OUTPUT_TYPE)
+    _check_kind(name, task.OUTPUT_TYPE, settings)
     if not isinstance(task, ConfigurableTask):
         raise DataError(f"task {name!r} does not score items in lm-eval's usual way; take it out of eval.tasks")
-    if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+    if task.OUTPUT_TYPE == ROLLING:
+        _check_rolling(name, task)
+    elif task.OUTPUT_TYPE != MULTIPLE_CHOICE:
         _check_scored(name, task, settings)
     elif task.config.process_results is not None or task.multiple_target:
         raise DataError(f"task {name!r} does not score items as right or wrong in lm-eval's usual way; take it out")
     elif not REPORTED & set(task.aggregation()):
         raise DataError(f"task {name!r} reports neither acc nor acc_norm; take it out of eval.tasks")
     _set_fewshot(task, settings.num_fewshot)
+
+
+def _check_rolling(name: str, task: ConfigurableTask) -> None:
+    """Refuse a task over whole documents that does not say how likely they are for their bytes."""
+    if BITS_PER_BYTE.name not in task.aggregation():
+        raise DataError(
+            f"task {name!r} scores whole documents and does not report {BITS_PER_BYTE.name}, by which models are "
+            "compared; take it out of eval.tasks"
+        )
 
 
 def _check_scored(name: str, task: ConfigurableTask, settings: EvalSection) -> None:
@@ -289,6 +317,13 @@ def _lm(
     return LiveModel(model, tokenizer, engine, settings)
 
 
+def metrics_of(task: LoadedTask) -> list[str]:
+    """List the metrics that a task's score will have."""
+    shared = set.intersection(*(set(one.aggregation()) for one in task.subtasks.values()))
+    choices = all(one.OUTPUT_TYPE == MULTIPLE_CHOICE for one in task.subtasks.values())
+    return sorted(shared) + ([one.name for one in derived_measures()] if choices else [])
+
+
 def generates(tasks: Mapping[str, LoadedTask]) -> bool:
     """Tell whether any task has answers written."""
     return any(one.OUTPUT_TYPE == GENERATES for task in tasks.values() for one in task.subtasks.values())
@@ -343,7 +378,8 @@ def _run(lm: LikelihoodModel, name: str, task: ConfigurableTask, limit: int | No
         if key.endswith(f",{first}") and "_stderr," not in key
     }
     kept = [one for one in samples if one["filter"] == first]
-    return Run(name, task, kept, metrics, [] if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [_repeat(lm, task, kept)])
+    plain = task.OUTPUT_TYPE in (MULTIPLE_CHOICE, ROLLING)
+    return Run(name, task, kept, metrics, [] if plain else [_repeat(lm, task, kept)])
 
 
 def _repeat(lm: LikelihoodModel, task: ConfigurableTask, samples: Sequence[Mapping[str, Any]]) -> Repeat:
@@ -367,6 +403,8 @@ def _score(
     """Sum up a task; the headline figure and its standard error come from the items."""
     if runs[0].repeats:
         return _score_answers(task, table, runs, settings, seconds_s)
+    if is_rolling(table):
+        return _score_whole(task, table, runs)
     _check_sums(table, runs)
     metrics = _pooled(runs)
     accuracy = {one.name: derived(table, one) for one in reported_measures() if one.name in metrics}
@@ -391,8 +429,7 @@ def _score_answers(
     """Sum up a task that is no multiple choice."""
     (run,) = runs  # such tasks are never pooled
     metric, values = _headline(run.task), table["score"].to_numpy()
-    if not math.isclose(values.mean(), run.metrics[metric], rel_tol=1e-9, abs_tol=1e-12):
-        raise RuntimeError(f"{run.name}: items give {metric}={values.mean()}, lm-eval {run.metrics[metric]}")
+    _check_equal(run, metric, float(values.mean()))
     answers = None
     if run.repeats[0].written:
         means = {name: float(np.mean(table[name].to_pylist())) for name in ("tokens", "ended", "repetition")}
@@ -409,6 +446,30 @@ def _score_answers(
         metrics=run.metrics,
         answers=answers,
     )
+
+
+def _score_whole(task: LoadedTask, table: pa.Table, runs: Sequence[Run]) -> TaskScore:
+    """Sum up a task that scores whole documents; the standard error is that of a ratio of sums (delta method)."""
+    (run,) = runs  # such tasks are never pooled
+    for measure in ROLLING_MEASURES.values():
+        if measure.name in run.metrics:
+            _check_equal(run, measure.name, rolling_value(table, measure))
+    per_document = Ratio(*whole_bits(table)).linear
+    return TaskScore(
+        version=task.version,
+        metric=BITS_PER_BYTE.name,
+        value=run.metrics[BITS_PER_BYTE.name],
+        stderr=float(per_document.std() / math.sqrt(max(table.num_rows - 1, 1))),
+        items=table.num_rows,
+        num_fewshot=0,
+        metrics=run.metrics,
+    )
+
+
+def _check_equal(run: Run, metric: str, value: float) -> None:
+    """Fail, as kdctl's own bug, where the items of a task do not give what lm-eval reports."""
+    if not math.isclose(value, run.metrics[metric], rel_tol=1e-9, abs_tol=1e-12):
+        raise RuntimeError(f"{run.name}: items give {metric}={value}, lm-eval {run.metrics[metric]}")
 
 
 def _check_sums(table: pa.Table, runs: Sequence[Run]) -> None:

@@ -314,7 +314,8 @@ class TaskScore(Record):
 
     version: str
     metric: str
-    """The headline metric: of multiple choice ``acc_norm``, else ``acc``; ``f1``, else the task's first."""
+    """The headline metric: of multiple choice ``acc_norm``, else ``acc``; of whole documents ``bits_per_byte``; else
+    ``f1``, else the task's first."""
     value: float
     stderr: float
     items: int

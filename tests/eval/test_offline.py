@@ -156,6 +156,15 @@ def test_missing_file_in_the_package_is_named():
         offline.data_path("hf_datasets/no_such_file")
 
 
+def test_texts_of_coqa_are_each_there_once_and_those_of_its_conversations():
+    found = build_tasks(EvalSection(tasks=("coqa_text_offline", "coqa_offline")), offline=True)
+    tasks: list[Any] = [found[name].subtasks[name] for name in found]
+    texts = [doc["text"] for doc in tasks[0].eval_docs]
+    assert len(texts) == len(set(texts)) == 499
+    assert set(texts) == set(tasks[1].eval_docs["story"])
+    assert [tasks[0].doc_to_target(doc) for doc in tasks[0].eval_docs] == texts
+
+
 CODE = EvalSection(tasks=("humaneval_offline",), allow_code_execution=True)
 
 

@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import lm_eval.tasks
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,12 +23,13 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.eval.items import item_ids
 from kdctl.eval.tasks import LoadedTask, build_tasks, score_tasks, write_items
+from kdctl.run.documents import whole_bits
 
 NAMES = ("arc_easy_offline", "arc_challenge_offline", "hellaswag_offline", "winogrande_offline", "mmlu_offline")
 BUNDLED = (
     *NAMES,
     *("gsm8k_offline", "triviaqa_offline", "squad_offline", "coqa_offline", "drop_offline", "lambada_offline"),
-    "humaneval_offline",
+    *("humaneval_offline", "coqa_text_offline"),
 )
 LIMIT = 6
 
@@ -249,9 +252,53 @@ def test_hub_group_without_its_data_names_the_offline_task(indexed, empty_cache)
         build_tasks(settings("mmlu"), offline=True)
 
 
-def test_a_kind_of_task_without_scores_of_items_is_refused_before_a_download(indexed):
-    with pytest.raises(DataError, match="task 'wikitext' is of kind 'loglikelihood_rolling'"):
-        build_tasks(settings("wikitext"), offline=True)
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"allocation": "margin"}, "eval.allocation=margin goes by how near a question's choices are"),
+        ({"num_fewshot": 2}, "eval.num_fewshot=2 asks for examples"),
+    ],
+)
+@pytest.mark.parametrize("name", ["wikitext", "coqa_text_offline"])
+def test_settings_that_whole_documents_cannot_have_are_refused_before_a_download(indexed, name, fields, why):
+    with pytest.raises(DataError, match=f"task '{name}' scores whole documents.*{why}"):
+        build_tasks(settings("arc_easy_offline", name, **fields), offline=True)
+
+
+def test_an_unknown_kind_of_task_is_refused(indexed):
+    with pytest.raises(DataError, match="task 'made_up' is of kind 'pictures'"):
+        kdctl.eval.tasks._check_kind("made_up", "pictures", settings())
+
+
+def test_whole_documents_without_bits_per_byte_are_refused():
+    task: Any = build_tasks(settings("coqa_text_offline"), offline=True)["coqa_text_offline"].subtasks
+    bare = copy.copy(task["coqa_text_offline"])
+    bare._aggregation_list = {"word_perplexity": len}
+    with pytest.raises(DataError, match="does not report bits_per_byte"):
+        kdctl.eval.tasks._check(bare, settings())
+
+
+def test_whole_documents_score_as_lm_eval_scores_them(random_llama, byte_tokenizer):
+    name = "coqa_text_offline"
+    task = build_tasks(settings(name), offline=True)[name]
+    scores, tables = score_tasks(random_llama, byte_tokenizer, {name: task}, settings(name))
+    score, table = scores[name], tables[name]
+    options: dict[str, Any] = {"pretrained": random_llama, "tokenizer": copy.deepcopy(byte_tokenizer), "batch_size": 1}
+    task_dict: Any = {"tasks": task.subtasks}
+    raw: Any = evaluate(lm=HFLM(**options), task_dict=task_dict, limit=LIMIT, log_samples=True, bootstrap_iters=0)
+    theirs = {key.split(",")[0]: value for key, value in raw["results"][name].items() if key.endswith("y,none")}
+    theirs["bits_per_byte"] = raw["results"][name]["bits_per_byte,none"]
+    assert score.metrics == pytest.approx(theirs, rel=1e-5)
+    assert (score.metric, score.value, score.items) == ("bits_per_byte", score.metrics["bits_per_byte"], LIMIT)
+    said = [sample["filtered_resps"][0] for sample in raw["samples"][name]]
+    assert table["loglikelihood"].to_pylist() == pytest.approx(said, rel=1e-5)
+    texts = [sample["doc"]["text"] for sample in raw["samples"][name]]
+    assert table["bytes"].to_pylist() == [len(text.encode()) for text in texts]
+    assert table["words"].to_pylist() == [len(re.split(r"\s+", text)) for text in texts]
+    costs, sizes = whole_bits(table)
+    left_out = [(costs.sum() - cost) / (sizes.sum() - size) for cost, size in zip(costs, sizes, strict=True)]
+    jackknife = float(np.sqrt((LIMIT - 1) * np.var(left_out)))
+    assert score.stderr == pytest.approx(jackknife, rel=0.1)
 
 
 def test_few_shot_is_refused_where_examples_would_be_the_questions(tasks):
