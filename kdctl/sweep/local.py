@@ -4,6 +4,7 @@ Everything that trials share is made once, by whichever process comes first; the
 is skipped and a killed one goes on from its checkpoint, because that is what the stages do.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -36,12 +37,22 @@ class LocalSweep:
         self.board, self.plan, self.reporter = board, board.plan, reporter
         self.context, self.teacher = open_run(self.plan.preset, board.run.path, reporter=reporter)
         self.measuring: Measuring | None = None
-        if self.plan.evaluate and not board.run.eval_root.exists():
-            from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
-
-            build_tasks(self.plan.preset.eval, self.teacher.offline)
+        if self.plan.evaluate:
+            self._check_tasks()
         self.journal = board.journal()
         self.base = board.base()
+
+    def _check_tasks(self) -> None:
+        """Load the tasks of a new folder, and those that trials are ranked by. Raises DataError for another metric."""
+        _, *task, metric = self.plan.sweep.metric.name.split("/")
+        if not task and self.board.run.eval_root.exists():
+            return
+        from kdctl.eval.tasks import build_tasks, metrics_of  # lm-eval takes seconds to import
+
+        tasks = build_tasks(self.plan.preset.eval, self.teacher.offline)
+        offered = {name: metrics_of(one) for name, one in tasks.items()}
+        if task and metric not in offered.get(task[0], ()):
+            raise _no_metric(self.plan.sweep.metric.name, offered)
 
     def run_slot(self, slot: int) -> None:
         """Do one slot's trial, or find that it is done. One that cannot be trained does not end the sweep."""
@@ -109,9 +120,13 @@ def metric_value(name: str, report: DistillReport, result: EvalResult | None) ->
     scores: dict[str, TaskScore] = result.tasks if result else {}
     found = scores.get(task[0])
     if found is None or metric not in found.metrics:
-        offered = [f"eval/{key}/{each}" for key, score in scores.items() for each in score.metrics]
-        raise DataError(f"the evaluation has no {name}; it has {', '.join(offered)}")
+        raise _no_metric(name, {key: score.metrics for key, score in scores.items()})
     return found.metrics[metric]
+
+
+def _no_metric(name: str, offered: Mapping[str, Iterable[str]]) -> DataError:
+    found = [f"eval/{task}/{metric}" for task, metrics in offered.items() for metric in metrics]
+    return DataError(f"the evaluation has no {name}, which trials are ranked by; it has {', '.join(found)}")
 
 
 def _of_variant(name: str, report: DistillReport, measure: TokenMeasure) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from kdctl.base.errors import PresetError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset, identity, load_preset, parse_value, variant_name
-from kdctl.run.measures import ITEM_MEASURES, pair_measures
+from kdctl.run.measures import ITEM_MEASURES, ROLLING_MEASURES, pair_measures
 from kdctl.sweep.journal import Values, grid, random_values
 from kdctl.sweep.space import PRESET, Choice, Foreign, Parameter, Sweep, field_of
 
@@ -264,6 +264,11 @@ def _check_metric(plan: SweepPlan) -> None:
     name = plan.sweep.metric.name
     tasks = plan.preset.eval.tasks if plan.evaluate else ()
     offered = [f"eval/{measure.name}" for measure in pair_measures()]
-    offered += [f"eval/{task}/{metric}" for task in tasks for metric in ITEM_MEASURES]
+    offered += [f"eval/{task}/{metric}" for task in tasks for metric in (*ITEM_MEASURES, *ROLLING_MEASURES)]
     if name not in offered:
         raise PresetError(f"{plan.sweep.origin}: no trial will have metric {name!r}; there are {', '.join(offered)}")
+    if name.rpartition("/")[2] in ROLLING_MEASURES and plan.sweep.metric.goal != "minimize":
+        raise PresetError(
+            f"{plan.sweep.origin}: metric {name} is of goal {plan.sweep.metric.goal}, and less of it is better; set "
+            "goal: minimize"
+        )

@@ -1,6 +1,8 @@
 """A local sweep: every trial a variant, shared work once, and nothing lost."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -39,11 +41,19 @@ def statuses(board: Board) -> list[str]:
     return [trial.status for trial in board.report(board.journal()).trials]
 
 
-def board_of(folder: Path, tiny_dir: Path, parameters: dict[str, Any], evaluate: bool = True, **more: Any) -> Board:
+def board_of(
+    folder: Path,
+    tiny_dir: Path,
+    parameters: dict[str, Any],
+    evaluate: bool = True,
+    preset: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
+) -> Board:
     """Plan a sweep of the smoke preset on the tiny teacher, two steps a trial."""
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters, **more}, sort_keys=False))
     settings = {"teacher.model": str(tiny_dir), "eval.tasks": [], "distill.steps": 2, "distill.heldout_every": 1}
+    settings |= preset
     return Board(plan_sweep(read_sweep(str(path)), "smoke", settings, None, evaluate), folder / "run")
 
 
@@ -190,6 +200,21 @@ def test_a_folder_of_another_teacher_is_refused_before_the_first_trial(
     other = Board(board_of(tmp_path, tiny_dir_fp32, GRID).plan, swept.run.path)
     with pytest.raises(StoreError, match=r"teacher\.model"):
         run_shard(other, Shard(), Silent())
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("coqa_text_offline", "acc"), ("arc_easy_offline", "bits_per_byte"), ("lambada_offline", "p_right")],
+)
+def test_a_metric_that_a_task_has_not_is_refused_before_anything_is_trained(
+    tmp_path: Path, tiny_dir: Path, task: str, metric: str
+) -> None:
+    name, tasks = f"eval/{task}/{metric}", {"eval.tasks": [task]}
+    board = board_of(tmp_path, tiny_dir, GRID, preset=tasks, metric={"name": name})
+    (tmp_path / "run" / "eval").mkdir(parents=True)  # also in a folder whose tasks were loaded before
+    with pytest.raises(DataError, match=f"has no {name}, which trials are ranked by; it has eval/{task}/"):
+        run_shard(board, Shard(), Silent())
+    assert not board.run.student.exists()
 
 
 @pytest.mark.slow

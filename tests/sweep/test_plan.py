@@ -147,6 +147,14 @@ def test_a_task_metric_needs_the_evaluation(tmp_path: Path) -> None:
         plan_of(sweep, evaluate=False)
 
 
+def test_fewer_bits_per_byte_cannot_be_swept_for_as_worse(tmp_path: Path) -> None:
+    metric = {"name": "eval/arc_easy_offline/bits_per_byte"}
+    assert plan_of(sweep_of(tmp_path, {"beta": {"values": [0, 1]}}, metric=metric)).sweep.metric.sign == 1
+    sweep = sweep_of(tmp_path, {"beta": {"values": [0, 1]}}, metric=metric | {"goal": "maximize"})
+    with pytest.raises(PresetError, match="less of it is better; set goal: minimize"):
+        plan_of(sweep)
+
+
 def test_shards_cover_every_slot_once() -> None:
     for count in (1, 3, 4, 20):
         slots = [slot for index in range(count) for slot in Shard(index, count).slots(11)]
