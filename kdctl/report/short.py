@@ -79,6 +79,7 @@ def _legend(results: Results) -> str:
         "Accuracy in percent ± one standard error; KL in nats a held-out token with a 95 % interval; bold: better than "
         f"every other student. Verdicts are on {what}, after Holm's correction; equivalent: within "
         f"±{100 * results.contrasts.margin:g} points."
+        + (" Of bits per byte fewer are better." if results.rolling else "")
     )
 
 

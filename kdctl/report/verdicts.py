@@ -79,8 +79,8 @@ def _told(whose: str, difference: Estimate) -> str:
     low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
     if not differs(difference):
         return f", not distinguishable from {whose}'s (difference {fixed(difference.value, 4, '+')} [{low}, {high}])"
-    verb = "less, which is better," if difference.value < 0 else "more, which is worse,"
-    return f", {fixed(abs(difference.value), 4)} {verb} than {whose}'s ({low} to {high})"
+    more, which = ("less", "better") if difference.value < 0 else ("more", "worse")
+    return f", {fixed(abs(difference.value), 4)} {more} than {whose}'s ({low} to {high}), which is {which}"
 
 
 def _distance(results: Results, row: Row) -> str:
