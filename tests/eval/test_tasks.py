@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean_stderr
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 import kdctl.eval.tasks
 from kdctl.base.errors import DataError
@@ -278,9 +281,21 @@ def test_whole_documents_without_bits_per_byte_are_refused():
         kdctl.eval.tasks._check(bare, settings())
 
 
-def test_whole_documents_score_as_lm_eval_scores_them(random_llama, byte_tokenizer):
-    name = "coqa_text_offline"
-    task = build_tasks(settings(name), offline=True)[name]
+def wikitext() -> LoadedTask:
+    """Build lm-eval's own task, which scores other texts than it counts, over made-up pages."""
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / "wikitext" / "wikitext.yaml")
+    pages = [{"page": f" = Page {i} = \n It 's {'very ' * i}long , and 1 @,@ 000 × as old . \n"} for i in range(LIMIT)]
+    rows = Dataset.from_list(pages)
+    del config["dataset_path"], config["dataset_name"]
+    splits = {"train": rows, "validation": rows, "test": rows}
+    task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: splits})
+    kdctl.eval.tasks._check(task, settings())
+    return LoadedTask("wikitext", str(task.VERSION), {"wikitext": task})
+
+
+@pytest.mark.parametrize(("name", "column"), [("coqa_text_offline", "text"), ("wikitext", "page")])
+def test_whole_documents_score_as_lm_eval_scores_them(random_llama, byte_tokenizer, name, column):
+    task = wikitext() if name == "wikitext" else build_tasks(settings(name), offline=True)[name]
     scores, tables = score_tasks(random_llama, byte_tokenizer, {name: task}, settings(name))
     score, table = scores[name], tables[name]
     options: dict[str, Any] = {"pretrained": random_llama, "tokenizer": copy.deepcopy(byte_tokenizer), "batch_size": 1}
@@ -292,7 +307,7 @@ def test_whole_documents_score_as_lm_eval_scores_them(random_llama, byte_tokeniz
     assert (score.metric, score.value, score.items) == ("bits_per_byte", score.metrics["bits_per_byte"], LIMIT)
     said = [sample["filtered_resps"][0] for sample in raw["samples"][name]]
     assert table["loglikelihood"].to_pylist() == pytest.approx(said, rel=1e-5)
-    texts = [sample["doc"]["text"] for sample in raw["samples"][name]]
+    texts = [sample["doc"][column] for sample in raw["samples"][name]]
     assert table["bytes"].to_pylist() == [len(text.encode()) for text in texts]
     assert table["words"].to_pylist() == [len(re.split(r"\s+", text)) for text in texts]
     costs, sizes = whole_bits(table)
