@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kdctl import stats
 from kdctl.report.columns import AVERAGE, Results
-from kdctl.report.contrasts import Row, baseline, per_byte
+from kdctl.report.contrasts import Row, baseline, bits_over_bytes, per_byte
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import WORD_PERPLEXITY
 from kdctl.run.records import Estimate
-from kdctl.stats import Ratio
 
 Measured = Callable[[Row, Row | None], Estimate | None]
 """Bits per byte of a row, less those of another where one is given."""
@@ -78,11 +77,6 @@ def _rows(results: Results, name: str, measured: Measured) -> Iterator[tuple[Row
 
 def bits_per_byte(row: Row, tasks: Sequence[str], base: Row | None = None) -> Estimate | None:
     """Estimate a row's bits per byte over tasks, less those of another; None where any likelihood was not kept."""
-    ratios = {}
-    for task in tasks:
-        own, other = row.bits(task), base.bits(task) if base else None
-        if own is None or (base and other is None):
-            return None
-        less = other.tops.mean(0) if other else 0.0
-        ratios[task] = Ratio(own.tops.mean(0) - less, own.bottoms[0], row.clusters(task))
-    return stats.average_ratio(ratios) if ratios else None
+    found = {task: bits_over_bytes(row, task, base) for task in tasks}
+    known = {task: ratio for task, ratio in found.items() if ratio is not None}
+    return stats.average_ratio(known) if known and len(known) == len(found) else None

@@ -180,8 +180,8 @@ def over_seeds(found: Estimate, base: Sums, row: Sums) -> Estimate:
     return stats.widen(stats.widen(found, base.of_seeds), row.of_seeds)
 
 
-def per_byte(row: Row, task: str, base: Row | None = None) -> Estimate | None:
-    """Estimate bits per byte of a task's whole documents, less those of another row; over documents and seeds.
+def bits_over_bytes(row: Row, task: str, base: Row | None = None) -> Ratio | None:
+    """Return the mean seed's bits of each right choice or whole document, less another row's, over its bytes.
 
     None where any were not kept.
     """
@@ -189,9 +189,19 @@ def per_byte(row: Row, task: str, base: Row | None = None) -> Estimate | None:
     if own is None or (base and other is None):
         return None
     less = other.tops.mean(0) if other else 0.0
-    ratio = Ratio(own.tops.mean(0) - less, own.bottoms[0], row.clusters(task))
-    found = stats.widen(stats.average_ratio({task: ratio}), own.of_seeds)
-    return stats.widen(found, other.of_seeds) if other else found
+    return Ratio(own.tops.mean(0) - less, own.bottoms[0], row.clusters(task))
+
+
+def per_byte(row: Row, task: str, base: Row | None = None) -> Estimate | None:
+    """Estimate bits per byte of a task's whole documents, less those of another row; over documents and seeds."""
+    ratio = bits_over_bytes(row, task, base)
+    if ratio is None:
+        return None
+    found = stats.average_ratio({task: ratio})
+    for one in (row, base):
+        seeds = one.bits(task) if one else None
+        found = stats.widen(found, seeds.of_seeds) if seeds else found
+    return found
 
 
 def differs(estimate: Estimate | None) -> bool:
