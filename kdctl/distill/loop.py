@@ -16,13 +16,12 @@ from kdctl.base.errors import KdctlError, StoreError, TrainingError
 from kdctl.config.preset import DistillSection
 from kdctl.distill.by_source import BySource
 from kdctl.distill.checkpoint import (
+    Checkpoints,
     checkpoint_bytes,
     latest_checkpoint,
-    load_checkpoint,
     open_checkpoint,
     prune,
     require_room,
-    save_checkpoint,
 )
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed
@@ -225,19 +224,25 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
     Metrics go to the tracker. The student is left as it was after the outcome's ``kept_step``. Raises Preempted, with a
     checkpoint written, after a step at whose end any process is asked to stop.
     """
+    state = trainer.shadow, trainer.optimizer, trainer.processes
+    with Checkpoints(outputs.checkpoints, *state, outputs.note) as checkpoints:
+        return _train(trainer, yardstick, outputs, checkpoints)
+
+
+def _train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs, checkpoints: Checkpoints) -> Outcome:
     settings, processes, root = trainer.settings, trainer.processes, outputs.checkpoints
     room = settings.keep_last + settings.stop_early
     size = checkpoint_bytes(trainer.shadow)
     size = int(processes.total(size)) if processes.sharded else size
     outputs.note(processes.on_main(lambda: require_room(root, size, room)))
-    done = resume(trainer, outputs)
+    done = resume(trainer, outputs, checkpoints)
     tracker = outputs.tracker(done)
     try:
         processes.on_main(lambda: _check_metrics(root, done, tracker))
         monitor = Monitor.after(settings, processes.on_main(lambda: tracker.kept), done)
         processes.on_main(lambda: prune(root, settings.keep_last, monitor.best))  # a kill may have come before it
         while done < settings.steps and not monitor.exhausted:
-            metrics = _guarded_step(trainer, done, root)
+            metrics = _guarded_step(trainer, done, checkpoints)
             done += 1
             if _measures(settings, done):
                 metrics |= _measured(trainer, yardstick)
@@ -248,16 +253,16 @@ def train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs) -> Outcome:
             leaving = processes.total(stopping.asked()) > 0
             if leaving or _saves(settings, done, monitor):
                 meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="", metrics=tracker.sha256())
-                state, kept = (trainer.shadow, trainer.optimizer), (settings.keep_last, monitor.best)
-                save_checkpoint(root, *state, meta, *kept, processes)
+                checkpoints.save(meta, settings.keep_last, monitor.best)
             if leaving:
+                checkpoints.wait()
                 processes.wait()  # a launcher ends all of them once one has left, the one that writes too
                 stopping.preempt(f"after step {done} of {settings.steps}, with its checkpoint written")
     finally:
         tracker.close()
     outcome = monitor.outcome(done)
     if outcome.kept_step != done:
-        load_checkpoint(*open_checkpoint(root, outcome.kept_step), trainer.shadow, trainer.optimizer, processes)
+        checkpoints.load(outcome.kept_step)
     return outcome
 
 
@@ -290,13 +295,15 @@ def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:
     return ended or (settings.checkpoint_every > 0 and done % settings.checkpoint_every == 0)
 
 
-def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, float]:
+def _guarded_step(trainer: Trainer, step: int, checkpoints: Checkpoints) -> dict[str, float]:
     """Do a step; if it is not finite, say where the last good state is."""
     try:
         with passes():
             return trainer.step(step)
     except TrainingError as error:
-        kept = latest_checkpoint(checkpoints)
+        with suppress(OSError):
+            checkpoints.wait()
+        kept = latest_checkpoint(checkpoints.root)
         where = f"the state after step {kept[1].step} is kept in {kept[0]}" if kept else "no checkpoint was written yet"
         raise TrainingError(
             f"{error}: training would only write broken weights from here; {where}. Lower distill.lr "
@@ -304,7 +311,7 @@ def _guarded_step(trainer: Trainer, step: int, checkpoints: Path) -> dict[str, f
         ) from None
 
 
-def resume(trainer: Trainer, outputs: Outputs) -> int:
+def resume(trainer: Trainer, outputs: Outputs, checkpoints: Checkpoints) -> int:
     """Load the newest checkpoint and return its step, 0 without one.
 
     Raises StoreError if the checkpoint was made with other settings or inputs.
@@ -318,7 +325,7 @@ def resume(trainer: Trainer, outputs: Outputs) -> int:
             f"{path} was trained with other settings or from other inputs than are given now; --force starts the "
             "variant again, --name keeps both"
         )
-    load_checkpoint(path, meta, trainer.shadow, trainer.optimizer, trainer.processes)
+    checkpoints.load(meta.step)
     if trainer.feed.on_policy is not None:
         trainer.feed.on_policy.resume(meta.step)
     outputs.note(f"going on from step {meta.step} of {trainer.settings.steps}")

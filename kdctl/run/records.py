@@ -257,7 +257,10 @@ class CheckpointMeta(Record):
     identity: str
     step: int
     """Optimizer steps done."""
-    sha256: str
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of each file of tensors; every process writes one."""
+    sha256: str = ""
+    """That of ``state.safetensors``, the only file of checkpoints that one process wrote for all."""
     metrics: str | None = None
 
 

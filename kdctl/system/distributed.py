@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from functools import cache
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,13 @@ class Processes:
         self.wait()
         return work()
 
+    def beside(self) -> dist.ProcessGroup | None:
+        """Return a second group of all processes, in which threads talk while they train; None for one alone."""
+        if self.count == 1:
+            return None
+        with _peers():
+            return _second_group()
+
     def wait(self) -> None:
         """Wait until every process is here."""
         self.total(0.0)
@@ -223,6 +231,11 @@ def first_to_report() -> bool:
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)).add("kdctl/reported", 1) == 1
     except RuntimeError:
         return True  # where the launcher's store is gone, two messages are better than none
+
+
+@cache
+def _second_group() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONGEST_WAIT))
 
 
 @contextmanager

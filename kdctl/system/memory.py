@@ -3,9 +3,11 @@
 import ctypes
 import gc
 import os
+import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -33,6 +35,14 @@ def give_back() -> None:
     except AttributeError:  # another C library
         return
     trim(0)
+
+
+def spare_bytes(processes: int = 1) -> int:
+    """Return what is free beside this process at its largest so far, if others of ``processes`` take as much."""
+    now = psutil.Process().memory_info().rss
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    free = min(psutil.virtual_memory().available, machine_bytes() - processes * now)
+    return free // processes - max(0, largest - now)
 
 
 def machine_bytes() -> int:

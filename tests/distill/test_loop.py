@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -37,6 +36,7 @@ from kdctl.model.attention import Layout, forward
 from kdctl.model.batch import collate, predicting_hidden, predicting_states
 from kdctl.model.head import head_of
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.run import files
 from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport, Rollout
 from kdctl.run.tracking import Tracker, read_metrics
@@ -434,15 +434,13 @@ def test_the_last_step_is_a_candidate_too(teacher: PreTrainedModel, tmp_path: Pa
 def test_checkpoints_are_bounded_at_any_time(
     teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int, stop_early: bool
 ) -> None:
-    import kdctl.distill.checkpoint as module
-
     seen, folder = [], tmp_path / "checkpoints"
 
-    def watched(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
-        seen.append(len(list(folder.iterdir())))
+    def watched(operation: str, path: Path) -> None:
+        if operation == "sync" and path.suffix == ".safetensors":
+            seen.append(len(list(folder.iterdir())))
 
-    monkeypatch.setattr(module, "save_file", watched)
+    monkeypatch.setattr(files, "before", watched)
     left_by(dead_process(), folder / "step_000009").mkdir(parents=True)
     settings = EARLY | {"patience": 9, "steps": 14, "checkpoint_every": 1, "keep_last": keep_last}
     trainer = trainer_on(teacher, rollouts(6), **(settings | {"stop_early": stop_early}))

@@ -1,5 +1,7 @@
 """Several processes: what is divided comes back in order, and training is that of one process."""
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,30 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from kdctl.base.errors import PresetError, ProcessError
+from kdctl.base.errors import PresetError, ProcessError, StoreError
 from kdctl.base.progress import Silent
 from kdctl.config.preset import DistillSection, PromptsSection, QuantizeSection
 from kdctl.data.prompts import PromptReader
-from kdctl.distill.checkpoint import load_checkpoint, save_checkpoint
+from kdctl.distill.checkpoint import Checkpoints
 from kdctl.distill.feed import Feed, Live
 from kdctl.distill.fsdp import local_rows, shard
 from kdctl.distill.loop import Trainer, heldout_metrics
-from kdctl.distill.shadow import ShadowWeights
+from kdctl.distill.shadow import Shadow, ShadowWeights
 from kdctl.eval.distribution import Yardstick, make_yardstick
 from kdctl.model.activation_checkpointing import Checkpointing, set_checkpointing
 from kdctl.model.load import load_model
 from kdctl.model.tokenizer import load_tokenizer
+from kdctl.quant.affine import QuantizedWeight
 from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
 from kdctl.rollout.fill import Plan, fill
 from kdctl.rollout.sampler import InProcess
 from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates
-from kdctl.run.record_files import read_record
+from kdctl.run import files
 from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.system.distributed import ALONE, PIECE, Processes, connect, pieces
 
@@ -117,7 +122,15 @@ def test_pieces_hold_every_tensor_once_and_no_more_than_they_may() -> None:
 def test_two_processes_are_as_one(together: Together, tiny_dir: Path, tiny_dir_fp32: Path, tmp_path: Path) -> None:
     (tmp_path / "float32").symlink_to(tiny_dir_fp32)
     (tmp_path / "bfloat16").symlink_to(tiny_dir)
-    together(__file__, "train_in_float32", "train_row_shards", "train_in_bfloat16", "write_stores", "agree_and_end")
+    together(
+        __file__,
+        "train_in_float32",
+        "train_row_shards",
+        "write_checkpoints",
+        "train_in_bfloat16",
+        "write_stores",
+        "agree_and_end",
+    )
 
 
 def divide_rows(shards: Processes) -> None:
@@ -247,19 +260,20 @@ def compare_gradients(divided: Trainer, whole: Trainer) -> None:
 
 
 def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
-    """Check that shards and whole models write one file and read each other's."""
-    meta = CheckpointMeta(identity="", step=3, sha256="")
+    """Check that each process writes its rows, and that one process reads all of them."""
     shards = divided.processes
     kept = {name: tensor.detach().clone() for name, tensor in divided.shadow.trained.items()}
-    path = save_checkpoint(folder, divided.shadow, divided.optimizer, meta, 1, None, shards)
-    shards.wait()
-    found = path, read_record(path / "meta.json", CheckpointMeta)
-    load_checkpoint(*found, whole.shadow, whole.optimizer)
+    with Checkpoints(folder, divided.shadow, divided.optimizer, shards) as checkpoints:
+        checkpoints.save(CheckpointMeta(identity="", step=3), keep_last=1)
+    sizes = [file.stat().st_size for file in (folder / "step_000003").glob("*.safetensors")]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.1 * min(sizes)
+    Checkpoints(folder, whole.shadow, whole.optimizer).load(3)
     with torch.no_grad():
         for name, tensor in divided.shadow.trained.items():
             tensor.zero_()
             assert torch.equal(shards.rows(whole.shadow.trained[name]), kept[name])
-    load_checkpoint(*found, divided.shadow, divided.optimizer, shards)
+    checkpoints.load(3)
     for name, tensor in divided.shadow.trained.items():
         assert torch.equal(tensor, kept[name])
         for key in ("exp_avg", "exp_avg_sq"):
@@ -267,6 +281,88 @@ def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
             assert torch.equal(moments[0], shards.rows(moments[1]))
             assert moments[0].count_nonzero() > 0
     matches_whole(divided, whole)
+
+
+class Held(Shadow):
+    """Tensors that are trained, and no student."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__(nn.Module(), {})
+        self.trained = {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def quantized_layer(self, name: str) -> QuantizedWeight:
+        raise NotImplementedError
+
+
+def write_checkpoints(processes: Processes, folder: Path) -> None:
+    """Write by rows, copies and one process what each of the others reads; rows do not divide evenly, one has none."""
+    generator = torch.Generator().manual_seed(0)
+    whole = {str(rows): torch.randn(rows, 3, generator=generator) for rows in (5, 1, 4, 3)}
+    ways = {"rows": replace(processes, sharded=True), "copies": processes, "alone": ALONE}
+    for how, writer in ways.items():
+        root = folder / "checkpoints" / (how if how != "alone" else f"alone{processes.rank}")
+        saved = held({name: writer.rows(tensor) for name, tensor in whole.items()})
+        with Checkpoints(root, *saved, writer) as checkpoints:
+            checkpoints.save(CheckpointMeta(identity="", step=1), keep_last=1)
+        written = [load_file(file) for file in sorted((root / "step_000001").glob("*.safetensors"))]
+        assert len(written) == writer.count
+        sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in written]
+        assert sum(sizes) == 3 * sum(tensor.nbytes for tensor in whole.values()), "nothing is written twice"
+        assert max(sizes) <= 0.7 * sum(sizes) or writer is ALONE
+        for reader in ways.values():
+            shadow, optimizer = held({name: torch.zeros_like(reader.rows(tensor)) for name, tensor in whole.items()})
+            Checkpoints(root, shadow, optimizer, reader).load(1)
+            for name, tensor in whole.items():
+                found = shadow.trained[name]
+                assert torch.equal(found, reader.rows(tensor)), (how, name)
+                for times, key in enumerate(("exp_avg", "exp_avg_sq"), 2):
+                    assert torch.equal(optimizer.state[found][key], reader.rows(times * tensor)), (how, name, key)
+    fill_one_disk(folder / "full", processes, held(whole))
+    damage_one(folder / "checkpoints" / "rows" / "step_000001", processes)
+    with pytest.raises(StoreError, match=r"shard_00002\.safetensors is damaged"):
+        Checkpoints(folder / "checkpoints" / "rows", *held(whole), processes).load(1)
+
+
+def held(tensors: dict[str, Tensor]) -> tuple[Shadow, torch.optim.Optimizer]:
+    """Hold tensors, with twice and three times them as moments."""
+    shadow = Held(tensors)
+    optimizer = torch.optim.AdamW(shadow.parameters())
+    for tensor in shadow.parameters():
+        state = {"step": torch.zeros(()), "exp_avg": 2 * tensor.detach(), "exp_avg_sq": 3 * tensor.detach()}
+        optimizer.state[tensor] = state
+    return shadow, optimizer
+
+
+def fill_one_disk(folder: Path, processes: Processes, state: tuple[Shadow, torch.optim.Optimizer]) -> None:
+    """Let the second process find no space, which both must say; nothing half-written is left."""
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "sync" and not processes.is_main:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    checkpoints = Checkpoints(folder, *state, processes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "before", full)
+        checkpoints.save(CheckpointMeta(identity="", step=1), keep_last=1)
+        with pytest.raises(OSError, match=r"No space left on device: .*step_000001/shard_00002"):
+            checkpoints.wait()
+    processes.wait()
+    assert list(folder.iterdir()) == []
+
+
+def damage_one(folder: Path, processes: Processes) -> None:
+    """Change a byte of what the second process wrote."""
+
+    def change() -> None:
+        file = folder / "shard_00002.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+    processes.on_main(change)
 
 
 def train_in_bfloat16(processes: Processes, folder: Path) -> None:

@@ -4,11 +4,15 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kdctl.system.memory import freeze_imports, give_back
+from kdctl.system import memory
+from kdctl.system.memory import freeze_imports, give_back, spare_bytes
+
+GIB = 2**30
 
 
 class Knot:
@@ -45,3 +49,18 @@ def test_only_what_comes_after_the_freeze_is_collected() -> None:
     assert before() is None
     assert new() is None
     assert old() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB")
+@pytest.mark.parametrize(
+    ("processes", "machine", "spare"), [(1, 64, 30 - 4), (2, 64, 30 // 2 - 4), (1, 20, 20 - 10 - 4), (1, 12, -2)]
+)
+def test_spare_is_what_is_free_beside_processes_at_their_largest(
+    monkeypatch: pytest.MonkeyPatch, processes: int, machine: int, spare: int
+) -> None:
+    now = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10 * GIB))
+    monkeypatch.setattr("psutil.Process", lambda: now)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=30 * GIB))
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=14 * 2**20))
+    monkeypatch.setattr(memory, "machine_bytes", lambda: machine * GIB)
+    assert spare_bytes(processes) == spare * GIB
