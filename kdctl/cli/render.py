@@ -273,6 +273,7 @@ def show_plan(plan: CostPlan) -> None:
         ("tokens to generate, at most", tokens),
         ("to train on, at most", f"{plan.trained_sequences:,} sequences, {plan.trained_tokens:,} tokens"),
         *((f"memory, {phase.name}", _phase(phase)) for phase in plan.phases),
+        ("RAM, if it is free", f"{gib(plan.checkpoint_copy_bytes)}: copy of a checkpoint while it is written"),
         ("disk", f"{gib(plan.disk.needed_bytes)}: {_sizes(plan.disk_parts)}"),
         *_pace(plan),
     ]

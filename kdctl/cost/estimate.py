@@ -85,6 +85,11 @@ class Cost:
         return FLOAT32 * sum(map(sum, self.shapes))
 
     @property
+    def checkpoint(self) -> int:
+        """What training copies to RAM to go on while it is written; on a CPU only where that is free."""
+        return (FLOAT32 * self.trained + self.moments) // self.shards
+
+    @property
     def base(self) -> int:
         """What training reads and does not move: codes, or a base of low-rank updates that is not the teacher's own."""
         if self.distill.train == "scales":

@@ -73,6 +73,7 @@ def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, s
         trained_parameters=cost.trained,
         phases=phases,
         memory=memory,
+        checkpoint_copy_bytes=cost.checkpoint,
         disk_parts=disk,
         disk=Room(name="disk", needed_bytes=needed, there_bytes=machine.disk_bytes),
         generated_tokens=cost.generated(),

@@ -58,6 +58,8 @@ class CostPlan(Record):
     trained_parameters: int
     phases: tuple[Phase, ...]
     memory: Room
+    checkpoint_copy_bytes: int
+    """RAM for a copy of what a checkpoint holds; on a CPU training waits for a checkpoint where that is not free."""
     disk_parts: tuple[Part, ...]
     disk: Room
     generated_tokens: dict[str, int]

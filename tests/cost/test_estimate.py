@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from kdctl.config.resolve import load_preset
 from kdctl.cost.estimate import Cost
 from kdctl.cost.network import Network, look_at
 from kdctl.cost.records import Phase
-from kdctl.distill.checkpoint import checkpoint_bytes
+from kdctl.distill.checkpoint import Checkpoints, checkpoint_bytes
 from kdctl.distill.divergence import Objective
 from kdctl.distill.optimizer import make_optimizer, update
 from kdctl.distill.shadow import Shadow, make_shadow
@@ -24,7 +25,7 @@ from kdctl.model.configuration import read_config
 from kdctl.quant.affine import Weights
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
 from kdctl.rollout.teacher_states import int8
-from kdctl.run.records import Rollout
+from kdctl.run.records import CheckpointMeta, Rollout
 from kdctl.system.cpu_products import packed
 
 MODES: list[dict[str, Any]] = [
@@ -160,6 +161,22 @@ def test_checkpoints_and_states_on_disk(network: Network, teacher: PreTrainedMod
     assert found["teacher states"] == tokens * hidden * 2
     coarse = Cost(preset_with({"rollout.keep_states": "int8"}), network, True).disk()
     assert coarse["teacher states"] == tokens * sum(t.nbytes for t in int8(torch.ones(1, hidden)).values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"distill.optimizer": "adafactor"}, {"distill.train": "scales"}])
+def test_a_copy_of_a_checkpoint(
+    network: Network, teacher: PreTrainedModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    preset = preset_with(settings)
+    _, _, shadow = made(teacher, preset)
+    optimizer = make_optimizer(shadow, preset.distill)
+    for parameter in shadow.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with Checkpoints(tmp_path, shadow, optimizer) as checkpoints:
+        checkpoints.save(CheckpointMeta(identity="", step=1), keep_last=1)
+    tensors = load_file(tmp_path / "step_000001" / "shard_00001.safetensors").values()
+    assert Cost(preset, network, True).checkpoint == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_tokens_to_generate_follow_lambda_and_sources(network: Network) -> None:
