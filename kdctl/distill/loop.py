@@ -252,7 +252,7 @@ def _train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs, checkpoints
             outputs.progress(done, settings.steps)
             leaving = processes.total(stopping.asked()) > 0
             if leaving or _saves(settings, done, monitor):
-                meta = CheckpointMeta(identity=outputs.identity, step=done, sha256="", metrics=tracker.sha256())
+                meta = CheckpointMeta(identity=outputs.identity, step=done, metrics=tracker.sha256())
                 checkpoints.save(meta, settings.keep_last, monitor.best)
             if leaving:
                 checkpoints.wait()

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -178,6 +179,29 @@ def test_what_stops_training_is_raised_and_not_what_its_last_checkpoint_met(
     with pytest.raises(OSError, match="No space"):
         stopped(None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_training_waits_for_a_checkpoint_leaves_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, shadow, optimizer = training()
+    waiting = Event()
+
+    def interrupt(path: Path) -> None:
+        waiting.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+    def interrupted() -> None:
+        with Checkpoints(tmp_path, shadow, optimizer) as checkpoints:
+            checkpoints.save(meta(1), keep_last=1)
+            waiting.set()
+            checkpoints.wait()
+
+    monkeypatch.setattr(files, "before", on_disk("write", ".safetensors", interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert saved_steps(tmp_path) == [1]
 
 
 def killed_at(operation: int, root: Path) -> int:
