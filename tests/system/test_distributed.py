@@ -320,7 +320,7 @@ def write_checkpoints(processes: Processes, folder: Path) -> None:
                 assert torch.equal(found, reader.rows(tensor)), (how, name)
                 for times, key in enumerate(("exp_avg", "exp_avg_sq"), 2):
                     assert torch.equal(optimizer.state[found][key], reader.rows(times * tensor)), (how, name, key)
-    fill_one_disk(folder / "full", processes, held(whole))
+    fill_one_disk(folder / "no space", processes, held(whole))
     damage_one(folder / "checkpoints" / "rows" / "step_000001", processes)
     with pytest.raises(StoreError, match=r"shard_00002\.safetensors is damaged"):
         Checkpoints(folder / "checkpoints" / "rows", *held(whole), processes).load(1)
