@@ -324,7 +324,7 @@ def test_a_step_that_is_asked_to_be_the_last_leaves_a_checkpoint_that_goes_on_bi
     train(resumed, yardstick, outputs_in(tmp_path / "b"))
     for name, trained in undisturbed.shadow.trained.items():
         assert torch.equal(trained, resumed.shadow.trained[name])
-    final = [(tmp_path / run / "checkpoints" / "step_000004" / "state.safetensors").read_bytes() for run in "ab"]
+    final = [(tmp_path / run / "checkpoints" / "step_000004" / "shard_00001.safetensors").read_bytes() for run in "ab"]
     assert final[0] == final[1]
 
 
