@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdctl.cli import console
-from kdctl.cost.records import CostPlan, Part, Phase, Room
+from kdctl.cost.records import CostPlan, Part, Phase, Rates, Room, Timing
 from kdctl.formats.records import ExportReport, VerifyReport
 from kdctl.run.measures import PERPLEXITY, TOKEN_MEASURES, TokenMeasure, Unit, column_measures, fixed
 from kdctl.run.records import (
@@ -278,6 +278,8 @@ def show_plan(plan: CostPlan) -> None:
         *_pace(plan),
     ]
     console.show_pairs("plan", pairs)
+    if plan.timing is not None:
+        show_timing(plan.timing)
     for room in (plan.memory, plan.disk):
         for line in room_lines(room):
             console.show_text(line)
@@ -297,6 +299,34 @@ def _pace(plan: CostPlan) -> list[tuple[str, str]]:
         return []
     pace = plan.pace
     return [("measured here", f"{pace.step_seconds_median_s:.2f} s a step, median of {pace.steps} in {pace.variant}")]
+
+
+def show_timing(timing: Timing) -> None:
+    """Show how long each kind of work takes, what decides it, and where the rates come from."""
+    rows = [(each.name, duration(each.seconds_s), each.limit, _shares(each.parts_s)) for each in timing.stretches]
+    rows.append(("total", duration(timing.total_s), "", ""))
+    console.show_rows("time", ("", "at most", "limit", "of it"), rows)
+    console.show_text(f"a training step: {timing.step_s:.3g} s; not counted: {', '.join(timing.left_out)}")
+    if timing.rates is not None:
+        console.show_text(rates_line(timing.rates))
+
+
+def _shares(parts: Mapping[Any, float]) -> str:
+    """Say which part of the time each limit decides, where there are several."""
+    total = sum(parts.values())
+    shares = {name: round(100 * seconds / total) for name, seconds in parts.items() if total}
+    return ", ".join(f"{name} {share} %" for name, share in sorted(shares.items(), key=lambda each: -each[1]) if share)
+
+
+def rates_line(rates: Rates) -> str:
+    """Say which rates were taken, and whether anybody measured them."""
+    whose = "measured" if rates.measured else "NOT measured: figures of a vendor or user, shares assumed"
+    return (
+        f"rates of {rates.name}, {whose}: products {rates.products_per_s / 1e12:.3g} TFLOP/s, "
+        f"{100 * rates.reached:.0f} % reached; memory {rates.memory_bytes_per_s / 1e9:.4g} GB/s, "
+        f"{100 * rates.memory_reached:.0f} % reached; an operator {1e6 * rates.operator_s:.2g} µs; network "
+        f"{rates.network_bytes_per_s / 1e9:.3g} GB/s; disk {rates.disk_bytes_per_s / 1e9:.2g} GB/s"
+    )
 
 
 def room_lines(room: Room) -> list[str]:

@@ -31,13 +31,14 @@ ROUNDING = 6
 class Cost:
     """What one run takes, in bytes. cpu: memory is RAM, not that of a GPU.
 
-    shards: FSDP2 divides training among so many processes, and this is one of them.
+    shards: FSDP2 divides training among so many processes, and this is one of them. copies: so many processes divide
+    the rows of a step, each with whole models.
     """
 
-    def __init__(self, preset: Preset, network: Network, cpu: bool, shards: int = 1):
+    def __init__(self, preset: Preset, network: Network, cpu: bool, shards: int = 1, copies: int = 1):
         self.preset, self.distill, self.network, self.cpu = preset, preset.distill, network, cpu
-        self.shards = shards
-        rows = preset.distill.rows_per_step // shards
+        self.shards, self.copies, self.processes = shards, copies, shards * copies
+        rows = preset.distill.rows_per_step // self.processes
         self.rows_at_once = min(preset.distill.micro_batch_size, rows)
         self.accumulates = rows > preset.distill.micro_batch_size
         self.quantized, self.itemsize = network.quantized_parameters, network.itemsize
@@ -45,6 +46,18 @@ class Cost:
         self.longest = min(preset.distill.max_tokens, allowed)
         self.shapes = list(self._trained_shapes())
         self.trained = sum(map(math.prod, self.shapes))
+
+    @property
+    def followed(self) -> int:
+        """Weights whose gradients are handed on to what is trained."""
+        if self.distill.train != "lora":
+            return self.quantized
+        named = {name: shape for name, shape in self.network.layers.items() if self._updated(name)}
+        return sum(map(math.prod, named.values()))
+
+    def _updated(self, name: str) -> bool:
+        """Tell whether a layer gets a low-rank update."""
+        return any(fnmatchcase(name, target) for target in self.distill.lora_targets)
 
     def _trained_shapes(self) -> Iterator[tuple[int, ...]]:
         """Yield the shape of every tensor that the optimizer moves."""
@@ -54,7 +67,7 @@ class Cost:
                 yield rows, columns
             if settings.train == "scales" or settings.learn_scales:
                 yield rows, columns // group_size
-            if settings.train == "lora" and any(fnmatchcase(name, target) for target in settings.lora_targets):
+            if settings.train == "lora" and self._updated(name):
                 yield settings.lora_rank, columns
                 yield rows, settings.lora_rank
         if settings.train_norms:
@@ -234,26 +247,27 @@ class Cost:
         """Return what the run folder holds at most, while a checkpoint and a student are being written."""
         kept = self.distill.keep_last + self.distill.stop_early + 1
         found = {
-            "rollouts": self._stored_tokens() * 2 * FLOAT32,
-            "teacher states": self._states(),
+            "rollouts": self.stored(),
+            "teacher states": self.states(),
             f"{kept} checkpoints": kept * 3 * FLOAT32 * self.trained,
             "PTQ and trained student, one more while it is checked": 3 * self.folder,
             "where weights were": self.offsets,
         }
         return {name: size for name, size in found.items() if size}
 
-    def _stored_tokens(self) -> int:
+    def stored(self) -> int:
+        """Return the bytes of all stores at most: a token, and one's log-probability, in 32 bits each."""
         prompt = self.preset.prompts.max_prompt_tokens
-        return sum(tokens + count * prompt for count, tokens in self._completions().values())
+        return 2 * FLOAT32 * sum(tokens + count * prompt for count, tokens in self.completions().values())
 
-    def _states(self) -> int:
-        """Teacher states of what is trained on, as int8 with scales of two bytes."""
+    def states(self) -> int:
+        """Return the bytes of teacher states of what is trained on, as int8 with scales of two bytes."""
         kept, hidden = self.preset.rollout.keep_states, self.network.hidden
         a_token = {"no": 0, "exact": hidden * self.itemsize, "int8": hidden + 2 * (hidden // group_size(hidden))}[kept]
-        return a_token * sum(tokens for name, (_, tokens) in self._completions().items() if "held-out" not in name)
+        return a_token * sum(tokens for name, (_, tokens) in self.completions().items() if "held-out" not in name)
 
-    def _completions(self) -> dict[str, tuple[int, int]]:
-        """Count completions and their tokens, at most, by who writes them."""
+    def completions(self) -> dict[str, tuple[int, int]]:
+        """Return completions and their tokens, at most, by who writes them."""
         rollout, heldout, settings = self.preset.rollout, self.preset.heldout, self.distill
         found = {"teacher, held-out": (heldout.num_prompts, heldout.max_new_tokens)}
         count = rollout.num_prompts * rollout.num_generations
@@ -270,7 +284,7 @@ class Cost:
 
     def generated(self) -> dict[str, int]:
         """Return how many tokens are generated at most, by who writes them."""
-        return {name: tokens for name, (_, tokens) in self._completions().items() if name != "dataset"}
+        return {name: tokens for name, (_, tokens) in self.completions().items() if name != "dataset"}
 
 
 def _phase(name: str, parts: dict[str, int], moments: dict[str, int]) -> Phase:

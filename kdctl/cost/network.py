@@ -1,4 +1,4 @@
-"""What a network takes in memory, worked out from its configuration alone.
+"""What a network takes in memory and work, from its configuration alone.
 
 Nothing is loaded. Parameters are counted on a model without storage; what passes keep and make is seen by running the
 real ones on tensors that have a shape and no numbers.
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
@@ -46,7 +48,9 @@ class Network:
 
     layers: the quantized ones, (out_features, in_features). norms: their lengths. itemsize: bytes a number. cache,
     reading: bytes a token of keys and values, and of a forward pass that keeps nothing. loss: bytes of one row of
-    float32 logits with all that the divergence makes of it.
+    float32 logits with all that the divergence makes of it; loss_moved: bytes that it reads and writes of such a row.
+    multiplied: weights that every token is multiplied with, output head left out. attended: numbers of a token's
+    queries in all layers. operators: those of a forward pass that compute, views left out.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -59,6 +63,10 @@ class Network:
     reading: float
     activations: Mapping[Checkpointing, Activations]
     loss: float
+    loss_moved: float
+    multiplied: int
+    attended: float
+    operators: int
 
     @property
     def quantized_parameters(self) -> int:
@@ -94,8 +102,9 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
             model = use_layouts(bare.to_empty(device="cpu").eval())
             model.requires_grad_(False)
             cache, reading = _cache(model), _reading(model)
+            attended, operators = _passed(model)
             activations: dict[Checkpointing, Activations] = {how: _training(model, names, how) for how in CHECKPOINTING}
-            loss = _loss(vocabulary, objective)
+            loss, loss_moved = _loss(vocabulary, objective)
     except DataDependentOutputException as error:
         raise ModelError(f"the network's shapes depend on numbers, so nothing can be planned for it: {error}") from None
     except (ModelError, PresetError):
@@ -113,24 +122,35 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
         reading=reading,
         activations=activations,
         loss=loss,
+        loss_moved=loss_moved,
+        multiplied=sum(rows * columns for rows, columns in shapes.values()),
+        attended=attended,
+        operators=operators,
     )
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of tensors that are made under it and still referred to, now and at most."""
+    """Counts the bytes of tensors that are made under it and still referred to, now and at most.
+
+    operators: how many ran that compute something; moved: the bytes of what they were given and what they returned.
+    """
 
     def __init__(self, there: nn.Module | None = None):
         super().__init__()
         tensors = [] if there is None else [*there.parameters(), *there.buffers()]
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self.live = self.peak = 0
+        self.live = self.peak = self.operators = self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator and look at what it returns."""
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for leaf in returned:
+            self._see(leaf.untyped_storage())
+        if not func.is_view:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.operators += 1
+            self.moved += sum(leaf.nbytes for leaf in given + returned)
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -147,12 +167,34 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-def _read(model: PreTrainedModel, cache: RowCache | None = None) -> Tensor:
+class Queries(TorchFunctionMode):
+    """Adds up, over the layers of a pass, the numbers of a token's queries; where values are narrower, the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0.0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run a function and look at what attention is given."""
+        if func is scaled_dot_product_attention:
+            query, _, value = args[:3]
+            self.numbers += query.shape[1] * (query.shape[-1] + value.shape[-1]) / 2
+        return func(*args, **(kwargs or {}))
+
+
+def _read(model: PreTrainedModel, cache: RowCache | None = None, sequences: tuple[int, ...] = SEQUENCES) -> Tensor:
     """Run sequences through a model."""
-    places = torch.zeros(sum(SEQUENCES), dtype=torch.int64)
+    places = torch.zeros(sum(sequences), dtype=torch.int64)
     if cache is not None:
         cache.point(places, places)
-    return forward(model, places, places, Layout(SEQUENCES, cache))
+    return forward(model, places, places, Layout(sequences, cache))
+
+
+def _passed(model: PreTrainedModel) -> tuple[float, int]:
+    """Return the numbers of a token's queries in all layers, and the operators that compute, of one sequence's pass."""
+    with torch.no_grad(), Queries() as queries, Meter(model) as meter:
+        _read(model, sequences=SEQUENCES[:1])
+    return queries.numbers, meter.operators
 
 
 def _cache(model: PreTrainedModel) -> float:
@@ -190,9 +232,9 @@ def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(vocabulary: int, objective: Objective) -> float:
-    """Return the bytes that one row of logits takes with all that is made of it."""
+def _loss(vocabulary: int, objective: Objective) -> tuple[float, float]:
+    """Return the bytes that one row of logits takes with all that is made of it, and those read and written of it."""
     with Meter() as meter:
         student, teacher = torch.empty(ROWS_IN_CACHE, vocabulary), torch.empty(ROWS_IN_CACHE, vocabulary)
         value_and_gradient(student, teacher, objective)
-    return meter.peak / ROWS_IN_CACHE
+    return meter.peak / ROWS_IN_CACHE, meter.moved / ROWS_IN_CACHE

@@ -1,4 +1,4 @@
-"""What a run will take before anything runs: memory by phase, disk and tokens.
+"""What a run will take before anything runs: memory by phase, disk, tokens and, at given rates, seconds.
 
 Everything follows from the preset and from what ``footprint`` sees of the network. Sizes are those of the tensors that
 the code makes; sequences are taken to be as long as the preset allows.
@@ -7,15 +7,17 @@ the code makes; sequences are taken to be as long as the preset allows.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
+from kdctl.base.errors import PresetError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
+from kdctl.cost.duration import make_timing
 from kdctl.cost.estimate import Cost, as_parts
 from kdctl.cost.network import Network
-from kdctl.cost.records import Advice, CostPlan, Pace, Phase, Room
+from kdctl.cost.records import Advice, CostPlan, Pace, Phase, Rates, Room
 from kdctl.model.load import pick_device
 from kdctl.run.paths import RunDir, disk_of
 from kdctl.run.tracking import read_metrics
@@ -54,18 +56,30 @@ def find_machine(device: str, folder: Path, memory_gib: float | None) -> Machine
     return Machine("GPU memory", torch.cuda.get_device_properties(found).total_memory, disk)
 
 
-def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, shards: int = 1) -> CostPlan:
+def make_plan(
+    preset: Preset,
+    network: Network,
+    machine: Machine,
+    run: RunDir,
+    shards: int = 1,
+    copies: int = 1,
+    rates: Rates | None = None,
+) -> CostPlan:
     """Work out what a run of a preset takes, and what to change where it does not fit.
 
-    Raises PresetError if so many shards cannot train as the preset says.
+    Steps that were measured in the run folder take the place of computed ones where no rates are named. Raises
+    PresetError if so many shards or copies cannot train as the preset says.
     """
-    Processes(0, shards, sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
-    cost = Cost(preset, network, machine.cpu, shards)
+    if shards > 1 and copies > 1:
+        raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
+    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
+    cost = Cost(preset, network, machine.cpu, shards, copies)
+    pace = measured_pace(run)
     phases, disk = cost.phases(), as_parts(cost.disk())
     peak, sequences = peak_bytes(phases), preset.distill.steps * preset.distill.rows_per_step
     memory = Room(name=machine.memory_name, needed_bytes=peak, there_bytes=machine.memory_bytes)
     if not memory.fits:
-        memory = memory.model_copy(update={"advice": tuple(advice(preset, network, machine, shards))})
+        memory = memory.model_copy(update={"advice": tuple(advice(preset, network, machine, shards, copies))})
     needed = sum(part.size_bytes for part in disk)
     return CostPlan(
         quantized_parameters=network.quantized_parameters,
@@ -79,7 +93,8 @@ def make_plan(preset: Preset, network: Network, machine: Machine, run: RunDir, s
         generated_tokens=cost.generated(),
         trained_sequences=sequences,
         trained_tokens=sequences * cost.longest,
-        pace=measured_pace(run),
+        pace=pace,
+        timing=make_timing(cost, rates, pace if rates is None and shards == copies == 1 else None),
     )
 
 
@@ -88,7 +103,7 @@ def peak_bytes(phases: tuple[Phase, ...]) -> int:
     return max(phase.peak_bytes for phase in phases)
 
 
-def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1) -> Iterator[Advice]:
+def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1, copies: int = 1) -> Iterator[Advice]:
     """Yield settings that lower the peak, each alone and then all together where that lowers it further."""
     rows = preset.distill.rows_per_step
     candidates: list[dict[str, object]] = [
@@ -104,7 +119,7 @@ def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1) 
 
     def peak_with(settings: dict[str, object]) -> int:
         changed = build_preset(preset.model_dump(), settings, "advice")
-        return peak_bytes(Cost(changed, network, machine.cpu, shards).phases())
+        return peak_bytes(Cost(changed, network, machine.cpu, shards, copies).phases())
 
     best, together = peak_with({}), {}
     lowest = best
@@ -135,4 +150,7 @@ def measured_pace(run: RunDir) -> Pace | None:
     seconds = [line["time/step_s"] for line in read_metrics(found[-1])] if found else []
     if not seconds:
         return None
-    return Pace(variant=found[-1].parent.name, steps=len(seconds), step_seconds_median_s=median(seconds))
+    name = found[-1].parent.name
+    return Pace(
+        variant=name, steps=len(seconds), step_seconds_median_s=median(seconds), step_seconds_mean_s=mean(seconds)
+    )

@@ -1,6 +1,12 @@
 """What a run will take, as typed records (no torch)."""
 
+from typing import Literal
+
+from kdctl.config.section import Name, Positive
 from kdctl.run.records import Record
+
+Limit = Literal["products", "memory", "operators", "network", "disk", "measured"]
+"""What decides how long something takes; "measured" where that was seen in the run folder."""
 
 
 class Part(Record):
@@ -48,6 +54,52 @@ class Pace(Record):
     variant: str
     steps: int
     step_seconds_median_s: float
+    step_seconds_mean_s: float
+    """With what was generated for it."""
+
+
+class Rates(Record):
+    """How fast a machine is. What it is asked for in one go takes as long as its slowest part."""
+
+    name: Name
+    measured: bool
+    """By `benchmarks/rates.py`; else these are a vendor's or a user's figures, and the shares assumptions."""
+    products_per_s: Positive
+    """Floating-point operations a second of matrix products in the model's dtype, at best."""
+    reached: Positive
+    """Share of them that whole passes reach."""
+    memory_bytes_per_s: Positive
+    memory_reached: Positive = 1.0
+    """Share of it that is reached."""
+    operator_s: Positive
+    """Seconds to start one operator from Python."""
+    network_bytes_per_s: Positive
+    """From one process to another, each way."""
+    disk_bytes_per_s: Positive
+
+
+class Stretch(Record):
+    """How long one kind of work takes in the whole run."""
+
+    name: str
+    seconds_s: float
+    limit: Limit
+    """What decides most of it."""
+    parts_s: dict[Limit, float]
+    """Its seconds by what decides them."""
+
+
+class Timing(Record):
+    """How long a run takes, sequences being as long as the preset allows."""
+
+    rates: Rates | None
+    """None where the only seconds are those measured in the run folder."""
+    stretches: tuple[Stretch, ...]
+    step_s: float
+    """A training step, without what is generated for it; where it was measured, with that."""
+    total_s: float
+    left_out: tuple[str, ...]
+    """What the run does beside that."""
 
 
 class CostPlan(Record):
@@ -69,3 +121,5 @@ class CostPlan(Record):
     """At most, prompts and completions."""
     pace: Pace | None = None
     """Only where the run folder has measured steps."""
+    timing: Timing | None = None
+    """Only where rates are named, or the run folder has measured steps."""

@@ -84,6 +84,13 @@ class Quantizer(Protocol):
         """Return the bytes that it holds of all layers, (out_features, in_features) each, while it works."""
         return 0
 
+    def rounding(self, settings: QuantizeSection, layers: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
+        """Return the bytes that it reads and writes while it rounds all layers, and the operators that it starts.
+
+        Here those of min-max; what statistics take is no part of it.
+        """
+        return 60.0 * sum(rows * columns for rows, columns in layers.values()), 22.0 * len(layers)
+
     def quantize(self, context: QuantizeContext) -> Weights:
         """Put each layer's weight on the grid. Leaves the teacher as it is."""
         ...

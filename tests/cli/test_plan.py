@@ -76,3 +76,71 @@ def test_shards_that_cannot_train_are_refused(tiny_dir: Path, arguments: tuple[s
     done = plan("smoke", "--set", f"teacher.model={tiny_dir}", *arguments)
     assert done.exit_code == 2
     assert words in " ".join(done.output.replace("│", " ").split())
+
+
+RATES = {
+    "name": "a machine",
+    "measured": True,
+    "products_per_s": 1e12,
+    "reached": 0.5,
+    "memory_bytes_per_s": 1e11,
+    "operator_s": 1e-5,
+    "network_bytes_per_s": 1e10,
+    "disk_bytes_per_s": 1e9,
+}
+
+
+def test_seconds_by_a_vendors_figures_say_that_they_are(tiny_dir: Path) -> None:
+    common = ("smoke", "--set", f"teacher.model={tiny_dir}", "--gpu", "h100")
+    found = json.loads(plan(*common, "--json").stdout)
+    timing = found["timing"]
+    assert timing["total_s"] == pytest.approx(sum(each["seconds_s"] for each in timing["stretches"]))
+    assert all(each["seconds_s"] > 0 and each["limit"] in each["parts_s"] for each in timing["stretches"])
+    assert {"generating", "quantizing", "training", "writing"} <= {each["name"] for each in timing["stretches"]}
+    assert not timing["rates"]["measured"]
+    assert found["memory"]["there_bytes"] == 79 * 2**30
+    printed = " ".join(plan(*common).output.split())
+    assert "rates of h100, NOT measured" in printed
+    assert "limit" in printed
+
+
+def test_measured_rates_come_from_a_file_and_figures_replace_a_vendors(tiny_dir: Path, tmp_path: Path) -> None:
+    common = ("smoke", "--set", f"teacher.model={tiny_dir}")
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    assert "rates of a machine, measured:" in plan(*common, "--rates", "rates.json").output
+    own = json.loads(plan(*common, "--gpu", "h100", "--tflops", "100", "--link", "7", "--json").stdout)["timing"][
+        "rates"
+    ]
+    assert (own["products_per_s"], own["network_bytes_per_s"], own["memory_bytes_per_s"]) == (1e14, 7e9, 3.35e12)
+    assert "timing" in (alone := json.loads(plan(*common, "--json").stdout))
+    assert alone["timing"] is None
+
+
+def test_copies_divide_the_rows_of_a_step(tiny_dir: Path) -> None:
+    common = ("smoke", "--set", f"teacher.model={tiny_dir}", "--tflops", "1e-5", "--bandwidth", "1e6")
+    one, two = (json.loads(plan(*common, "--copies", count, "--json").stdout)["timing"] for count in ("1", "2"))
+    assert 1.5 < one["step_s"] / two["step_s"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpu", "h10"), "no such accelerator in kdctl's table (did you mean 'h100'?)"),
+        (("--tflops", "-5", "--bandwidth", "100"), "--tflops"),
+        (("--tflops", "inf", "--bandwidth", "100"), "no machine has these rates"),
+        (("--tflops", "5"), "name both"),
+        (("--rates", "none.json"), "cannot be read"),
+        (("--rates", "negative.json"), "products_per_s"),
+        (("--rates", "good.json", "--gpu", "h100"), "leave out --gpu"),
+        (("--shards", "2", "--copies", "2"), "two ways to train"),
+        (("--copies", "3"), "cannot be divided evenly among 3 processes"),
+    ],
+)
+def test_rates_that_no_machine_has_are_refused(
+    tiny_dir: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(RATES))
+    (tmp_path / "negative.json").write_text(json.dumps(RATES | {"products_per_s": -1.0}))
+    done = plan("smoke", "--set", f"teacher.model={tiny_dir}", *arguments)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.replace("│", " ").split())

@@ -46,6 +46,17 @@ class Kl(Quantizer):
         block = settings.of(KlSettings).output_block
         return sum(FLOAT32 * (rows // block * block**2 + (rows % block) ** 2) for rows, _ in layers.values())
 
+    def rounding(self, settings: QuantizeSection, layers: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
+        """Return the bytes and operators of rounding diagonal after diagonal of tiles, each layer by itself."""
+        from kdctl.quant.two_sided import ROWS
+
+        block, group, started = settings.of(KlSettings).output_block, settings.group_size, 0.0
+        for rows, columns in layers.values():
+            across, down = columns // group, -(-rows // ROWS)
+            diagonals = across + -(-min(rows, block) // ROWS) - 1
+            started += diagonals * (18 * group + 690) + 4 * across * down
+        return 5400.0 * sum(rows * columns for rows, columns in layers.values()), started
+
     def quantize(self, context: QuantizeContext) -> Weights:
         """Quantize a copy of the teacher in order, on calibration sequences."""
         import copy
