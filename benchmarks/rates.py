@@ -46,8 +46,8 @@ def arguments() -> argparse.Namespace:
 class Clock:
     """Takes the median of several runs, the first one left out."""
 
-    def __init__(self, device: torch.device, processor: bool):
-        self.device, self.processor = device, processor
+    def __init__(self, device: torch.device, processor: bool, rounds: int = ROUNDS):
+        self.device, self.processor, self.rounds = device, processor, rounds
 
     def now(self) -> float:
         """Return seconds, the device's work included."""
@@ -58,7 +58,7 @@ class Clock:
     def seconds(self, work: Callable[[], object]) -> float:
         """Time some work."""
         taken = []
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             started = self.now()
             work()
             taken.append(self.now() - started)
@@ -142,25 +142,27 @@ def disk(clock: Clock) -> float:
     return len(block) / Clock(clock.device, processor=False).seconds(written)
 
 
-def main() -> None:
-    """Measure and print."""
-    args = arguments()
-    quiet()
-    device = pick_device("auto")
-    clock = Clock(device, args.processor_time)
+def measured(clock: Clock, link: float) -> Rates:
+    """Measure all of it. link: GB/s between processes."""
+    device, rate = clock.device, products(clock)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    rate = products(clock)
-    found = Rates(
-        name=name + (", processor time" if args.processor_time else ""),
+    return Rates(
+        name=name + (" by processor time" if clock.processor else ""),
         measured=True,
         products_per_s=rate,
         reached=whole_pass(clock) / rate,
         memory_bytes_per_s=memory(clock),
         operator_s=operator(clock),
-        network_bytes_per_s=1e9 * args.link,
+        network_bytes_per_s=1e9 * link,
         disk_bytes_per_s=disk(clock),
     )
-    print(found.model_dump_json(indent=2))
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
+    quiet()
+    print(measured(Clock(pick_device("auto"), args.processor_time), args.link).model_dump_json(indent=2))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ def test_a_pace_only_where_steps_were_measured(tiny: Network, tmp_path: Path) ->
     found = planned(tiny, load_preset("smoke"), gpu(24), tmp_path).pace
     assert found is not None
     assert (found.variant, found.steps, found.step_seconds_median_s) == ("some", 3, 3.0)
+    assert found.step_seconds_mean_s == pytest.approx(14 / 3)
 
 
 def test_the_machine_is_this_one_unless_memory_is_named(tmp_path: Path) -> None:
