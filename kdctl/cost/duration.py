@@ -25,6 +25,8 @@ UPDATED = 44
 """The same for each trained number in a step of AdamW, its gradient's norm and float32 copy included."""
 FULL = 4
 """Times that a product in float32 counts: half as fast as bf16 on a CPU, a tenth or less on GPUs."""
+DOUBLE = 2 * FULL
+"""Times that one in float64 counts: the inverse of a Hessian and its factor are made so."""
 TRIANGLE = 5 / 8
 """Of the product of a matrix with its own transpose, what is computed (``quant/calibrate.py``)."""
 WHOLE = 3
@@ -129,7 +131,6 @@ class Duration:
 
     def _quantizing(self) -> Iterator[Work]:
         settings, method = self.preset.quantize, QUANTIZERS[self.preset.quantize.method]
-        layers = self.network.layers.values()
         moved, started = method.rounding(settings, self.network.layers)
         yield Work(moved=moved)
         yield Work(started=started)
@@ -137,8 +138,9 @@ class Duration:
         tokens = sequences * length
         if Statistic.INPUT_HESSIAN in method.needs:
             yield self._read(2 * sequences, length)
-            yield Work(products=FULL * TRIANGLE * 2 * tokens * sum(columns**2 for _, columns in layers))
-            yield Work(products=2 * FULL * 4 / 3 * sum(columns**3 for _, columns in layers))
+            inputs = self.network.inputs
+            yield Work(products=FULL * TRIANGLE * 2 * tokens * sum(size**2 for size in inputs))
+            yield Work(products=DOUBLE * 4 / 3 * sum(size**3 for size in inputs))
         if Statistic.OUTPUT_FISHER in method.needs:
             yield self._read(2 * sequences, length, SEQUENCES)
             yield self.passes.head(sequences * self.preset.rollout.max_new_tokens, 2)

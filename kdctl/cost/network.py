@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,7 +50,8 @@ class Network:
     reading: bytes a token of keys and values, and of a forward pass that keeps nothing. loss: bytes of one row of
     float32 logits with all that the divergence makes of it; loss_moved: bytes that it reads and writes of such a row.
     multiplied: weights that every token is multiplied with, output head left out. attended: numbers of a token's
-    queries in all layers. operators: those of a forward pass that compute, views left out.
+    queries in all layers. inputs: in_features of each tensor that linear layers are given, those that share one counted
+    once. operators: those of a forward pass that compute, views left out.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -66,6 +67,7 @@ class Network:
     loss_moved: float
     multiplied: int
     attended: float
+    inputs: tuple[int, ...]
     operators: int
 
     @property
@@ -102,7 +104,7 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
             model = use_layouts(bare.to_empty(device="cpu").eval())
             model.requires_grad_(False)
             cache, reading = _cache(model), _reading(model)
-            attended, operators = _passed(model)
+            seen, operators = _passed(model)
             activations: dict[Checkpointing, Activations] = {how: _training(model, names, how) for how in CHECKPOINTING}
             loss, loss_moved = _loss(vocabulary, objective)
     except DataDependentOutputException as error:
@@ -124,7 +126,8 @@ def look_at(config: PretrainedConfig, settings: QuantizeSection, dtype: torch.dt
         loss=loss,
         loss_moved=loss_moved,
         multiplied=sum(rows * columns for rows, columns in shapes.values()),
-        attended=attended,
+        attended=seen.numbers,
+        inputs=tuple(seen.inputs),
         operators=operators,
     )
 
@@ -167,18 +170,27 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-class Queries(TorchFunctionMode):
-    """Adds up, over the layers of a pass, the numbers of a token's queries; where values are narrower, the mean."""
+class Seen(TorchFunctionMode):
+    """Looks at what the layers of a pass are given.
+
+    numbers: those of a token's queries; where values are narrower, the mean. inputs: in_features of linear layers,
+    those that follow one another with the same input counted once.
+    """
 
     def __init__(self):
         super().__init__()
         self.numbers = 0.0
+        self.inputs: list[int] = []
+        self._last: Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Run a function and look at what attention is given."""
+        """Run a function and look at its arguments."""
         if func is scaled_dot_product_attention:
             query, _, value = args[:3]
             self.numbers += query.shape[1] * (query.shape[-1] + value.shape[-1]) / 2
+        if func is linear and args[0] is not self._last:
+            self._last = args[0]
+            self.inputs.append(args[0].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -190,11 +202,11 @@ def _read(model: PreTrainedModel, cache: RowCache | None = None, sequences: tupl
     return forward(model, places, places, Layout(sequences, cache))
 
 
-def _passed(model: PreTrainedModel) -> tuple[float, int]:
-    """Return the numbers of a token's queries in all layers, and the operators that compute, of one sequence's pass."""
-    with torch.no_grad(), Queries() as queries, Meter(model) as meter:
+def _passed(model: PreTrainedModel) -> tuple[Seen, int]:
+    """Return what the layers are given in a pass of one sequence, and the operators in it that compute."""
+    with torch.no_grad(), Seen() as seen, Meter(model) as meter:
         _read(model, sequences=SEQUENCES[:1])
-    return queries.numbers, meter.operators
+    return seen, meter.operators
 
 
 def _cache(model: PreTrainedModel) -> float:

@@ -75,6 +75,18 @@ def test_copies_send_gradients_and_one_process_sends_nothing(network: Network) -
     assert sent(shards=8) == 2 * 7 / 8 * (2 + 2 * 2 + 4) * weights  # 8 rows each are two passes
 
 
+def test_text_to_calibrate_on_takes_longer_only_where_it_is_read(network: Network) -> None:
+    def seconds(method: str, sequences: int) -> float:
+        own = {"quantize.method": method, "quantize.calibration_sequences": sequences, "quantize.group_size": 32}
+        cost = Cost(load_preset("smoke", own), network, False)
+        found = make_timing(cost, h100(), None)
+        assert found is not None
+        return named(found, "quantizing").seconds_s
+
+    assert seconds("minmax", 8) == seconds("minmax", 4096)
+    assert seconds("minmax", 8) < seconds("gptq", 8) < seconds("gptq", 4096) < seconds("kl", 4096)
+
+
 def test_kept_states_take_a_pass_once_and_none_in_training(network: Network) -> None:
     without, kept = timing(network), timing(network, rollout__keep_states="int8")
     assert named(kept, "training").seconds_s < named(without, "training").seconds_s

@@ -39,6 +39,12 @@ def test_parameters_are_those_of_the_model(network: Network, teacher: PreTrained
     assert sum(network.norms) == sum(p.numel() for n, p in teacher.named_parameters() if "norm" in n)
 
 
+def test_inputs_that_linear_layers_share_count_once(network: Network, teacher: PreTrainedModel) -> None:
+    config = teacher.config
+    each = (config.hidden_size, config.hidden_size, config.hidden_size, config.intermediate_size)
+    assert network.inputs == each * config.num_hidden_layers  # of q, k and v; of o; of gate and up; of down
+
+
 def test_skipped_layers_count_as_other_parameters(tiny_dir: Path, network: Network) -> None:
     skipping = GRID.model_copy(update={"skip": ("*.down_proj",)})
     found = look_at(read_config(tiny_dir), skipping, torch.bfloat16, Objective())
