@@ -116,6 +116,20 @@ def test_measured_rates_come_from_a_file_and_figures_replace_a_vendors(tiny_dir:
     assert alone["timing"] is None
 
 
+def test_measured_steps_of_the_run_folder_are_seconds_too(tiny_dir: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "distill" / "some" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps({"step": step, "time/step_s": 2.0 * step}) + "\n" for step in (1, 2)))
+    common = ("smoke", "--set", f"teacher.model={tiny_dir}", "--run", str(tmp_path / "run"))
+    done = plan(*common)
+    assert done.exit_code == 0, done.output
+    assert "measured here" in done.output
+    assert "18 s" in done.output  # six steps of three seconds
+    elsewhere = json.loads(plan(*common, "--gpu", "h100", "--json").stdout)["timing"]
+    assert all(each["limit"] != "measured" for each in elsewhere["stretches"])
+    assert json.loads(plan(*common, "--copies", "2", "--json").stdout)["timing"] is None
+
+
 def test_copies_divide_the_rows_of_a_step(tiny_dir: Path) -> None:
     common = ("smoke", "--set", f"teacher.model={tiny_dir}", "--tflops", "1e-5", "--bandwidth", "1e6")
     one, two = (json.loads(plan(*common, "--copies", count, "--json").stdout)["timing"] for count in ("1", "2"))
