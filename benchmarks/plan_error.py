@@ -3,7 +3,7 @@
     python benchmarks/plan_error.py [--rounds 4]
     OMP_NUM_THREADS=1 python benchmarks/plan_error.py --processor-time    # where other work runs beside it
 
-The quickstart's teacher, 16 sequences of the lengths that its stores have on average: a step of two micro-batches
+The quickstart's teacher, 16 sequences of the mean lengths of the study's store: a step of two micro-batches
 with kept teacher states, 64 completions at once, and the teacher's states of 16 sequences. Tokens are random, and every
 completion is as long as it may be. Medians, the first round left out.
 """
