@@ -32,11 +32,14 @@ class Cost:
     """What one run takes, in bytes. cpu: memory is RAM, not that of a GPU.
 
     shards: FSDP2 divides training among so many processes, and this is one of them. copies: so many processes divide
-    the rows of a step, each with whole models.
+    the rows of a step, each with whole models. memory_bytes: what the GPU has, a share of which logits take.
     """
 
-    def __init__(self, preset: Preset, network: Network, cpu: bool, shards: int = 1, copies: int = 1):
+    def __init__(
+        self, preset: Preset, network: Network, cpu: bool, shards: int = 1, copies: int = 1, memory_bytes: int = 0
+    ):
         self.preset, self.distill, self.network, self.cpu = preset, preset.distill, network, cpu
+        self.logits = network.loss_bytes(None if cpu else memory_bytes)
         self.shards, self.copies, self.processes = shards, copies, shards * copies
         rows = preset.distill.rows_per_step // self.processes
         self.rows_at_once = min(preset.distill.micro_batch_size, rows)
@@ -150,7 +153,9 @@ class Cost:
         inputs = max(sum(self.network.layers[name][1] ** 2 for name in names) for names in layers)
         states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
         passing = SEQUENCES * self.longest * self.network.activations["none"].peak
-        backward = int(passing) + self.network.loss_bytes(self.cpu) if Statistic.OUTPUT_FISHER in method.needs else 0
+        backward = (
+            int(passing) + self.network.loss_bytes(self.gpu_bytes) if Statistic.OUTPUT_FISHER in method.needs else 0
+        )
         rounding = self.model + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
         worth = {"what outputs are worth": method.held(settings, self.network.layers)}
         yield _phase(
@@ -168,7 +173,7 @@ class Cost:
         tokens, seen = self.rows_at_once * self.longest, self._activations()
         gradients = self.gradients // self.shards
         earlier = gradients if self.accumulates or self.distill.train != "weights" else 0
-        loss = self.network.loss_bytes(self.cpu)
+        loss = self.logits
         largest = max(map(math.prod, self.shapes)) // self.shards
         return {
             "generating": self._cache(self._live_rows()) + self._packed() if self.distill.live else 0,
@@ -228,7 +233,7 @@ class Cost:
     def _writing(self) -> dict[str, int]:
         """The student while it is measured and saved; what was stored is read back a layer at a time."""
         student = self.grid + self.quantized
-        return {"measuring and saving": self.linears + student + self.network.loss_bytes(self.cpu)}
+        return {"measuring and saving": self.linears + student + self.logits}
 
     # --- disk and tokens --------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from kdctl.config.preset import QuantizeSection
 from kdctl.distill.divergence import Objective, value_and_gradient
 from kdctl.model.activation_checkpointing import Checkpointing, recomputed, set_checkpointing
 from kdctl.model.attention import Layout, RowCache, forward, use_layouts
-from kdctl.model.head import ROWS_IN_CACHE, token_chunk
+from kdctl.model.head import ROWS_IN_CACHE, logits_budget, token_chunk
 from kdctl.model.load import linear_shapes, skeleton
 from kdctl.model.sound import unreadable
 from kdctl.quant.apply import select_layers
@@ -80,10 +80,10 @@ class Network:
         """Weights of the largest quantized layer."""
         return max(rows * columns for rows, columns in self.layers.values())
 
-    def loss_bytes(self, cpu: bool) -> int:
-        """Return the bytes of one chunk of logits: both models', and few float32 rows at a time on a CPU."""
-        chunk = token_chunk(self.vocabulary)
-        rows = min(ROWS_IN_CACHE, chunk) if cpu else chunk
+    def loss_bytes(self, gpu_bytes: int | None) -> int:
+        """Return the bytes of one chunk of logits: both models', and few float32 rows at a time on a CPU (None)."""
+        chunk = token_chunk(self.vocabulary, logits_budget(gpu_bytes))
+        rows = min(ROWS_IN_CACHE, chunk) if gpu_bytes is None else chunk
         return int(2 * chunk * self.vocabulary * self.itemsize + rows * self.loss)
 
 

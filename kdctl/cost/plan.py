@@ -73,7 +73,7 @@ def make_plan(
     if shards > 1 and copies > 1:
         raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
     Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
-    cost = Cost(preset, network, machine.cpu, shards, copies)
+    cost = Cost(preset, network, machine.cpu, shards, copies, machine.memory_bytes)
     pace = measured_pace(run)
     phases, disk = cost.phases(), as_parts(cost.disk())
     peak, sequences = peak_bytes(phases), preset.distill.steps * preset.distill.rows_per_step
@@ -119,7 +119,7 @@ def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1, 
 
     def peak_with(settings: dict[str, object]) -> int:
         changed = build_preset(preset.model_dump(), settings, "advice")
-        return peak_bytes(Cost(changed, network, machine.cpu, shards, copies).phases())
+        return peak_bytes(Cost(changed, network, machine.cpu, shards, copies, machine.memory_bytes).phases())
 
     best, together = peak_with({}), {}
     lowest = best
