@@ -153,9 +153,7 @@ class Cost:
         inputs = max(sum(self.network.layers[name][1] ** 2 for name in names) for names in layers)
         states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
         passing = SEQUENCES * self.longest * self.network.activations["none"].peak
-        backward = (
-            int(passing) + self.network.loss_bytes(self.gpu_bytes) if Statistic.OUTPUT_FISHER in method.needs else 0
-        )
+        backward = int(passing) + self.logits if Statistic.OUTPUT_FISHER in method.needs else 0
         rounding = self.model + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
         worth = {"what outputs are worth": method.held(settings, self.network.layers)}
         yield _phase(
