@@ -32,7 +32,6 @@ from kdctl.base.errors import StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.model.configuration import read_config
 from kdctl.model.folder import read_tensors, weight_files
-from kdctl.model.hashes import known_sha256, written_sha256
 from kdctl.model.load import from_tensors
 from kdctl.quant.affine import (
     Grid,
@@ -44,6 +43,7 @@ from kdctl.quant.affine import (
     unpack,
 )
 from kdctl.run.files import atomic_folder, naming, read_bytes, write_bytes, write_text, writing
+from kdctl.run.hashes import known_sha256, written_sha256
 from kdctl.run.record_files import remedy, write_record
 from kdctl.run.records import QuantizeReport
 from kdctl.run.sums import SUMS, listed_sums

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdctl.base.errors import ModelError, brief
 from kdctl.model.absent import check_fetched, check_no_adapter, why_no_weights
-from kdctl.model.hashes import known_sha256
 from kdctl.model.stops import GENERATION
+from kdctl.run.hashes import known_sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

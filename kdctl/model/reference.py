@@ -25,9 +25,9 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.gguf import gguf_config, gguf_model
 from kdctl.model.gguf_file import open_gguf
 from kdctl.model.gguf_tokenizer import gguf_tokenizer
-from kdctl.model.hashes import is_whole, known_sha256, note_files
 from kdctl.model.stops import GENERATION, stop_ids
 from kdctl.run.files import atomic_folder, read_bytes, remove, sweep_up, write_bytes, writing
+from kdctl.run.hashes import is_whole, known_sha256, note_files
 from kdctl.run.paths import cache_dir
 from kdctl.system.packages import PREFIX, inside_package
 

@@ -49,13 +49,13 @@ from kdctl.model.folder import fingerprint
 from kdctl.model.gguf_file import open_gguf as open_gguf_file
 from kdctl.model.gguf_names import rope_factors, row_order
 from kdctl.model.gguf_tokenizer import gguf_tokenizer
-from kdctl.model.hashes import is_whole
 from kdctl.model.load import load_model
 from kdctl.model.reference import convert_gguf
 from kdctl.model.stops import stop_ids
 from kdctl.model.tokenizer import differences, load_tokenizer
 from kdctl.quant.affine import Grid, QParams, QuantizedWeight, dequantize
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.run.hashes import is_whole
 from kdctl.run.locks import holding, lock_of
 from kdctl.run.records import QuantizeReport
 

@@ -9,8 +9,8 @@ import pytest
 
 from kdctl.base.errors import StoreError
 from kdctl.formats.student import check_sums, write_sums
-from kdctl.model import hashes
 from kdctl.model.folder import fingerprint
+from kdctl.run import hashes
 from kdctl.run.files import sha256
 
 HOUR = 3600
