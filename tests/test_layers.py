@@ -41,7 +41,7 @@ def test_heavy_libraries_are_seen_at_all() -> None:
 
 CHANGES = {"unlink", "rmtree", "mkdir", "touch", "rename", "symlink_to", "hardlink_to", "copyfile", "copytree", "rmdir"}
 LIBRARIES = {"save_file", "save_torch_state_dict", "save_pretrained", "save_weights", "write_table", "savez", "tofile"}
-IN_MEMORY = {("rollout/store.py", "write_table"), ("data/prompt_set.py", "write_table"), ("formats/gguf.py", "tofile")}
+IN_MEMORY = {("data/prompt_set.py", "write_table"), ("formats/gguf.py", "tofile")}
 """Where a library writes to memory, or to a file that its caller gave it."""
 
 

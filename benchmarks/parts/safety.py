@@ -327,12 +327,10 @@ def names_of_tokenizer_files(where: Path, pick: Random) -> None:
 def names_in_records(where: Path, pick: Random) -> None:
     """Names in a run folder's own files stay inside it."""
     folder = made_run(where)
-    bad = pick.choice(
-        ["../../outside/x", str(where / OUTSIDE / "x"), "..", "", "a\0b", "../heldout/shard-00000.parquet"]
-    )
+    bad = pick.choice(["../../outside/x", str(where / OUTSIDE / "x"), "..", "", "a\0b", "../heldout/shard-00000.arrow"])
     (variant,) = (folder / "distill").iterdir()
     store = pick.choice([folder / "rollouts" / "heldout", folder / "rollouts" / "teacher"])
-    shutil.copy(store / "shard-00000.parquet", where / OUTSIDE / "x")
+    shutil.copy(store / "shard-00000.arrow", where / OUTSIDE / "x")
     kind = pick.choice(["shard", "sums", "task", "variant", "replay", "stores", "model"])
     if kind == "shard":
         shards = json.loads((store / "manifest.json").read_text())["shards"]

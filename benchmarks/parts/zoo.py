@@ -90,12 +90,12 @@ def told(ended: Ended, fault: str | None = None) -> str:
 
 def largest_gap(store: Path, model: Path) -> float:
     """Return how far a store's log-probabilities are from transformers' own for each sequence alone, at most."""
-    import pyarrow.parquet as pq
+    import datasets
     import torch
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    rows = [row for path in sorted(store.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted(store.glob("*.arrow")) for row in datasets.Dataset.from_file(str(path))]
     expect(bool(rows), f"no rollout in {store}")
     gaps = []
     for row in rows:

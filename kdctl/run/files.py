@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,8 +109,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically and durably."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as file:
         file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write that becomes ``path``, durably, when the block ends without an error.
+
+    It is dated to the nanosecond, which no clock of a file system does within a tick: whoever changes it, however soon,
+    gives it another time.
+    """
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        now = time.time_ns()
+        os.utime(file.fileno(), ns=(now, now))
 
 
 def append(path: Path, data: bytes) -> None:

@@ -1,8 +1,10 @@
-"""Hashes of large files, remembered: no model is read twice for its fingerprint while its files do not change."""
+"""Hashes of large files, remembered: no model or store is read twice for them while its files do not change."""
 
 import hashlib
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kdctl.base.errors import StoreError
 from kdctl.run.files import sha256
@@ -19,11 +21,16 @@ class Note(Record):
     sha256: str
 
 
+NoteT = TypeVar("NoteT", bound=Record)
+SHA256 = "sha256"
 FILES_NOTE = "kdctl.json"
 SETTLED_S = 2.0
 """A file that changed less than this ago may change again without a later time stamp, so nothing is kept of it."""
-_KNOWN: dict[tuple[int, ...], str] = {}
-"""What this process has read itself, by file and time stamp: a file keeps them when its folder is renamed."""
+Stamp = tuple[int, ...]
+Measure = Callable[[Path], str]
+_KNOWN: dict[tuple[str, Stamp], str] = {}
+"""What this process has read or written itself, by measure, file and time stamp: a file keeps them when its folder is
+renamed."""
 
 
 def known_sha256(path: Path, proven: bool = False) -> str:
@@ -31,24 +38,88 @@ def known_sha256(path: Path, proven: bool = False) -> str:
 
     proven: count only what this process has read itself, where the bytes on the disk are in question.
     """
-    name, stamp = str(path.resolve()), _stamp(path)
-    if stamp in _KNOWN:
-        return _KNOWN[stamp]
-    kept = cache_dir() / "hashes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-    found = None if proven else _read(kept, stamp)
-    if found is None:
-        found = sha256(path)
-        if _stamp(path) != stamp or time.time() - stamp[1] / 1e9 < SETTLED_S:
-            return found
-        _write(kept, stamp, found)
-        _KNOWN[stamp] = found
+    stamp = stamp_of(path)
+    if (found := _KNOWN.get((SHA256, stamp))) is not None:
+        return found
+    kept = _kept(path)
+    note = None if proven else _read(kept, Note)
+    if note is not None and note.stamp == stamp:
+        return note.sha256
+    found = _measured(path, stamp, SHA256, sha256)
+    if (SHA256, stamp) in _KNOWN:
+        _write(kept, Note(stamp=stamp, sha256=found))
     return found
 
 
 def written_sha256(path: Path) -> str:
     """Hash a file that this process has just written where no other looks, and remember it wherever it is moved."""
-    _KNOWN[_stamp(path)] = found = sha256(path)
+    remember(path, found := sha256(path))
     return found
+
+
+def remember(path: Path, found: str) -> None:
+    """Take the hash of a file from whoever wrote it in this process."""
+    _KNOWN[SHA256, stamp_of(path)] = found
+
+
+class FolderNote(Record):
+    """What was found of the files of a folder."""
+
+    files: dict[str, Note]
+
+
+def known_files(folder: Path, names: Sequence[str], measure: Measure | None = None) -> list[str]:
+    """Hash many files of a folder like ``known_sha256``, with one note for all.
+
+    measure: what is remembered of a file in place of its sha256; its name tells it from others.
+    """
+    kind = measure.__name__ if measure else SHA256
+    stamps = {name: stamp_of(folder / name) for name in names}
+    found = {name: _KNOWN[kind, stamp] for name, stamp in stamps.items() if (kind, stamp) in _KNOWN}
+    if len(found) < len(stamps):
+        noted = _noted(folder, kind)
+        same = {
+            name: noted[name].sha256 for name in stamps.keys() - found.keys() if _is_of(noted.get(name), stamps[name])
+        }
+        unread = [name for name in stamps if name not in found and name not in same]
+        found |= same | {name: _measured(folder / name, stamps[name], kind, measure or sha256) for name in unread}
+        if unread:
+            _note(folder, kind, noted, stamps)
+    return [found[name] for name in names]
+
+
+def note_known(folder: Path, names: Iterable[str]) -> None:
+    """Note for other processes the hashes of a folder's files that this one has read or written, and no other's."""
+    _note(folder, SHA256, {}, {name: stamp_of(folder / name) for name in names})
+
+
+def _note(folder: Path, kind: str, noted: Mapping[str, Note], stamps: Mapping[str, Stamp]) -> None:
+    """Add to what is noted of a folder what is known of files of these stamps, unless they have just changed."""
+    settled = {name: stamp for name, stamp in stamps.items() if (kind, stamp) in _KNOWN and _is_settled(stamp)}
+    new = {name: Note(stamp=stamp, sha256=_KNOWN[kind, stamp]) for name, stamp in settled.items()}
+    _write(_kept(folder, kind), FolderNote(files={**noted, **new}))
+
+
+def _noted(folder: Path, kind: str) -> Mapping[str, Note]:
+    """Return what is noted of a folder; nothing where a note is missing or damaged."""
+    note = _read(_kept(folder, kind), FolderNote)
+    return note.files if note else {}
+
+
+def _is_of(note: Note | None, stamp: Stamp) -> bool:
+    return note is not None and note.stamp == stamp
+
+
+def _measured(path: Path, stamp: Stamp, kind: str, measure: Measure) -> str:
+    """Read a file, and remember what is found of it unless it has just changed."""
+    found = measure(path)
+    if stamp_of(path) == stamp and _is_settled(stamp):
+        _KNOWN[kind, stamp] = found
+    return found
+
+
+def _is_settled(stamp: Stamp) -> bool:
+    return time.time() - stamp[1] / 1e9 >= SETTLED_S
 
 
 class FilesNote(Record):
@@ -73,24 +144,29 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def stamp_of(path: Path) -> Stamp:
     """Return which file it is and what changes with its content; the time of any change no program can set back."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, status.st_dev
 
 
-def _read(kept: Path, stamp: tuple[int, ...]) -> str | None:
-    """Return the hash that is kept for a file of this stamp; None for another one, or a damaged note."""
+def _kept(path: Path, kind: str = "") -> Path:
+    """Return where what is found of a file, or of all those of a folder, is noted."""
+    name = hashlib.sha256(f"{path.resolve()}{kind and chr(0)}{kind}".encode()).hexdigest()
+    return cache_dir() / "hashes" / f"{name[:32]}.json"
+
+
+def _read(kept: Path, kind: type[NoteT]) -> NoteT | None:
+    """Return a note; None for a missing or damaged one."""
     try:
-        note = read_record(kept, Note)
+        return read_record(kept, kind)
     except (OSError, StoreError):
         return None
-    return note.sha256 if note.stamp == stamp else None
 
 
-def _write(kept: Path, stamp: tuple[int, ...], found: str) -> None:
-    """Keep a hash. Where the cache cannot be written the file is read again next time, which costs time only."""
+def _write(kept: Path, note: Record) -> None:
+    """Keep a note. Where the cache cannot be written files are read again next time, which costs time only."""
     try:
-        write_record(kept, Note(stamp=stamp, sha256=found))
+        write_record(kept, note)
     except OSError:
         return

@@ -82,7 +82,7 @@ class Estimate(Record):
 
 
 class ShardEntry(Record):
-    """One Parquet shard of a rollout store."""
+    """One shard of a rollout store."""
 
     file: str
     rows: int = Field(ge=1)

@@ -257,7 +257,7 @@ def comparable(variant: Path) -> dict[str, bytes]:
     return {
         name: data
         for name, data in files.items()
-        if name.endswith((".safetensors", ".parquet", "manifest.json", "config.json"))
+        if name.endswith((".safetensors", ".arrow", "manifest.json", "config.json"))
     }
 
 

@@ -149,7 +149,7 @@ def test_fewer_prompts_leave_no_old_shards(tmp_path, engine):
     fill(store, PLAN, engine, SAMPLING, Silent())
     shorter = dataclasses.replace(PLAN, identity="identity-two", prompts=PromptSet(PROMPTS[:3], 0))
     fill(store, shorter, engine, SAMPLING, Silent())
-    assert sorted(contents(store.path)) == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
+    assert sorted(contents(store.path)) == ["manifest.json", "shard-00000.arrow", "shard-00001.arrow"]
     assert [r.prompt_id for r in store.read()] == ["p0", "p0", "p1", "p1", "p2", "p2"]
 
 
@@ -267,13 +267,13 @@ def kill_after_first_shards(run: Path) -> int:
     shards = run / "rollouts" / "teacher"
     process = subprocess.Popen(command(run), env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (shards / "shard-00001.parquet").exists():
+    while not (shards / "shard-00001.arrow").exists():
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    return len(list(shards.glob("shard-*.parquet")))
+    return len(list(shards.glob("shard-*.arrow")))
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_store_of_a_killed_process_is_completed_to_the_same_bytes(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     assert 2 <= kill_after_first_shards(killed) < 12
     assert not (killed / "rollouts" / "teacher" / "manifest.json").exists()
-    kept = [killed / "rollouts" / "teacher" / f"shard-0000{index}.parquet" for index in (0, 1)]
+    kept = [killed / "rollouts" / "teacher" / f"shard-0000{index}.arrow" for index in (0, 1)]
     written = [path.stat().st_mtime_ns for path in kept]
     for run in (killed, undisturbed):
         subprocess.run(command(run), env=ONE_THREAD, check=True, capture_output=True, timeout=300)

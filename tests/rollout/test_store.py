@@ -1,9 +1,12 @@
 """A store is whole or it is not used; equal rollouts are equal bytes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,8 +17,10 @@ import pytest
 
 from kdctl.base.errors import StoreError
 from kdctl.base.sums import without_sum
+from kdctl.rollout import shard as shards
 from kdctl.rollout import store as store_module
 from kdctl.rollout.store import RolloutStore
+from kdctl.run import hashes
 from kdctl.run.files import sha256
 from kdctl.run.records import Rollout, SamplingRecord, StoreManifest
 from tests.leftovers import dead_process, left_by
@@ -43,6 +48,7 @@ def rollout(index: int, **changes) -> Rollout:
 
 
 BLOCKS = [[rollout(i) for i in range(start, start + 3)] for start in (0, 3, 6)]
+MANY = [rollout(i, logprobs=None) if i % 3 == 1 else rollout(i) for i in range(2500)]
 
 
 def write(path: Path, blocks=BLOCKS, identity: str = IDENTITY) -> RolloutStore:
@@ -90,15 +96,17 @@ def test_manifest_counts_rows_and_tokens(tmp_path):
     assert manifest.rows == 9
     assert manifest.completion_tokens == sum(len(item.completion_ids) for block in BLOCKS for item in block)
     assert manifest.sampling == SAMPLING
-    assert [shard.file for shard in manifest.shards] == [f"shard-0000{i}.parquet" for i in range(3)]
+    assert [shard.file for shard in manifest.shards] == [f"shard-0000{i}.arrow" for i in range(3)]
     for shard in manifest.shards:
         assert shard.sha256 == sha256(tmp_path / "s" / shard.file)
 
 
 def test_shards_open_with_datasets(tmp_path):
     write(tmp_path / "s")
-    files = sorted(str(path) for path in (tmp_path / "s").glob("*.parquet"))
-    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    files = sorted(str(path) for path in (tmp_path / "s").glob("*.arrow"))
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == rows.to_list()
     assert rows.column_names == [field.name for field in dataclasses.fields(Rollout)]
     assert [Rollout(**row) for row in rows.to_list()] == [item for block in BLOCKS for item in block]
 
@@ -124,7 +132,7 @@ def test_one_token_more_is_another_fingerprint(tmp_path):
 def test_missing_shard_is_named(tmp_path):
     store = write(tmp_path / "s")
     store.shard_path(1).unlink()
-    with pytest.raises(StoreError, match=r"shard-00001\.parquet is named in the manifest and missing"):
+    with pytest.raises(StoreError, match=r"shard-00001\.arrow is named in the manifest and missing"):
         store.read()
 
 
@@ -133,7 +141,7 @@ def test_flipped_byte_anywhere_is_noticed(tmp_path):
     size = store.shard_path(2).stat().st_size
     for position in range(0, size, size // 23):
         flip(store.shard_path(2), position)
-        with pytest.raises(StoreError, match=r"shard-00002\.parquet is not the shard that was written"):
+        with pytest.raises(StoreError, match=r"shard-00002\.arrow is not the shard that was written"):
             store.read()
         flip(store.shard_path(2), position)
     assert len(store.read()) == 9
@@ -144,7 +152,7 @@ def test_cut_or_swapped_shard_is_noticed(tmp_path):
     data = store.shard_path(0).read_bytes()
     for damaged in (b"", data[:-1], data + b"\0", store.shard_path(1).read_bytes()):
         store.shard_path(0).write_bytes(damaged)
-        with pytest.raises(StoreError, match=r"shard-00000\.parquet"):
+        with pytest.raises(StoreError, match=r"shard-00000\.arrow"):
             store.read()
 
 
@@ -213,7 +221,7 @@ def test_finishing_removes_unnamed_shards_and_half_written_files(tmp_path):
     write(tmp_path / "clean", BLOCKS[:2])
     store = write(tmp_path / "s")
     found = [kept(store, index) for index in range(2)]
-    for name in ("shard-00002.parquet", "manifest.json"):
+    for name in ("shard-00002.arrow", "manifest.json"):
         left_by(dead_process(), store.path / name).write_bytes(b"half")
     store.finish(manifest_of(found))
     assert contents(store.path) == contents(tmp_path / "clean")
@@ -233,31 +241,131 @@ def test_shard_of_another_block_is_not_kept(tmp_path):
     assert kept(store, 0) is None
 
 
-def test_foreign_parquet_file_is_not_kept(tmp_path):
+def test_foreign_arrow_file_is_not_kept(tmp_path):
     store = RolloutStore(tmp_path)
     table = pa.table({"prompt_id": ["x"]}).replace_schema_metadata({b"kdctl.identity": IDENTITY.encode()})
-    pq.write_table(table, store.shard_path(0))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    store.shard_path(0).write_bytes(data + hashlib.sha256(data).digest())
     assert kept(store, 0) is None
 
 
-def test_damaged_shard_is_never_kept_with_other_content(tmp_path):
+def test_damaged_shard_is_never_kept(tmp_path):
     store = RolloutStore(tmp_path / "s")
-    written = store.write_shard(0, BLOCKS[0], IDENTITY)
+    store.write_shard(0, BLOCKS[0], IDENTITY)
     path, whole = store.shard_path(0), store.shard_path(0).read_bytes()
-    lost = 0
     for position in range(0, len(whole), 11):
         flip(path, position)
-        entry = kept(store, 0)
-        if entry is None:
-            lost += 1
-        else:
-            assert list(store.read_shard(entry)) == BLOCKS[0], position
-            assert (entry, path.read_bytes()) == (written, whole), position
+        assert kept(store, 0) is None, position
         path.write_bytes(whole)
-    assert lost > 50
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
         assert kept(store, 0) is None
+    path.write_bytes(whole)
+    assert kept(store, 0) is not None
+
+
+# --- how it is written, and what is remembered of it ------------------------------------------------------------------
+
+
+def test_rows_are_the_same_bytes_in_whatever_memory_they_come(tmp_path):
+    command = [sys.executable, "-c", AGAIN.format(path=str(tmp_path / "again"))]
+    environment = {**os.environ, "MALLOC_PERTURB_": "165", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    here = write(tmp_path / "here", [MANY])
+    assert contents(tmp_path / "again") == contents(here.path)
+    assert here.kept_shard(0, IDENTITY, [(one.prompt_index, one.sample_index) for one in MANY])
+    assert list(here.read()) == MANY
+
+
+AGAIN = "from pathlib import Path; from tests.rollout.test_store import MANY, write; write(Path({path!r}), [MANY])"
+
+
+def test_a_shard_is_never_whole_in_memory_while_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "TOGETHER", 100)
+    rows = [rollout(i) for i in range(4000)]
+    sizes = []
+    write = shards._Hashing.write
+    monkeypatch.setattr(shards._Hashing, "write", lambda self, data: sizes.append(len(data)) or write(self, data))
+    store = RolloutStore(tmp_path)
+    entry = store.write_shard(0, rows, IDENTITY)
+    assert max(sizes) < store.shard_path(0).stat().st_size / 20
+    assert list(store.read_shard(entry)) == rows
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """List the shards that are hashed."""
+    names: list[str] = []
+    monkeypatch.setattr(hashes, "sha256", lambda path: names.append(path.name) or sha256(path))
+    return names
+
+
+def test_a_store_is_hashed_once_whoever_opens_it(tmp_path, monkeypatch, hashed):
+    store = write(tmp_path / "s")
+    store.read()
+    assert hashed == [], "what this process wrote is known"
+    aged = tmp_path / "copy"
+    shutil.copytree(store.path, aged)
+    for path in aged.glob("*.arrow"):
+        os.utime(path, (time.time() - 60, time.time() - 60))
+    for _ in range(3):
+        monkeypatch.setattr(hashes, "_KNOWN", {})
+        assert len(RolloutStore(aged).read()) == 9
+    assert len(hashed) == 3
+
+
+def test_one_process_notes_what_it_wrote_for_others(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr(hashes, "SETTLED_S", 0.0)
+    store = write(tmp_path / "s")
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    assert list(store.read()) == [item for block in BLOCKS for item in block]
+    assert hashed == []
+    flip(store.shard_path(1), 900)
+    with pytest.raises(StoreError, match="shard-00001"):
+        store.read()
+    assert hashed == ["shard-00001.arrow"]
+
+
+# --- stores of an older kdctl -----------------------------------------------------------------------------------------
+
+
+def older(path: Path, finished: bool = True) -> RolloutStore:
+    """Write a store of Parquet shards."""
+    store, entries = write(path), []
+    for index, (entry, block) in enumerate(zip(store.manifest().shards, BLOCKS, strict=True)):
+        store.shard_path(index).unlink()
+        file = store.shard_path(index).with_suffix(".parquet")
+        schema = shards.SCHEMA.with_metadata({shards.IDENTITY: IDENTITY.encode()})
+        table = pa.Table.from_pylist([vars(one) for one in block], schema=schema)
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        entries.append(entry.model_copy(update={"file": file.name, "sha256": sha256(file)}))
+    store.reopen()
+    if finished:
+        store.describe(manifest_of(entries))
+    return store
+
+
+def test_an_older_store_reads_as_it_is(tmp_path):
+    store = older(tmp_path / "s")
+    before = contents(store.path)
+    assert list(store.read()) == [item for block in BLOCKS for item in block]
+    assert contents(store.path) == before
+    flip(store.path / "shard-00001.parquet", 300)
+    with pytest.raises(StoreError, match=r"shard-00001\.parquet is not the shard that was written"):
+        store.read()
+
+
+def test_an_older_store_that_was_interrupted_goes_on_and_is_as_if_written_now(tmp_path):
+    store = older(tmp_path / "s", finished=False)
+    os.truncate(store.path / "shard-00002.parquet", 300)
+    assert kept(store, 0, IDENTITY[::-1]) is None
+    found = [kept(store, index) for index in range(3)]
+    assert found[2] is None
+    store.finish(manifest_of([*found[:2], store.write_shard(2, BLOCKS[2], IDENTITY)]))
+    assert contents(store.path) == contents(write(tmp_path / "new").path)
 
 
 def test_store_can_be_moved(tmp_path):

@@ -34,11 +34,11 @@ def test_a_manifest_cannot_name_a_shard_elsewhere(tmp_path: Path) -> None:
     other, store = RolloutStore(tmp_path / "other"), RolloutStore(tmp_path / "store")
     entry = other.write_shard(0, [rollout], "id")
     made = {"source": "teacher", "identity": "id", "writer": "w", "sampling": None}
-    store.finish(StoreManifest(**made, shards=(entry.model_copy(update={"file": "../other/shard-00000.parquet"}),)))
+    store.describe(StoreManifest(**made, shards=(entry.model_copy(update={"file": "../other/shard-00000.arrow"}),)))
     with pytest.raises(StoreError, match=r"\.\./other/shard-00000"):
         store.read()
     with pytest.raises(StoreError, match="leads elsewhere"):
-        store.read_shard(entry.model_copy(update={"file": str(tmp_path / "other" / "shard-00000.parquet")}))
+        store.read_shard(entry.model_copy(update={"file": str(tmp_path / "other" / "shard-00000.arrow")}))
 
 
 def test_sums_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:

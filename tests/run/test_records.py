@@ -13,7 +13,7 @@ SAMPLING = SamplingRecord(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0,
 
 def manifest(**fields) -> StoreManifest:
     shards = tuple(
-        ShardEntry(file=f"shard-{i:05d}.parquet", rows=i + 1, completion_tokens=10 * (i + 1), sha256=f"{i}" * 64)
+        ShardEntry(file=f"shard-{i:05d}.arrow", rows=i + 1, completion_tokens=10 * (i + 1), sha256=f"{i}" * 64)
         for i in range(3)
     )
     values = {"source": "student", "identity": "a" * 16, "writer": "w", "sampling": SAMPLING, "shards": shards}

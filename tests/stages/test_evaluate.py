@@ -145,7 +145,7 @@ def test_completions_are_kept_for_the_next_evaluation_and_written_again_for_othe
     brief: Preset, tiny_dir: Path, tmp_path: Path
 ) -> None:
     job, _ = evaluated(brief, tmp_path / "run")
-    shard = job.context.paths.eval("ptq") / "rollouts" / "shard-00000.parquet"
+    shard = job.context.paths.eval("ptq") / "rollouts" / "shard-00000.arrow"
     before = shard.stat().st_mtime_ns
     other = build_preset(brief.model_dump(), {"eval.batch_size": 3}, "test")
     evaluated(other, tmp_path / "run")
