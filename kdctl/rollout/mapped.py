@@ -11,7 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kdctl.base.errors import StoreError
 from kdctl.rollout.shard import mapped
@@ -88,6 +90,42 @@ class MappedRollouts(Sequence[Rollout]):
         if isinstance(index, slice):
             return MappedRollouts(self.shards, self.rows[index])
         return self.shards.row(self.rows[index])
+
+
+class Places:
+    """Finds rows by what tells them apart, and where what is kept of their completions begins: 16 bytes a row.
+
+    A row is found by its prompt's and its sample's index; its prompt's name and its source must be the same too.
+    """
+
+    def __init__(self, rollouts: MappedRollouts):
+        self.shards = rollouts.shards
+        parts = [_keys_and_starts(self.shards.table(shard)) for shard in range(len(self.shards.paths))]
+        self.keys, self.starts = (np.concatenate(each) for each in zip(*parts, strict=True))
+        self.order = None if (self.keys[1:] >= self.keys[:-1]).all() else np.argsort(self.keys)
+
+    def find(self, rollout: Rollout) -> tuple[int, int] | None:
+        """Return a row's shard and its first completion token that has a predecessor, counted in that shard."""
+        key = (rollout.prompt_index << 32) + rollout.sample_index
+        place = int(np.searchsorted(self.keys, key, sorter=self.order))
+        if place == len(self.keys):
+            return None
+        row = place if self.order is None else int(self.order[place])
+        if self.keys[row] != key:
+            return None
+        shard = bisect_right(self.shards.ends, row)
+        table = self.shards.table(shard)
+        place = row - self.shards.ends[shard] + len(table)
+        found = [table.column(name)[place].as_py() for name in ("prompt_id", "source")]
+        return (shard, int(self.starts[row])) if found == [rollout.prompt_id, rollout.source] else None
+
+
+def _keys_and_starts(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Read two columns and the lengths of two lists, and no token. Returns int64, (rows,) each."""
+    prompt, sample = (table.column(name).to_numpy().astype(np.int64) for name in ("prompt_index", "sample_index"))
+    before, after = (pc.list_value_length(table.column(name)).to_numpy() for name in ("prompt_ids", "completion_ids"))  # pyright: ignore
+    counts = after - (before == 0)
+    return (prompt << 32) + sample, np.cumsum(counts, dtype=np.int64) - counts
 
 
 def _value(scalar: Any) -> Any:

@@ -9,8 +9,10 @@ numbers, since a few of a token's are ten times as large as the others.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -20,28 +22,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.model.batch import collate, predicting_states, split
+from kdctl.rollout.mapped import MappedRollouts, Places
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.files import atomic_path
+from kdctl.run.hashes import known_files
 from kdctl.run.names import inside
 from kdctl.run.paths import require_free_space
 from kdctl.run.records import Rollout, ShardEntry
 from kdctl.system.distributed import ALONE, Processes
 
 Kind = Literal["exact", "int8"]
-Key = tuple[str, str, int]
+Part = tuple[ShardEntry, Sequence[Rollout]]
 BATCH = 16
 GROUP = 32
 MADE_OF = "made_of"
 """The one key of a file's metadata: safetensors writes several in an order that differs from process to process."""
 SMALLEST = 2.0**-24
 """The smallest positive half-precision number."""
-
-
-def key_of(rollout: Rollout) -> Key:
-    """Return what tells a rollout from the others that a training run reads."""
-    return rollout.source, rollout.prompt_id, rollout.sample_index
 
 
 @dataclass
@@ -53,53 +53,77 @@ class TeacherStates:
 
     teacher: str
     kind: Kind = "exact"
-    _places: dict[Key, tuple[Path, int, int]] = field(default_factory=dict)
-    _open: dict[Path, "safe_open"] = field(default_factory=dict)
+    _places: dict[Path, list[Places]] = field(default_factory=dict)
 
     def fill(
         self, store: RolloutStore, model: PreTrainedModel, reporter: Reporter, processes: Processes = ALONE
     ) -> None:
         """Take up a finished store, running the teacher over the shards whose states are not there."""
-        shards = store.manifest().shards
-        mine = processes.share(shards)
+        rollouts, shards = store.read(), store.manifest().shards
+        parts = [(one, rollouts[end - one.rows : end]) for one, end in zip(shards, rollouts.shards.ends, strict=True)]
+        mine = processes.share(parts)
         need = sum(s.completion_tokens for s in shards) * model.config.hidden_size * model.dtype.itemsize
         require_free_space(store.path, need, f"keeping the teacher's states of {store.path.name}")
         with reporter.task(f"teacher reads {store.path.name} completions", "shards") as advance:
-            for done, shard in enumerate(mine):
-                self.add(store, shard, store.read_shard(shard), model)
+            for done, _ in enumerate(self._made(store, mine, model)):
                 advance(done + 1, len(mine))
         processes.wait()
-        for shard in [shard for shard in shards if shard not in mine]:
-            self.add(store, shard, store.read_shard(shard), model)
+        others = [part for index, part in enumerate(parts) if index % processes.count != processes.rank]
+        for _ in self._made(store, others, model):
+            pass
+        self._take(store, rollouts)
 
     def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:
-        """Take up one shard, running the teacher over it where its states are not there."""
-        path = inside(store.path, shard.file).with_suffix(".states.safetensors")
+        """Take up one shard, running the teacher over it where its states are not there.
+
+        Those of the shard before it in the same store stay, earlier ones are found no more.
+        """
+        for _ in self._made(store, [(shard, rollouts)], model):
+            pass
+        self._take(store, store.read_shard(shard))
+
+    def _take(self, store: RolloutStore, rollouts: MappedRollouts) -> None:
+        if rollouts:
+            self._places[store.path] = [Places(rollouts), *self._places.get(store.path, [])[:1]]
+
+    def _made(self, store: RolloutStore, parts: Sequence[Part], model: PreTrainedModel) -> Iterator[None]:
+        """Run the teacher over the shards whose states are not there, one at a time."""
+        paths = [states_path(inside(store.path, shard.file)) for shard, _ in parts]
+        there = [path.name for path in paths if path.exists()]
+        known = dict(zip(there, known_files(store.path, there, states_hash), strict=True))
+        for path, (shard, rollouts) in zip(paths, parts, strict=True):
+            made_of = self._made_of(shard)
+            if path.name not in known or not _is_of(path, made_of, known[path.name]):
+                encoded = self._encoded(rollouts, model)
+                with atomic_path(path) as temporary:
+                    save_file(encoded, temporary, {MADE_OF: json.dumps(made_of | {"sha256": content_hash(encoded)})})
+            yield
+
+    def _made_of(self, shard: ShardEntry) -> dict[str, str]:
         kind = self.kind if self.kind == "exact" else f"int8 with a scale for {GROUP}"
-        made_of = {"shard": shard.sha256, "teacher": self.teacher, "kind": kind}
-        if not _is_of(path, made_of):
-            encoded = self._encoded(rollouts, model)
-            with atomic_path(path) as temporary:
-                save_file(encoded, temporary, {MADE_OF: json.dumps(made_of | {"sha256": content_hash(encoded)})})
-        self._open.pop(path, None)
-        start = 0
-        for rollout in rollouts:
-            count = len(rollout.completion_ids) - (not rollout.prompt_ids)
-            self._places[key_of(rollout)] = (path, start, count)
-            start += count
+        return {"shard": shard.sha256, "teacher": self.teacher, "kind": kind}
 
     def of(self, rollouts: Sequence[Rollout], counts: Sequence[int]) -> Tensor:
         """Return the states that predict the first ``counts`` completion tokens of each rollout, (M, H).
 
-        They have the teacher's dtype, or float32 where they were kept as int8.
+        They have the teacher's dtype, or float32 where they were kept as int8. A file is mapped for one call: what was
+        read stays in the system's cache, and is no memory of this process.
         """
-        parts = [self._read(*self._places[key_of(r)][:2], n) for r, n in zip(rollouts, counts, strict=True)]
-        return torch.cat(parts)
+        opened = cache(lambda path: safe_open(path, "pt"))
+        found = [(*self._place(rollout), count) for rollout, count in zip(rollouts, counts, strict=True)]
+        return torch.cat([self._read(opened(path), start, count) for path, start, count in found])
 
-    def _read(self, path: Path, start: int, count: int) -> Tensor:
-        if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
-        file = self._open[path]
+    def _place(self, rollout: Rollout) -> tuple[Path, int]:
+        """Return the file that has a rollout's states, and where they begin."""
+        for places in chain.from_iterable(self._places.values()):
+            if found := places.find(rollout):
+                return states_path(places.shards.paths[found[0]]), found[1]
+        raise StoreError(
+            f"no states of the teacher are kept for sample {rollout.sample_index} of prompt {rollout.prompt_id} "
+            f"({rollout.source}); rollout.keep_states=no has the teacher read it"
+        )
+
+    def _read(self, file: "safe_open", start: int, count: int) -> Tensor:
         names = ["states"] if self.kind == "exact" else ["states", "scale"]
         parts = {name: file.get_slice(name)[start : start + count] for name in names}
         return parts["states"] if self.kind == "exact" else from_int8(parts)
@@ -137,15 +161,26 @@ def from_int8(kept: dict[str, Tensor]) -> Tensor:
     return (groups * kept["scale"].float().unsqueeze(-1)).flatten(-2)
 
 
-def _is_of(path: Path, made_of: dict[str, str]) -> bool:
+def states_path(shard: Path) -> Path:
+    """Return where the states of a shard lie."""
+    return shard.with_suffix(".states.safetensors")
+
+
+def states_hash(path: Path) -> str:
+    """Hash what a file holds like ``content_hash``; nothing for one that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return content_hash({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is not iterable
+    except (OSError, ValueError, SafetensorError):
+        return ""
+
+
+def _is_of(path: Path, made_of: dict[str, str], content: str) -> bool:
     """Tell whether a file holds the states of this shard and teacher, whole; those of older kdctl have no hash."""
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
-            said = json.loads(said[MADE_OF]) if MADE_OF in said else said
-            known = said.pop("sha256", None)
-            if said != made_of:
-                return False
-            return known is None or known == content_hash({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - safe_open is not iterable
+        said = json.loads(said[MADE_OF]) if MADE_OF in said else said
+        return said.pop("sha256", content) == content != "" and said == made_of
     except (OSError, ValueError, SafetensorError):
         return False

@@ -1,6 +1,8 @@
 """Stored teacher states are those of a pass of the teacher, found by rollout, and training on them repeats."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from kdctl.base.errors import StoreError
 from kdctl.base.progress import Silent
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student
 from kdctl.model.batch import collate, predicting_states
+from kdctl.rollout import mapped, teacher_states
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.teacher_states import TeacherStates, from_int8, int8
+from kdctl.run import hashes
 from kdctl.run.records import Rollout, StoreManifest
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
@@ -26,9 +31,9 @@ ROWS = [
 ]
 
 
-def filled(folder: Path) -> RolloutStore:
+def filled(folder: Path, rows: Sequence[Rollout] = ROWS) -> RolloutStore:
     store = RolloutStore(folder)
-    shards = tuple(store.write_shard(index, part, "id") for index, part in enumerate((ROWS[:3], ROWS[3:])))
+    shards = tuple(store.write_shard(index, part, "id") for index, part in enumerate((rows[:3], rows[3:])))
     store.finish(StoreManifest(source="teacher", identity="id", writer="w", sampling=None, shards=shards))
     return store
 
@@ -58,6 +63,49 @@ def test_states_of_another_shard_or_teacher_are_made_again(teacher_fp32: PreTrai
     TeacherStates("two").fill(store, teacher_fp32, Silent())
     with safe_open(file, "pt") as opened:
         assert opened.keys() == ["states"]
+
+
+def test_rollouts_of_several_stores_and_of_any_order_are_told_apart(
+    teacher_fp32: PreTrainedModel, tmp_path: Path
+) -> None:
+    live = [replace(row, source="student", sample_index=index) for index, row in enumerate(ROWS[::-1], 7)]
+    other = [replace(row, prompt_id=f"{row.prompt_id} of another set") for row in live]
+    states = TeacherStates("teacher")
+    for name, rows in (("teacher", ROWS), ("live", live)):
+        states.fill(filled(tmp_path / name, rows), teacher_fp32, Silent())
+    mixed = [live[2], ROWS[2], live[0], ROWS[4], live[4]]
+    batch = collate(mixed)
+    torch.testing.assert_close(
+        states.of(mixed, batch.counts), predicting_states(teacher_fp32, batch), rtol=1e-5, atol=1e-5
+    )
+    for row in (other[2], replace(live[0], sample_index=99), replace(ROWS[0], source="dataset")):
+        with pytest.raises(StoreError, match=f"no states.*of prompt {row.prompt_id}"):
+            states.of([row], [1])
+
+
+def test_states_are_found_in_the_shard_in_use_and_the_one_before(teacher_fp32: PreTrainedModel, tmp_path: Path) -> None:
+    store, states = RolloutStore(tmp_path), TeacherStates("teacher")
+    for index, row in enumerate(ROWS[:3]):
+        states.add(store, store.write_shard(index, [row], "id"), [row], teacher_fp32)
+    assert states.of(ROWS[1:3], [2, 2]).shape == (4, teacher_fp32.config.hidden_size)
+    with pytest.raises(StoreError, match="of prompt p0"):
+        states.of(ROWS[:1], [1])
+
+
+def test_no_rollout_is_decoded_to_find_states_and_no_file_is_read_twice(
+    teacher_fp32: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashes, "SETTLED_S", 0.0)
+    store = filled(tmp_path)
+    TeacherStates("teacher").fill(store, teacher_fp32, Silent())
+    monkeypatch.setattr(mapped, "_value", lambda scalar: pytest.fail("a rollout was decoded"))
+    TeacherStates("teacher").fill(store, teacher_fp32, Silent())
+    monkeypatch.setattr(teacher_states, "content_hash", lambda tensors: pytest.fail("states were read"))
+    for known in (hashes._KNOWN, {}):
+        monkeypatch.setattr(hashes, "_KNOWN", known)
+        states = TeacherStates("teacher")
+        states.fill(store, teacher_fp32, Silent())
+        assert states.of(ROWS[2:], [5, 5, 5]).shape == (15, teacher_fp32.config.hidden_size)
 
 
 @pytest.mark.parametrize(("hidden", "group"), [(64, 32), (48, 16), (7, 1)])
