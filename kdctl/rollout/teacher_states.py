@@ -62,7 +62,8 @@ class TeacherStates:
         rollouts, shards = store.read(), store.manifest().shards
         parts = [(one, rollouts[end - one.rows : end]) for one, end in zip(shards, rollouts.shards.ends, strict=True)]
         mine = processes.share(parts)
-        need = sum(s.completion_tokens for s in shards) * model.config.hidden_size * model.dtype.itemsize
+        missing = [one for one in shards if not states_path(store.path / one.file).exists()]
+        need = sum(one.completion_tokens for one in missing) * model.config.hidden_size * model.dtype.itemsize
         require_free_space(store.path, need, f"keeping the teacher's states of {store.path.name}")
         with reporter.task(f"teacher reads {store.path.name} completions", "shards") as advance:
             for done, _ in enumerate(self._made(store, mine, model)):

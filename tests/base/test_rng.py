@@ -64,6 +64,17 @@ def test_every_pass_takes_each_item_exactly_once(count: int):
         assert len({tuple(order) for order in passes}) == 6
 
 
+def test_two_sequences_of_ten_thousand_items_draw_one_permutation_a_pass(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[int] = []
+    generator = np.random.Generator
+    monkeypatch.setattr(np.random, "Generator", lambda bits: drawn.append(1) or generator(bits))
+    for slot in range(25_000):
+        for name in ("first", "second"):
+            shuffled_index(slot, 10_000, "passes", name)
+    assert len(drawn) == 6
+    assert permutation(10_000, "passes", "first", 2).nbytes == 40_000
+
+
 def test_numbers_are_frozen():
     """Stores and variants on disk were made from these numbers: another hash would silently make them unrepeatable."""
     assert digest("lambda", 0, 0, 0) == 3741831468730395017
