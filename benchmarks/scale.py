@@ -162,6 +162,12 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def answer(one: "subprocess.Popen[str]") -> str:
+    """Read a line that a child has printed."""
+    assert one.stdout is not None
+    return one.stdout.readline()
+
+
 def drawn(args: argparse.Namespace, store: RolloutStore, cache: Path, count: int = 1) -> list[dict[str, float]]:
     """Let processes draw at once, and return what each says."""
     forget(store.path)
@@ -171,10 +177,9 @@ def drawn(args: argparse.Namespace, store: RolloutStore, cache: Path, count: int
     children = [subprocess.Popen(command, env={**os.environ, "KDCTL_CACHE": str(cache)}, **told) for _ in range(count)]
     lines = []
     for _ in range(2):  # all are ready before one is asked, and all have said it before one ends
-        lines = [one.stdout.readline() for one in children]
+        lines = [answer(one) for one in children]
         for one in children:
-            one.stdin.write("\n")
-            one.stdin.flush()
+            print(file=one.stdin, flush=True)
     for one in children:
         if one.wait() != 0:
             raise SystemExit(f"a process that drew ended with code {one.returncode}")

@@ -19,11 +19,12 @@ from kdctl.base.errors import StoreError
 from kdctl.rollout.shard import mapped
 from kdctl.run.hashes import stamp_of
 from kdctl.run.records import Rollout
+from kdctl.run.streams import let_go
 
 MAPPED = 1024
 """Shards that are mapped at once; a system allows some ten thousand maps."""
-MAPPED_BYTES = 2**30
-"""Bytes of them, which count as memory of the process where it has read them."""
+LET_GO = 512
+"""Looks into shards after which all pages are let go of; one look maps a megabyte or so of a file."""
 
 
 class Shards:
@@ -36,8 +37,8 @@ class Shards:
         self.paths, self.counts, self.refuse = paths, counts, refuse
         self.ends = list(accumulate(counts))
         self.found = [stamp_of(path) for path in paths]
-        self._tables: dict[int, pa.Table] = {}
-        self._bytes = 0
+        self._tables: dict[int, tuple[pa.Table, pa.Buffer | None]] = {}
+        self._looks = 0
 
     def row(self, number: int) -> Rollout:
         """Decode one row."""
@@ -50,19 +51,22 @@ class Shards:
         """Return a shard as a table in its file. Raises StoreError if it has been changed since it was checked."""
         if shard not in self._tables:
             found = self._mapped(self.paths[shard], shard)
-            if len(self._tables) == MAPPED or self._bytes + found.nbytes > MAPPED_BYTES:
+            if len(self._tables) >= MAPPED:
                 self._tables.clear()
-                self._bytes = 0
             self._tables[shard] = found
-            self._bytes += found.nbytes
-        return self._tables[shard]
+        self._looks += 1
+        if self._looks % LET_GO == 0:
+            for _, pages in self._tables.values():
+                if pages is not None:
+                    let_go(pages)
+        return self._tables[shard][0]
 
-    def _mapped(self, path: Path, shard: int) -> pa.Table:
+    def _mapped(self, path: Path, shard: int) -> tuple[pa.Table, pa.Buffer | None]:
         try:
             if stamp_of(path) == self.found[shard]:
-                table = mapped(path)
+                table, pages = mapped(path)
                 if len(table) == self.counts[shard]:
-                    return table
+                    return table, pages
         except (OSError, pa.ArrowException):
             pass
         raise self.refuse(path) from None

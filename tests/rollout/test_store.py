@@ -20,7 +20,7 @@ from kdctl.base.sums import without_sum
 from kdctl.rollout import shard as shards
 from kdctl.rollout import store as store_module
 from kdctl.rollout.store import RolloutStore
-from kdctl.run import hashes
+from kdctl.run import hashes, streams
 from kdctl.run.files import sha256
 from kdctl.run.records import Rollout, SamplingRecord, StoreManifest
 from tests.leftovers import dead_process, left_by
@@ -287,8 +287,8 @@ def test_a_shard_is_never_whole_in_memory_while_it_is_written(tmp_path, monkeypa
     monkeypatch.setattr(shards, "TOGETHER", 100)
     rows = [rollout(i) for i in range(4000)]
     sizes = []
-    write = shards._Hashing.write
-    monkeypatch.setattr(shards._Hashing, "write", lambda self, data: sizes.append(len(data)) or write(self, data))
+    write = streams._Hashing.write
+    monkeypatch.setattr(streams._Hashing, "write", lambda self, data: sizes.append(len(data)) or write(self, data))
     store = RolloutStore(tmp_path)
     entry = store.write_shard(0, rows, IDENTITY)
     assert max(sizes) < store.shard_path(0).stat().st_size / 20
