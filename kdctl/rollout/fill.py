@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
@@ -13,7 +13,7 @@ from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
 from kdctl.rollout.work import RolloutEngine
 from kdctl.run.record_files import damaged
-from kdctl.run.records import EngineRecord, Rollout, ShardEntry, StoreManifest
+from kdctl.run.records import EngineRecord, Prompt, Rollout, ShardEntry, StoreManifest
 from kdctl.system.distributed import ALONE, Processes
 
 
@@ -32,13 +32,9 @@ class Plan:
     num_generations: int = 1
     whose: str = ""
 
-    def blocks(self) -> list[list[Item]]:
+    def blocks(self) -> "Blocks":
         """Cut (prompt, sample index) pairs into blocks of whole prompts."""
-        size, prompts = self.prompts_per_block, self.prompts.prompts
-        return [
-            [(prompt, sample) for prompt in prompts[i : i + size] for sample in range(self.num_generations)]
-            for i in range(0, len(prompts), size)
-        ]
+        return Blocks(self.prompts.prompts, self.prompts_per_block, self.num_generations)
 
     def manifest(
         self, shards: Sequence[ShardEntry], sampling: Sampling | None = None, engine: RolloutEngine | None = None
@@ -53,6 +49,39 @@ class Plan:
             shards=tuple(shards),
             skipped_prompts=self.prompts.skipped,
         )
+
+
+@dataclass(frozen=True)
+class Blocks(Sequence[list[Item]]):
+    """Blocks of a store's (prompt, sample index) pairs, each put together when it is asked for."""
+
+    prompts: Sequence[Prompt]
+    prompts_per_block: int
+    num_generations: int
+
+    def __len__(self) -> int:
+        """Count the blocks."""
+        return -(-len(self.prompts) // self.prompts_per_block)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Item]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Item]]: ...
+
+    def __getitem__(self, index: int | slice) -> list[Item] | list[list[Item]]:
+        """Return a block, or some."""
+        if isinstance(index, slice):
+            return [self[one] for one in range(len(self))[index]]
+        return [(prompt, sample) for prompt in self._of(index) for sample in range(self.num_generations)]
+
+    def rows(self, index: int) -> int:
+        """Count the pairs of a block."""
+        return len(self._of(index)) * self.num_generations
+
+    def _of(self, index: int) -> Sequence[Prompt]:
+        first = range(len(self))[index] * self.prompts_per_block
+        return self.prompts[first : first + self.prompts_per_block]
 
 
 def usable(store: RolloutStore, identity: str, asked: Mapping[str, Any] | None = None) -> bool:
@@ -99,14 +128,15 @@ def fill(
     """
     processes.on_main(store.reopen)
     longest = sampling.max_new_tokens
-    blocks = processes.share(list(enumerate(plan.blocks())))
-    found = {index: store.kept_shard(index, plan.identity, _places(block)) for index, block in blocks}
-    missing = [(index, block) for index, block in blocks if found[index] is None]
-    total = sum(len(block) for _, block in blocks) * longest
-    done = total - sum(len(block) for _, block in missing) * longest
+    blocks = plan.blocks()
+    mine = processes.share(range(len(blocks)))
+    found = {index: store.kept_shard(index, plan.identity, _places(blocks[index])) for index in mine}
+    missing = [index for index in mine if found[index] is None]
+    total = sum(map(blocks.rows, mine)) * longest
+    done = total - sum(map(blocks.rows, missing)) * longest
     with reporter.task(f"generating {plan.whose or store.path.name} completions", "tokens") as advance:
         for first in range(0, len(missing), engine.blocks_at_once):
-            some = missing[first : first + engine.blocks_at_once]
+            some = [(index, blocks[index]) for index in missing[first : first + engine.blocks_at_once]]
             written = _Written(store, plan.identity, some)
             items, drawn = [item for _, block in some for item in block], _Counter(done, total, advance)
             written.rest(engine.complete(items, sampling, progress=drawn, finished=written.take))
