@@ -6,12 +6,12 @@ earlier source has some of its prompts too.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 from kdctl.base.rng import uniform
-from kdctl.data.prompt_set import PromptSet
+from kdctl.data.prompt_set import PackedPrompts, PromptSet
 from kdctl.run.records import Prompt
 
 
@@ -27,16 +27,20 @@ def interleaved(found: Mapping[str, PromptSet], draws: Sequence[str]) -> PromptS
 
     A place whose source has no more prompts is left out, and counted in ``missing``.
     """
-    left = {name: iter(one.prompts) for name, one in found.items()}
-    prompts: list[Prompt] = []
     missing: dict[str, int] = {}
+    prompts = PackedPrompts.of(_in_order(found, draws, missing))
+    return PromptSet(prompts, sum(one.skipped for one in found.values()), missing=missing)
+
+
+def _in_order(found: Mapping[str, PromptSet], draws: Sequence[str], missing: dict[str, int]) -> Iterator[Prompt]:
+    left, count = {name: iter(one.prompts) for name, one in found.items()}, 0
     for name in draws:
         prompt = next(left[name], None)
         if prompt is None:
             missing[name] = missing.get(name, 0) + 1
         else:
-            prompts.append(replace(prompt, id=f"{name}:{prompt.id}", index=len(prompts)))
-    return PromptSet(prompts, sum(one.skipped for one in found.values()), missing=missing)
+            yield replace(prompt, id=f"{name}:{prompt.id}", index=count)
+            count += 1
 
 
 def sources_of(prompt_ids: Iterable[str]) -> list[str]:

@@ -1,32 +1,81 @@
 """Tokenized prompts, and the cache of them: a source is tokenized once for each way of asking, whoever asks.
 
-A file of the cache is named by a hash of everything that decides its prompts. It carries a hash of its own content and
-is made again where that does not fit, so a half-written or damaged one is never taken.
+A file of the cache is an Arrow stream that is mapped, named by a hash of everything that decides its prompts. It ends
+with a hash of its own content and is made again where that does not fit, so a half-written or damaged one is never
+taken.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import transformers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.resolve import canonical
-from kdctl.run.files import write_bytes
+from kdctl.run.hashes import known_files
 from kdctl.run.paths import cache_dir
 from kdctl.run.records import Prompt
+from kdctl.run.streams import mapped_stream, whole_sha256, write_stream
 
-FORMAT = 1  # raise it when prompts are made or kept differently, so that older files are not taken
+FORMAT = 2  # raise it when prompts are made or kept differently, so that older files are not taken
 INTEGERS = pa.list_(pa.int32())
 SCHEMA = pa.schema([("id", pa.string()), ("index", pa.int32()), ("prompt_ids", INTEGERS), ("completion_ids", INTEGERS)])
-HASH = 32
-"""Bytes of a SHA-256."""
+TOGETHER = 1024
+"""Prompts of a record batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPrompts(Sequence[Prompt]):
+    """Prompts in an Arrow table, 4 bytes a token in memory or none in a mapped file; each decoded when asked for."""
+
+    table: pa.Table
+    rows: range
+
+    @staticmethod
+    def of(prompts: Iterable[Prompt]) -> "PackedPrompts":
+        """Pack prompts, some at a time."""
+        found, batches = iter(prompts), []
+        while part := list(islice(found, TOGETHER)):
+            batches.append(pa.RecordBatch.from_pylist([vars(prompt) for prompt in part], schema=SCHEMA))
+        return PackedPrompts.whole(pa.Table.from_batches(batches, schema=SCHEMA))
+
+    @staticmethod
+    def whole(table: pa.Table) -> "PackedPrompts":
+        """Return all prompts of a table."""
+        return PackedPrompts(table, range(len(table)))
+
+    def __len__(self) -> int:
+        """Count the prompts."""
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "PackedPrompts": ...
+
+    def __getitem__(self, index: int | slice) -> "Prompt | PackedPrompts":
+        """Decode a prompt, or select some."""
+        if isinstance(index, slice):
+            return PackedPrompts(self.table, self.rows[index])
+        row = self.rows[index]
+        return Prompt(*(_value(column[row]) for column in self.table.columns))
+
+
+def _value(scalar: Any) -> Any:
+    """Return a value as Python has it; lists by way of numpy, which is ten times as fast."""
+    if isinstance(scalar, pa.ListScalar) and scalar.is_valid:
+        return scalar.values.to_numpy().tolist()
+    return scalar.as_py()
 
 
 @dataclass(frozen=True)
@@ -36,7 +85,7 @@ class PromptSet:
     known: their fingerprint where it was worked out before; missing: prompts that sources of a mixture had too few of.
     """
 
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     skipped: int
     known: str | None = field(default=None, compare=False)
     missing: Mapping[str, int] = field(default_factory=dict)
@@ -44,11 +93,22 @@ class PromptSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
+        if isinstance(self.prompts, PackedPrompts):
+            return pc.max(pc.list_value_length(self.prompts.table["prompt_ids"])).as_py()  # pyright: ignore
         return max(len(prompt.prompt_ids) for prompt in self.prompts)
 
     def fingerprint(self) -> str:
         """Hash every token of every prompt and completion."""
-        return self.known or sha256_of(canonical([vars(prompt) for prompt in self.prompts]))
+        return self.known or _fingerprint(self.prompts)
+
+
+def _fingerprint(prompts: Iterable[Prompt]) -> str:
+    """Hash the canonical text of the list of all prompts, one at a time."""
+    total = hashlib.sha256(b"[")
+    for index, prompt in enumerate(prompts):
+        total.update(f"{',' if index else ''}{canonical(vars(prompt))}".encode())
+    total.update(b"]")
+    return total.hexdigest()
 
 
 def kept(key: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, make: Callable[[], PromptSet]) -> PromptSet:
@@ -60,13 +120,12 @@ def kept(key: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, make: Calla
         return make()
     name = sha256_of(canonical({**key, **_tokenizer_key(tokenizer), "format": FORMAT}))
     path = cache_dir() / "prompts" / f"{name[:32]}.arrow"
-    found = _read(path, path.stat().st_mtime_ns) if path.is_file() else None
-    if found is not None:
+    if (found := _found(path)) is not None:
         return found
     made = make()
-    made = replace(made, known=made.fingerprint())
     with suppress(OSError):  # where the cache cannot be written, they are tokenized again next time
-        write_bytes(path, _encoded(made))
+        _write(path, made)
+        made = _found(path) or made
     return made
 
 
@@ -85,33 +144,22 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _encoded(found: PromptSet) -> bytes:
+def _write(path: Path, found: PromptSet) -> None:
+    packed = found.prompts if isinstance(found.prompts, PackedPrompts) else PackedPrompts.of(found.prompts)
     metadata = {"skipped": str(found.skipped), "fingerprint": found.fingerprint()}
-    table = pa.Table.from_pylist([vars(prompt) for prompt in found.prompts], SCHEMA.with_metadata(metadata))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue().to_pybytes()
-    return hashlib.sha256(data).digest() + data
+    write_stream(path, SCHEMA.with_metadata(metadata), packed.table.to_batches())
+
+
+def _found(path: Path) -> PromptSet | None:
+    """Return what a file of the cache has; None where it is missing or not whole."""
+    return _read(path, path.stat().st_ctime_ns) if path.is_file() else None
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, written_ns: int) -> PromptSet | None:
-    """Read a file of the cache, None if it is not whole. written_ns: its time, so that a new one is read again."""
-    data = path.read_bytes()
-    if hashlib.sha256(data[HASH:]).digest() != data[:HASH]:
+def _read(path: Path, changed_ns: int) -> PromptSet | None:
+    """Map a file of the cache, None if it is not whole. changed_ns: its time, so that a new one is mapped again."""
+    if not all(known_files(path.parent, [path.name], whole_sha256)):
         return None
-    try:
-        table = pa.ipc.open_stream(data[HASH:]).read_all()
-    except pa.ArrowInvalid:
-        return None
-    prompts = [Prompt(*row) for row in zip(*map(_values, table.columns), strict=True)]
-    metadata = table.schema.metadata
-    return PromptSet(prompts, int(metadata[b"skipped"]), metadata[b"fingerprint"].decode())
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    """Return a column as Python has it; lists by way of numpy, which is ten times as fast."""
-    if column.type != INTEGERS:
-        return column.to_pylist()
-    return [cell.values.to_numpy().tolist() if cell.is_valid else None for chunk in column.chunks for cell in chunk]
+    table, _ = mapped_stream(path)
+    skipped, fingerprint = (table.schema.metadata[name].decode() for name in (b"skipped", b"fingerprint"))
+    return PromptSet(PackedPrompts.whole(table), int(skipped), fingerprint)

@@ -14,7 +14,7 @@ from kdctl.config.mixture import MixedSource
 from kdctl.config.preset import PromptsSection
 from kdctl.config.resolve import canonical
 from kdctl.data.mixture import drawn, interleaved
-from kdctl.data.prompt_set import PromptSet, kept, sha256_of
+from kdctl.data.prompt_set import PackedPrompts, PromptSet, kept, sha256_of
 from kdctl.data.sources import Row, open_source, read_rows, row_of
 from kdctl.data.templates import rendered, writes_date
 from kdctl.run.records import Message, Prompt, Rollout
@@ -136,18 +136,23 @@ class PromptReader:
         return kept(key, self.tokenizer, lambda: self._take(rows_of(source, self.offline), asked))
 
     def _take(self, rows: Sequence[Row], asked: Asked) -> PromptSet:
-        prompts: list[Prompt] = []
-        texts, skipped = self._texts(rows, asked), 0
+        skipped: list[int] = []
+        prompts = PackedPrompts.of(self._fitting(rows, asked, skipped))
+        if not prompts:
+            raise DataError(self._nothing(rows, asked, sum(skipped)))
+        return PromptSet(prompts, sum(skipped))
+
+    def _fitting(self, rows: Sequence[Row], asked: Asked, skipped: list[int]) -> Iterator[Prompt]:
+        """Yield prompts that are short enough, and count in ``skipped`` those that are not."""
+        texts, count = self._texts(rows, asked), 0
         # No more texts are taken than prompts are missing, so that no row is looked at that is not needed.
-        while part := list(islice(texts, min(BATCH, asked.count - len(prompts)))):
+        while part := list(islice(texts, min(BATCH, asked.count - count))):
             _check_differ(part)
             found = self._tokenized(part, asked)
             fitting = [prompt for prompt in found if 0 < len(prompt.prompt_ids) <= self.settings.max_prompt_tokens]
-            prompts += [replace(prompt, index=index) for index, prompt in enumerate(fitting, len(prompts))]
-            skipped += len(found) - len(fitting)
-        if not prompts:
-            raise DataError(self._nothing(rows, asked, skipped))
-        return PromptSet(prompts, skipped)
+            yield from (replace(prompt, index=index) for index, prompt in enumerate(fitting, count))
+            count += len(fitting)
+            skipped.append(len(found) - len(fitting))
 
     def _texts(self, rows: Sequence[Row], asked: Asked) -> Iterator[Text]:
         """Render each row that counts, once."""

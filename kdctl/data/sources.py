@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
 from kdctl.data.text_files import check_text_file, why_not_json
-from kdctl.run.files import sha256
+from kdctl.run.hashes import known_sha256
 from kdctl.system.packages import PREFIX, inside_package
 from kdctl.system.patches import archives_packed, hub_offline
 
@@ -115,9 +115,9 @@ class LocalFile:
         return "://" in name or _format(name) is not None or _is_file(Path(name).expanduser())
 
     def fingerprint(self) -> str:
-        """Hash the file."""
+        """Hash the file, unless that was done before and nothing has changed it."""
         self._check()
-        return sha256(self.path)
+        return known_sha256(self.path)
 
     def rows(self) -> Sequence[Row]:
         """Read the file through a memory map of what datasets makes of it."""

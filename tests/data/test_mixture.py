@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets.config
@@ -45,7 +46,7 @@ def reader(tokenizer: PreTrainedTokenizerBase, folder: Path, **settings: object)
     return PromptReader(tokenizer, section, offline=True)
 
 
-def by_source(prompts: list[Prompt]) -> dict[str, list[str]]:
+def by_source(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for prompt in prompts:
         found.setdefault(source_of(prompt.id), []).append(prompt.id)
@@ -77,7 +78,7 @@ def test_a_source_gives_the_same_prompts_to_every_mix(tokenizer, tmp_path) -> No
 def test_more_prompts_begin_with_the_fewer(tokenizer, tmp_path) -> None:
     read = reader(tokenizer, tmp_path)
     few, many = read.train(40, 5).prompts, read.train(120, 5).prompts
-    assert many[:40] == few
+    assert list(many[:40]) == list(few)
     assert [prompt.index for prompt in many] == list(range(120))
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
+import pyarrow as pa
 import pytest
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.config.preset import PromptsSection
+from kdctl.config.resolve import canonical
 from kdctl.data import prompts
+from kdctl.data.prompt_set import PackedPrompts, sha256_of
 from kdctl.data.prompts import PromptReader, PromptSet, messages_of, prompt_id, split_answer
 from kdctl.data.sources import read_rows
 from kdctl.run.records import Prompt
@@ -38,6 +41,10 @@ def source(tmp_path: Path, count: int = 9) -> str:
 
 def ask(tokenizer: PreTrainedTokenizerBase, name: str, answers: bool = False, **changes: Any) -> PromptSet:
     return PromptReader(tokenizer, PromptsSection(train=name, **changes), offline=True).train(6, 1, answers)
+
+
+def same(one: PromptSet, other: PromptSet) -> bool:
+    return (list(one.prompts), one.skipped) == (list(other.prompts), other.skipped)
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -90,9 +97,10 @@ def test_second_reading_takes_the_file_and_has_the_same_fingerprint(tokenizer, t
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(PromptReader, "_take", refuse)
     second = ask(tokenizer, name, answers, max_prompt_tokens=35)
-    assert second == first
+    assert same(second, first)
+    assert isinstance(second.prompts, PackedPrompts)
     assert second.skipped > 0
-    assert second.fingerprint() == PromptSet(copy.deepcopy(first.prompts), first.skipped).fingerprint()
+    assert second.fingerprint() == PromptSet(list(first.prompts), first.skipped).fingerprint()
 
 
 def test_whatever_decides_the_prompts_names_the_file(tokenizer, tmp_path, cache):
@@ -128,9 +136,10 @@ def test_damaged_file_is_made_again(tokenizer, tmp_path, cache, damage):
     expected = ask(tokenizer, name)
     (path,) = cache.iterdir()
     whole = path.read_bytes()
+    path.unlink()  # it is mapped
     path.write_bytes(damage(whole))
     os.utime(path, ns=(1, 1))
-    assert ask(tokenizer, name) == expected
+    assert same(ask(tokenizer, name), expected)
     assert path.read_bytes() == whole
     assert list(cache.iterdir()) == [path]
 
@@ -141,14 +150,29 @@ def test_fingerprint_is_the_hash_of_all_tokens():
     assert found.fingerprint() == "a15dd8a2646c80a732aaf1657499c7fc0a17ee91a98bf96d26c22d6fa865c8bf"
 
 
+def test_packed_prompts_are_those_of_a_list_and_mapped_ones_take_no_memory(tokenizer, tmp_path):
+    many = [Prompt(f"p{i}", i, [*range(i % 5 + 1)], [i, 7] if i % 3 else None) for i in range(2500)]
+    packed = PackedPrompts.of(iter(many))
+    assert list(packed) == many
+    for part in (slice(3, 40), slice(None, None, -1), slice(9, 9), slice(2000, None, 7)):
+        assert list(packed[part]) == many[part]
+    found = PromptSet(packed, 0)
+    assert found.longest == PromptSet(many, 0).longest == 5
+    assert found.fingerprint() == PromptSet(many, 0).fingerprint() == sha256_of(canonical([vars(one) for one in many]))
+    before = pa.total_allocated_bytes()
+    mapped = ask(tokenizer, source(tmp_path)).prompts
+    assert pa.total_allocated_bytes() - before < 1000
+    assert len(mapped) == 6
+
+
 def test_a_cache_that_cannot_be_used_costs_time_only(tokenizer, tmp_path, cache, monkeypatch):
     name = source(tmp_path)
     expected = ask(tokenizer, name)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "file"))
-    assert ask(tokenizer, name) == expected
+    assert same(ask(tokenizer, name), expected)
     monkeypatch.setenv("KDCTL_CACHE", str(cache.parent))
     for kept in list(cache.iterdir()):
         kept.unlink()
         kept.mkdir()
-    assert ask(tokenizer, name) == expected
+    assert same(ask(tokenizer, name), expected)

@@ -215,15 +215,16 @@ def test_too_long_prompts_are_skipped_and_counted(tokenizer, tmp_path):
 def test_fingerprint_follows_every_token_and_the_order(tokenizer, tmp_path):
     source = questions(tmp_path, 5)
     kept = reader(tokenizer, source).train(5, 0)
-    found = PromptSet(copy.deepcopy(kept.prompts), kept.skipped)
+    prompts = list(kept.prompts)
+    found = PromptSet(prompts, kept.skipped)
     before = found.fingerprint()
     assert kept.fingerprint() == before
     assert reader(tokenizer, source).train(5, 0).fingerprint() == before
-    found.prompts[4].prompt_ids[-1] += 1
+    prompts[4].prompt_ids[-1] += 1
     assert found.fingerprint() != before
-    found.prompts[4].prompt_ids[-1] -= 1
+    prompts[4].prompt_ids[-1] -= 1
     assert found.fingerprint() == before
-    found.prompts[0], found.prompts[1] = found.prompts[1], found.prompts[0]
+    prompts[0], prompts[1] = prompts[1], prompts[0]
     assert found.fingerprint() != before
 
 
