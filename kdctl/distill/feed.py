@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from kdctl.base.errors import StoreError
 from kdctl.base.rng import shuffled_index, uniform
 from kdctl.config.preset import DistillSection
+from kdctl.rollout.mapped import numbers
 from kdctl.rollout.sampler import Item
 from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
@@ -133,16 +135,19 @@ class ReplayedVariant(Stored):
     name: str
 
     def __post_init__(self) -> None:
-        self._places = {rollout.sample_index: place for place, rollout in enumerate(self.rollouts)}
+        slots = numbers(self.rollouts, "sample_index")
+        self._places = np.argsort(slots)
+        self._slots = slots[self._places]
 
     def row(self, slot: int) -> Rollout:
         """Return the rollout of a slot. Raises StoreError if that variant generated none for it."""
-        if slot not in self._places:
+        place = int(np.searchsorted(self._slots, slot))
+        if place == len(self._slots) or self._slots[place] != slot:
             raise StoreError(
                 f"variant {self.name} generated no rollout for slot {slot}; replay it with its own distill.lmbda, "
                 "seed and batch size and no more than its steps"
             )
-        return self.rollouts[self._places[slot]]
+        return self.rollouts[int(self._places[place])]
 
 
 @dataclass

@@ -96,6 +96,15 @@ class MappedRollouts(Sequence[Rollout]):
         return self.shards.row(self.rows[index])
 
 
+def numbers(rollouts: Sequence[Rollout], name: str) -> np.ndarray:
+    """Return an integer of every rollout, (rows,) int64; of stored ones no row is decoded."""
+    if not isinstance(rollouts, MappedRollouts):
+        return np.array([getattr(rollout, name) for rollout in rollouts], np.int64)
+    shards = rollouts.shards
+    found = [shards.table(shard).column(name).to_numpy().astype(np.int64) for shard in range(len(shards.paths))]
+    return np.concatenate([np.empty(0, np.int64), *found])[np.asarray(rollouts.rows, np.int64)]
+
+
 class Places:
     """Finds rows by what tells them apart, and where what is kept of their completions begins: 16 bytes a row.
 

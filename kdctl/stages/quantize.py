@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import QuantizeSection
@@ -22,6 +23,7 @@ from kdctl.quant.affine import grid_of
 from kdctl.quant.apply import build_student, layer_errors, sqnr
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
+from kdctl.rollout.mapped import numbers
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.documents import PerDocument
 from kdctl.run.record_files import read_record, write_record
@@ -186,14 +188,15 @@ def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[St
 
 def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:
     """Cut the first sequences of a store into batches, prompts and completions together."""
-    rollouts = by_generation(store.read())[: context.preset.quantize.calibration_sequences]
+    rollouts = by_generation(store.read(), context.preset.quantize.calibration_sequences)
     longest = context.preset.distill.max_tokens
     return [collate(part, longest).to(teacher.device) for part in split(rollouts, CALIBRATION_BATCH)]
 
 
-def by_generation(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Put the first completion of every prompt before any second one."""
-    return sorted(rollouts, key=attrgetter("sample_index"))
+def by_generation(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+    """Return the first ``count`` rollouts if the first completion of every prompt comes before any second one."""
+    order = np.argsort(numbers(rollouts, "sample_index"), kind="stable")
+    return [rollouts[int(place)] for place in order[:count]]
 
 
 def describe_student(

@@ -10,11 +10,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import DistillSection, PromptsSection
 from kdctl.data.prompts import PromptReader
-from kdctl.distill.feed import Feed, Live, Replay, on_policy_rows, slot_index
+from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant, on_policy_rows, slot_index
 from kdctl.rollout.sampler import InProcess
 from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.records import Rollout
+from kdctl.run.records import Rollout, StoreManifest
 
 SETTINGS = DistillSection(lmbda=0.5, steps=7, micro_batch_size=4, refresh_every=3)
 
@@ -92,6 +92,24 @@ def test_live_refuses_to_resume_without_what_it_trained_on(
     RolloutStore(tmp_path).shard_path(0).unlink()
     with pytest.raises(StoreError, match="step 2"):
         live(teacher, tokenizer, tmp_path).resume(2)
+
+
+def test_replayed_rollouts_come_in_the_slots_that_they_filled(tmp_path):
+    slots = [7, 3, 12, 0]
+    rows = [
+        Rollout(f"p{slot}", index, slot, [1], [2], None, "stop", 0, 0, "student") for index, slot in enumerate(slots)
+    ]
+    store = RolloutStore(tmp_path)
+    shards = tuple(store.write_shard(index, [row], "id") for index, row in enumerate(rows))
+    store.finish(StoreManifest(source="student", identity="id", writer="w", sampling=None, shards=shards))
+    for rollouts in (rows, store.read()):
+        replayed = ReplayedVariant(rollouts, "other")
+        assert [replayed.row(slot) for slot in slots] == rows
+        for slot in (1, 13):
+            with pytest.raises(StoreError, match=f"variant other generated no rollout for slot {slot}"):
+                replayed.row(slot)
+    with pytest.raises(StoreError, match="no rollout for slot 0"):
+        ReplayedVariant([], "other").row(0)
 
 
 # --- the λ draw -------------------------------------------------------------------------------------------------------

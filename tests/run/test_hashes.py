@@ -116,3 +116,44 @@ def test_a_file_that_is_edited_in_place_and_dated_back_is_read_again(folder: Pat
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
     assert fingerprint(folder) != first
     assert read.count("model.safetensors") == 2
+
+
+def test_many_files_of_a_folder_are_read_once_and_have_one_note(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    expected = [sha256(folder / name) for name in names]
+    for _ in range(2):
+        monkeypatch.setattr(hashes, "_KNOWN", {})
+        assert hashes.known_files(folder, names) == expected
+    assert hashes.known_files(folder, names[:2]) == expected[:2]
+    assert sorted(read) == names
+    assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 1
+    changed = folder / names[0]
+    changed.write_bytes(changed.read_bytes()[::-1])
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    assert hashes.known_files(folder, names) == [sha256(changed), *expected[1:]]
+    assert sorted(read) == sorted([*names, names[0]])
+
+
+def test_what_is_measured_of_files_is_kept_apart_from_their_hashes(folder: Path, read: list[str]) -> None:
+    def size(path: Path) -> str:
+        return str(path.stat().st_size)
+
+    names = sorted(path.name for path in folder.iterdir())
+    hashed = hashes.known_files(folder, names)
+    for _ in range(2):
+        assert hashes.known_files(folder, names, size) == [size(folder / name) for name in names]
+        assert hashes.known_files(folder, names) == hashed
+    assert sorted(read) == names
+
+
+def test_what_was_written_is_noted_and_what_was_not_is_not(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, others = "config.json", "model.safetensors"
+    hashes.remember(folder / mine, sha256(folder / mine))
+    hashes.note_known(folder, [mine, others])
+    monkeypatch.setattr(hashes, "_KNOWN", {})
+    hashes.known_files(folder, [mine, others])
+    assert read == [others]

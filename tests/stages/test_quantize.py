@@ -53,7 +53,7 @@ def test_compare_continues_in_a_folder_that_has_a_student(smoke: Preset, tmp_pat
 
 def test_every_prompt_counts_once_before_any_counts_twice() -> None:
     rollouts = [Rollout(str(p), p, s, [1], [2], None, "stop", 0, 0, "teacher") for p in range(3) for s in range(2)]
-    chosen = [(one.prompt_index, one.sample_index) for one in by_generation(rollouts)]
+    chosen = [(one.prompt_index, one.sample_index) for one in by_generation(rollouts, 99)]
     assert chosen == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
 
 
