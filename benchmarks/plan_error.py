@@ -31,7 +31,8 @@ from kdctl.model.configuration import read_config
 from kdctl.model.load import load_model, pick_device, quiet
 from kdctl.model.reference import model_folder
 from kdctl.quant.apply import build_student, quantize_layers, select_layers
-from kdctl.rollout.sampler import InProcess, Sampling
+from kdctl.rollout.sampler import InProcess
+from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Prompt, Rollout
 
 PROMPT, NEW, ROWS, AT_ONCE = 67, 82, 16, 64

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from kdctl.base.errors import DataError
 from kdctl.data.text_files import check_text_file, why_not_json
-from kdctl.run.hashes import known_sha256
+from kdctl.run.hashes import known_files, known_sha256
 from kdctl.system.packages import PREFIX, inside_package
 from kdctl.system.patches import archives_packed, hub_offline
 
@@ -127,9 +127,19 @@ class LocalFile:
         kind, options = _format(self.name) or ("", {})
         path: Any = glob.escape(str(self.path))  # because datasets takes a path for a pattern
         if kind not in BINARY:
-            check_text_file(self.path, kind)  # first, because datasets takes any bytes and fails at the row, or crashes
+            self._check_text(kind)  # first, because datasets takes any bytes and fails at the row, or crashes
         with _named_errors(self.name, self.split, self.path if kind == "json" else None):
             return datasets.load_dataset(kind, data_files=path, split="train", **options)  # pyright: ignore
+
+    def _check_text(self, kind: str) -> None:
+        """Check the whole text, unless that was done before and nothing has changed the file."""
+
+        def checked(path: Path) -> str:
+            check_text_file(path, kind)
+            return kind
+
+        checked.__name__ = f"checked as {kind}"
+        known_files(self.path.parent, [self.path.name], checked)
 
     def _check(self) -> None:
         if not _is_file(self.path):

@@ -1,13 +1,13 @@
 """Filling a rollout store block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, overload
 
 from kdctl.base.errors import StoreError
 from kdctl.base.progress import Reporter
 from kdctl.data.prompts import PromptSet
-from kdctl.model.batch import split
 from kdctl.rollout.sampler import Item
 from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
@@ -189,11 +189,12 @@ class _Counter:
         self.advance(self.done, self.total)
 
 
-def fill_from_dataset(store: RolloutStore, plan: Plan, rollouts: Sequence[Rollout]) -> StoreManifest:
-    """Write completions that a data set brought."""
+def fill_from_dataset(store: RolloutStore, plan: Plan, rollouts: Iterable[Rollout]) -> StoreManifest:
+    """Write completions that a data set brought, a block at a time."""
     store.reopen()
-    blocks = enumerate(split(rollouts, plan.prompts_per_block))
-    shards = [store.write_shard(index, block, plan.identity) for index, block in blocks]
+    found, shards = iter(rollouts), []
+    while block := list(islice(found, plan.prompts_per_block)):
+        shards.append(store.write_shard(len(shards), block, plan.identity))
     manifest = plan.manifest(shards)
     store.finish(manifest)
     return manifest

@@ -1,6 +1,6 @@
 """Rollout stores of a run: which ones a preset needs, and how they are filled."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -215,24 +215,23 @@ def examples(context: Context, teacher: Teacher, source: Source, count: int) -> 
     return [(str(decode(r.prompt_ids)), str(decode(r.completion_ids))) for r in rollouts]
 
 
-def dataset_rollouts(context: Context, teacher: Teacher, prompts: PromptSet) -> list[Rollout]:
-    """Return a data set's completions, cut at ``max_new_tokens`` and where the teacher's context ends.
+def dataset_rollouts(context: Context, teacher: Teacher, prompts: PromptSet) -> Iterator[Rollout]:
+    """Yield a data set's completions, cut at ``max_new_tokens`` and where the teacher's context ends.
 
-    Raises DataError if all are empty.
+    Raises DataError at the end if all are empty.
     """
     settings, stop, reach = context.preset.rollout, teacher.stop_ids(), teacher.reach()
-    rollouts, cut = [], 0
+    found = cut = 0
     for prompt in prompts.prompts:
         room = reach.room(len(prompt.prompt_ids), settings.max_new_tokens)
-        rollouts.append(as_rollout(prompt, settings.seed, room, stop))
-        cut += (
-            rollouts[-1].finish_reason == "length" and len(prompt.completion_ids or ()) > room < settings.max_new_tokens
-        )
+        rollout = as_rollout(prompt, settings.seed, room, stop)
+        cut += rollout.finish_reason == "length" and len(prompt.completion_ids or ()) > room < settings.max_new_tokens
+        if rollout.completion_ids:
+            found += 1
+            yield rollout
     if cut:
         context.reporter.note(f"{cut} answers cut at {reach.tokens} tokens with their prompts: {reach.why}")
-    rollouts = [rollout for rollout in rollouts if rollout.completion_ids]
-    if not rollouts:
+    if not found:
         raise DataError(
             f"every answer in prompts.train={context.preset.prompts.train!r} is empty; there is nothing to learn"
         )
-    return rollouts

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import time
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,9 @@ from kdctl.config.preset import PromptsSection
 from kdctl.data import sources
 from kdctl.data.prompts import PromptReader
 from kdctl.data.sources import Bundled, HubDataset, LocalFile, open_source, read_rows
+from kdctl.data.text_files import check_text_file
+from kdctl.run import hashes
+from kdctl.run.files import sha256
 
 
 class Counting:
@@ -201,3 +205,21 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     with pytest.raises(DataError, match=f"cannot be kept for reading in {cache}.*HF_HOME"):
         read_rows(str(path), "train")
+
+
+def test_a_large_file_is_hashed_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCTL_CACHE", str(tmp_path / "cache"))
+    path, seen = tmp_path / "a.jsonl", []
+    path.write_bytes(LINES)
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    monkeypatch.setattr(hashes, "sha256", lambda path: seen.append("hashed") or sha256(path))
+    monkeypatch.setattr(sources, "check_text_file", lambda path, kind: seen.append(kind) or check_text_file(path, kind))
+    for _ in range(3):
+        monkeypatch.setattr(hashes, "_KNOWN", {})
+        source = LocalFile(str(path), "train", True)
+        assert source.fingerprint() == sha256(path)
+        assert [dict(row) for row in source.rows()] == ROWS
+    assert seen == ["hashed", "json"]
+    path.write_bytes(LINES + b"\n\xff")
+    with pytest.raises(DataError, match="is not UTF-8 text in line 5"):
+        source.rows()

@@ -196,7 +196,7 @@ def test_dataset_store_holds_the_answers(tmp_path):
         return Rollout(prompt.id, prompt.index, 0, prompt.prompt_ids, [1, 258], None, "stop", 0, 0, "dataset")
 
     rollouts: Sequence[Rollout] = [answer(prompt) for prompt in PROMPTS]
-    manifest = fill_from_dataset(RolloutStore(tmp_path / "s"), PLAN, rollouts)
+    manifest = fill_from_dataset(RolloutStore(tmp_path / "s"), PLAN, iter(rollouts))
     assert manifest.sampling is None
     assert [shard.rows for shard in manifest.shards] == [2, 2, 2, 1]
     assert list(RolloutStore(tmp_path / "s").read()) == rollouts
