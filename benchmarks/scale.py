@@ -10,7 +10,8 @@ knows nothing of it, as if it came from elsewhere, one that knows it, and two at
 
 written: seconds to make it up and write it, with its states. hashed: seconds to open it where all shards must be
 hashed. open: where they are known. states: seconds until those are found. first, a batch: milliseconds of the first
-batch, and the median of those after it. RSS: the largest memory of the process with Python and all libraries; files:
+batch, and the median of those after it, files being read from the disk where the system has not yet kept them;
+processor: of which this process worked. RSS: the largest memory of the process with Python and all libraries; files:
 mapped pages in it at most, which processes share and the system takes back. alone, of two: memory after the last
 batch, each shared page divided by the processes that have it: of one alone, and of each of two.
 """
@@ -132,16 +133,17 @@ def draw(store: RolloutStore, size: int, batches: int, hidden: int) -> dict[str,
         states.fill(store, nobody, Silent())  # pyright: ignore[reportArgumentType] - all states are there
     found["states"] = time.perf_counter() - started
     feed = Feed(DistillSection(lmbda=0.0, micro_batch_size=size, gradient_accumulation=1), rollouts)
-    times, files = [], 0.0
+    times, busy, files = [], [], 0.0
     for step in range(batches):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         rows = feed.rows(step)
         if hidden:
             counts = [len(row.completion_ids) for row in rows]
             assert states.of(rows, counts).shape == (sum(counts), hidden)
         times.append(1000 * (time.perf_counter() - started))
+        busy.append(1000 * (time.process_time() - worked))
         files = max(files, memory("RssFile"))
-    found |= {"first": times[0], "batch": statistics.median(times[1:] or times)}
+    found |= {"first": times[0], "batch": statistics.median(times[1:]), "busy": statistics.median(busy[1:])}
     return found | {"rss": memory("VmHWM"), "files": files}
 
 
@@ -197,7 +199,7 @@ def measured(args: argparse.Namespace, rows: int, folder: Path, cache: Path) -> 
     disk = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
     (new,), (known,), pair = (drawn(args, store, cache, count) for count in (1, 1, 2))
     times = [f"{new['open']:.2f}", f"{known['open']:.2f}", f"{known['states']:.2f}"]
-    rest = [known[name] for name in ("first", "batch", "rss", "files", "share")]
+    rest = [known[name] for name in ("first", "batch", "busy", "rss", "files", "share")]
     return [f"{rows:,}", f"{disk:.2f}", written, *times, *(f"{one:.0f}" for one in [*rest, pair[0]["share"]])]
 
 
@@ -207,7 +209,17 @@ def main() -> None:
     if args.draw:
         child(args)
         return
-    columns = ["rows", "disk GB", "written s", "hashed s", "open s", "states s", "first ms", "a batch ms"]
+    columns = [
+        "rows",
+        "disk GB",
+        "written s",
+        "hashed s",
+        "open s",
+        "states s",
+        "first ms",
+        "a batch ms",
+        "processor ms",
+    ]
     columns += ["RSS MB", "files MB", "alone MB", "of two MB"]
     print(f"| {' | '.join(columns)} |\n|{'---:|' * len(columns)}", flush=True)
     for rows in args.rows:
