@@ -100,11 +100,12 @@ class RolloutStore:
 
     def read_shard(self, shard: ShardEntry) -> MappedRollouts:
         """Return the rollouts of one shard like ``read``."""
+        inside(self.path, shard.file)
         return self._checked([shard])
 
     def _checked(self, entries: Sequence[ShardEntry]) -> MappedRollouts:
         """Compare every shard's hash with its entry, before anything is made of its rows."""
-        paths = [inside(self.path, entry.file) for entry in entries]
+        paths = [self.path / entry.file for entry in entries]
         try:
             hashes = known_files(self.path, [entry.file for entry in entries])
         except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """Hashes of large files, remembered: no model or store is read twice for them while its files do not change."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def known_files(folder: Path, names: Sequence[str], measure: Measure | None = No
     measure: what is remembered of a file in place of its sha256; its name tells it from others.
     """
     kind = measure.__name__ if measure else SHA256
-    stamps = {name: stamp_of(folder / name) for name in names}
+    stamps = {name: stamp_of(f"{folder}/{name}") for name in names}
     found = {name: _KNOWN[kind, stamp] for name, stamp in stamps.items() if (kind, stamp) in _KNOWN}
     if len(found) < len(stamps):
         noted = _noted(folder, kind)
@@ -144,9 +145,9 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_of(path: Path | str) -> Stamp:
     """Return which file it is and what changes with its content; the time of any change no program can set back."""
-    status = path.stat()
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, status.st_dev
 
 
