@@ -19,9 +19,13 @@ from dataclasses import dataclass, field
 
 import torch
 from parts.stand_in import add_shape, teacher_of
+from transformers import PretrainedConfig
 
 from kdctl.config.preset import DistillSection, QuantizeSection
-from kdctl.distill.divergence import divergence
+from kdctl.config.resolve import build_preset, load_preset
+from kdctl.cost.estimate import Cost
+from kdctl.cost.network import look_at
+from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.feed import Feed
 from kdctl.distill.loop import Trainer
 from kdctl.distill.optimizer import update
@@ -144,6 +148,28 @@ def show(clock: Clock, least: dict[str, float], found: Callable[[str], float]) -
         print(f"| {name} | {found(name):.3f} | {floor:.3f} | {found(name) / floor:.1f}× |")
 
 
+def planned(args: argparse.Namespace, config: PretrainedConfig, device: torch.device) -> int:
+    """Return the peak of training by ``kdctl plan``, without the process itself and held-out states, in bytes."""
+    settings = {
+        "quantize.method": "minmax",
+        "prompts.max_prompt_tokens": args.tokens // 4,
+        "rollout.max_new_tokens": args.tokens - args.tokens // 4,
+        "distill.max_tokens": args.tokens,
+        "distill.micro_batch_size": args.sequences,
+        "distill.gradient_accumulation": 1,
+        "distill.lmbda": 0.0,
+        "distill.train": args.train,
+        "runtime.activation_checkpointing": args.activation_checkpointing,
+    }
+    preset = build_preset(load_preset("quickstart").model_dump(), settings, "step_parts")
+    network = look_at(config, preset.quantize, torch.bfloat16, Objective())
+    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    phases = Cost(preset, network, device.type == "cpu", memory_bytes=gpu).phases()
+    training = next(phase for phase in phases if phase.name == "training")
+    left_out = sum(part.size_bytes for part in training.parts if part.name in ("process", "held-out states"))
+    return training.peak_bytes - left_out
+
+
 def main() -> None:
     """Time the parts and print them."""
     args = arguments()
@@ -167,11 +193,13 @@ def main() -> None:
     for step in range(args.rounds):
         with clock.part("as trained"):
             trainer.step(step)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     measured = rates(device)
     print(f"{args.train}, {args.sequences} × {args.tokens} tokens, checkpointing {args.activation_checkpointing}")
     print(f"products {measured[0] / 1e9:.0f} GFLOP/s, copies {measured[1] / 1e9:.1f} GB/s")
     if device.type == "cuda":
-        print(f"peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB on {torch.cuda.get_device_name()}")
+        by_plan = f"{planned(args, teacher.config, device) / GIB:.1f} by kdctl plan"
+        print(f"peak {peak / GIB:.1f} GiB, {by_plan}, on {torch.cuda.get_device_name()}")
     else:
         print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB resident")
     show(clock, floors(trainer, batch, measured), clock.median)
