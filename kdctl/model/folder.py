@@ -107,6 +107,20 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor."""
+        return rows_of(self._files[name], name, rows)
+
+
+def rows_of(file: Any, name: str, rows: slice) -> Tensor:
+    """Read some rows, maybe none, of a tensor of an open safetensors file."""
+    stored = file.get_slice(name)
+    return stored[rows] if rows.stop > rows.start else stored[:1][:0]
+
 
 def fingerprint(folder: Path) -> str:
     """Hash a model folder's configuration, stop tokens and weights, 64 hex digits."""

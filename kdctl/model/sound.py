@@ -5,7 +5,7 @@ caches. No list of networks says that, so the network itself does: two short seq
 transformers' own forward pass, and again in the ways that kdctl reads them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,9 +62,9 @@ def unreadable(model: PreTrainedModel, part: str, error: Exception) -> ModelErro
     )
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Raise ModelError if a weight is not a finite number."""
-    for name, tensor in model.state_dict().items():
+def check_weights(model: PreTrainedModel, parts: Mapping[str, Tensor] | None = None) -> None:
+    """Raise ModelError if a weight is not a finite number. parts: what is there of weights that have no memory."""
+    for name, tensor in {**model.state_dict(), **(parts or {})}.items():
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
             continue
         least, most = torch.stack(torch.aminmax(tensor)).tolist()

@@ -5,13 +5,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import RuntimeSection, TeacherSection
 from kdctl.model.context import Reach, reach_of
-from kdctl.model.folder import fingerprint
+from kdctl.model.folder import StoredTensors, fingerprint
 from kdctl.model.load import load_model, pick_device, torch_dtype
 from kdctl.model.reference import cache_of, find_config, locate, model_folder
 from kdctl.model.stops import described, own_stops, read_from_config, stop_ids, stop_texts
@@ -103,6 +104,20 @@ class Teacher:
         """Load the weights, if what goes with them is in order; they stay in memory until ``forget``."""
         self.stop_ids()
         return load_model(self.folder(), self.dtype, self.device)
+
+    def hold(self, model: PreTrainedModel) -> None:
+        """Take a model that was loaded in another way as what ``load`` returns until ``forget``."""
+        self._found["load"] = model
+
+    def weight(self, name: str) -> Tensor:
+        """Return one weight: the model's own where it is in memory, else read from the files."""
+        if self.loaded:
+            return self.load().get_parameter(name).detach()
+        return self._stored()[name].to(self.dtype)
+
+    @_once
+    def _stored(self) -> StoredTensors:
+        return StoredTensors(self.folder())
 
     @property
     def loaded(self) -> bool:

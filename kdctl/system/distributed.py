@@ -1,7 +1,7 @@
 """Several processes that work on one run: who does what, and what they tell each other.
 
 ``accelerate launch`` or ``torchrun`` starts them; each has its own copy of the models, or, where accelerate's
-configuration asks for FSDP2, its rows of them while they train. What is divided is divided by position, what is not is
+configuration asks for FSDP2, trains with its rows of them. What is divided is divided by position, what is not is
 done by the main process while the others wait. All of them see the same run folder.
 """
 
@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -17,10 +17,11 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from torch import Tensor
+from accelerate import PartialState, init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from kdctl.base.errors import PresetError, ProcessError
+from kdctl.base.errors import KdctlError, PresetError, ProcessError
 from kdctl.config.preset import DistillSection, RolloutSection
 
 T = TypeVar("T")
@@ -77,12 +78,16 @@ class Processes:
             if unfit:
                 raise PresetError(f"the models are to be divided by FSDP2, and {what} needs them whole; {instead}")
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return this process's rows of a tensor where models are divided, those of ``Shard(0)``, else the tensor."""
+    def span(self, length: int) -> slice:
+        """Return which of so many rows are this process's where models are divided, as by ``Shard(0)``, else all."""
         if not self.sharded:
-            return tensor
-        parts = tensor.chunk(self.count)
-        return parts[self.rank] if self.rank < len(parts) else tensor[:0]
+            return slice(0, length)
+        size = -(-length // self.count)
+        return slice(min(self.rank * size, length), min((self.rank + 1) * size, length))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return this process's rows of a tensor where models are divided, else the tensor."""
+        return tensor[self.span(len(tensor))] if self.sharded else tensor
 
     def whole(self, rows: Tensor) -> Tensor:
         """Undo ``rows`` in the main process, on the CPU; the others get what they gave."""
@@ -117,6 +122,18 @@ class Processes:
         with _peers():
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do work in every process; what kdctl raises in one of them on purpose is raised in all."""
+        result, error = None, None
+        try:
+            result = work()
+        except KdctlError as found:
+            error = found
+        for found in self.merge([error]):
+            if found is not None:
+                raise found
+        return cast(T, result)
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do work in every process, the main one before the others: it fills a cache for them."""
@@ -204,6 +221,16 @@ def _asks_for_shards() -> bool:
 
 def _says(variable: str, default: str = "false") -> bool:
     return os.environ.get(variable, default).lower() == "true"
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Tell whether processes divide a model's weights, so that all must run it alike."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def parameters_on_meta() -> AbstractContextManager[None]:
+    """Build networks, in a block, whose parameters have no memory; buffers, which a network computes itself, do."""
+    return init_empty_weights(include_buffers=False)
 
 
 def started_too_few() -> bool:
