@@ -1,21 +1,76 @@
-"""Row shards of weights, as FSDP2 makes them.
+"""Models divided by rows among processes, as FSDP2 does it: loaded, trained, measured and written without a whole one.
 
 FSDP2 (``torch.distributed.fsdp.fully_shard``) divides a weight along out_features, so every group along in_features
-stays whole and the grid of a row needs nothing of the others.
+stays whole and the grid of a row needs nothing of the others. What is not quantized is whole in each process, and one
+object in teacher and student.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
+from transformers import PretrainedConfig, PreTrainedModel
 
+from kdctl.base.errors import TrainingError
+from kdctl.model.head import head_of
+from kdctl.model.rows import frame, load_rows, put
+from kdctl.model.sound import check_network
 from kdctl.quant.affine import QParams, QuantizedWeight
-from kdctl.system.distributed import Processes
+from kdctl.quant.apply import dense, share_frozen
+from kdctl.system.distributed import Processes, passes
+
+
+def load_divided(
+    folder: Path, dtype: torch.dtype, device: torch.device, names: Collection[str], processes: Processes
+) -> PreTrainedModel:
+    """Load a model for evaluation, of the named layers this process's rows, with the checks of ``load_model``.
+
+    Raises ModelError, in all processes alike, where ``load_model`` does.
+    """
+    model, rows = processes.alike(lambda: load_rows(folder, dtype, device, names, processes.span))
+    divide(model, rows, replace(processes, freed=True))  # nothing goes backward through it
+    with passes():
+        check_network(model)
+    return model
+
+
+def divided_student(
+    teacher: PreTrainedModel, config: PretrainedConfig, weights: Mapping[str, QuantizedWeight], processes: Processes
+) -> PreTrainedModel:
+    """Build the student beside a divided teacher, whose other tensors it shares. weights: this process's rows."""
+    student = without_layers(teacher, config, weights)
+    divide(student, {f"{name}.weight": dense(weight) for name, weight in weights.items()}, processes)
+    return student
+
+
+def without_layers(
+    model: PreTrainedModel, config: PretrainedConfig, weights: Mapping[str, QuantizedWeight]
+) -> PreTrainedModel:
+    """Return a model with all tensors of another but the quantized layers' weights, which are on meta."""
+    found = frame(config, model.dtype)
+    share_frozen(found, model, weights)
+    for name, buffer in model.named_buffers():
+        put(found, name, buffer)
+    found.generation_config = model.generation_config
+    return found
+
+
+def divide(model: PreTrainedModel, rows: Mapping[str, Tensor], processes: Processes) -> None:
+    """Divide weights that are on meta among processes, each of which gives its rows of them by parameter."""
+    shard(model, [name.removesuffix(".weight") for name in rows], processes)
+    state: dict[str, Tensor] = {}
+    for name, part in rows.items():
+        whole = cast(DTensor, model.get_parameter(name))
+        state[name] = DTensor.from_local(
+            part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    model.load_state_dict(state, strict=False, assign=True)
 
 
 def shard(model: PreTrainedModel, names: Collection[str], processes: Processes) -> None:
@@ -26,7 +81,7 @@ def shard(model: PreTrainedModel, names: Collection[str], processes: Processes) 
     """
     weights = {f"{name}.weight" for name in names}
     rest = {parameter for name, parameter in model.named_parameters() if name not in weights}
-    mesh = init_device_mesh(model.device.type, (processes.count,))
+    mesh = init_device_mesh(head_of(model).weight.device.type, (processes.count,))
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     for part in [*layers, model.base_model]:
         shards = fully_shard(
@@ -40,30 +95,59 @@ def shard(model: PreTrainedModel, names: Collection[str], processes: Processes) 
         shards.set_force_sum_reduction_for_comms(True)  # gloo has nothing else
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Let go of other processes' rows where passes left them, so that the next one gathers them as they are now."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's rows of a sharded tensor, any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_rows(student: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
-    """Cut weights on the grid to the rows that this process has of a student's parameters."""
-    return {name: _cut(weight, student.get_parameter(f"{name}.weight")) for name, weight in weights.items()}
+def rows_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return this process's rows of a tensor if a parameter is divided, else all of it."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    return Processes(mesh.get_local_rank(), mesh.size(), sharded=True).rows(tensor).clone()
+
+
+def gathered_like(parameter: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Undo ``rows_like`` in every process. length: rows of all processes."""
+    if not isinstance(parameter, DTensor):
+        return rows
+    shape = torch.Size((length, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh = parameter.device_mesh
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def summed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Return this process's rows of a sum over the processes if a parameter is divided, else the tensor."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    partial = DTensor.from_local(tensor, parameter.device_mesh, [Partial()], run_check=False)
+    return partial.redistribute(placements=[Shard(0)]).to_local()
+
+
+def check_rows(student: nn.Module, weights: Mapping[str, QuantizedWeight], processes: Processes) -> None:
+    """Raise TrainingError, in all processes alike, unless a divided student computes with exactly these rows."""
+
+    def checked() -> None:
+        for name, weight in weights.items():
+            if not torch.equal(local(student.get_parameter(f"{name}.weight")), dense(weight)):
+                raise TrainingError(f"{name} of the student in memory holds other numbers than its codes stand for")
+
+    processes.alike(checked)
 
 
 def whole_rows(
     weights: Iterable[tuple[str, QuantizedWeight]], processes: Processes
 ) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Undo ``local_rows`` in the main process, on the CPU, a layer at a time; the others get what they gave."""
+    """Put rows together in the main process, on the CPU, a layer at a time; the others get what they gave."""
     for name, weight in weights:
         qparams = QParams(processes.whole(weight.qparams.scale), processes.whole(weight.qparams.zero_point))
         yield name, replace(weight, codes=processes.whole(weight.codes), qparams=qparams)
-
-
-def _cut(weight: QuantizedWeight, parameter: Tensor) -> QuantizedWeight:
-    if not isinstance(parameter, DTensor):
-        return weight
-    mesh = parameter.device_mesh
-    rows = Processes(mesh.get_local_rank(), mesh.size(), sharded=True).rows
-    qparams = QParams(rows(weight.qparams.scale), rows(weight.qparams.zero_point))
-    offsets = None if weight.offsets is None else rows(weight.offsets)
-    return replace(weight, codes=rows(weight.codes), qparams=qparams, offsets=offsets)

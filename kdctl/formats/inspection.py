@@ -256,7 +256,7 @@ class Inspection:
     def layer_errors(self) -> str:
         """Compute the error of each quantized layer again."""
         recorded = {error.name: error for error in self.report.layers}
-        found = layer_errors(self.teacher_model, self.student.weights)
+        found = layer_errors(self.teacher_model.get_parameter, self.student.weights)
         if recorded.keys() != {error.name for error in found}:
             raise StoreError(f"{REPORT} lists other layers than are quantized")
         for error in found:

@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from kdctl.base.errors import StoreError
 from kdctl.formats.student import check_file, write_sums
+from kdctl.model.folder import rows_of
+from kdctl.model.rows import Span
 from kdctl.quant.affine import QuantizedWeight
 from kdctl.run.files import atomic_folder, naming, remove, writing
 from kdctl.run.sums import listed_sums
+from kdctl.system.distributed import ALONE
 
 FILE = "offsets.safetensors"
 OWNER = "identity"
@@ -52,15 +55,18 @@ def offsets_sum(folder: Path, owner: str) -> str | None:
         return listed[FILE] if (file.metadata() or {}).get(OWNER) == owner else None
 
 
-def with_offsets(folder: Path, weights: Mapping[str, QuantizedWeight], owner: str) -> dict[str, QuantizedWeight]:
+def with_offsets(
+    folder: Path, weights: Mapping[str, QuantizedWeight], owner: str, span: Span = ALONE.span
+) -> dict[str, QuantizedWeight]:
     """Return a student's weights with their offsets, as they are where there are none of it.
 
-    Raises StoreError if they are damaged.
+    span: tells which of so many rows the weights are. Raises StoreError if they are damaged.
     """
     if offsets_sum(folder, owner) is None:
         return dict(weights)
     with naming(folder / FILE), safe_open(folder / FILE, "pt") as file:
+        rows = {name: span(file.get_slice(name).get_shape()[0]) for name in weights}
         return {
-            name: replace(weight, offsets=file.get_tensor(name).to(weight.codes.device))
+            name: replace(weight, offsets=rows_of(file, name, rows[name]).to(weight.codes.device))
             for name, weight in weights.items()
         }

@@ -23,7 +23,10 @@ from kdctl.quant.apply import dense
 
 @torch.no_grad()
 def prove(folder: Path, student: Student) -> str:
-    """Compare every stored tensor with the student in memory. Raises StoreError naming the first that differs."""
+    """Compare every stored tensor with the student in memory. Raises StoreError naming the first that differs.
+
+    Layers whose Q(W) is on meta are compared by their codes: processes that divided them compared these with Q(W).
+    """
     config, stored = read_config(folder), StoredTensors(folder)
     expected = expected_tensors(config, folder)
     scheme = QuantizationScheme.model_validate(config.to_dict()["quantization_config"]["config_groups"]["group_0"])
@@ -38,7 +41,8 @@ def prove(folder: Path, student: Student) -> str:
         check_grid(name, weight)
         parts = {key: equal(key, tensor) for key, tensor in packed_tensors(name, weight).items()}
         values = dense(unpacked(name, parts, weight.grid))
-        _same(f"{name}.weight", values, student.model.get_parameter(f"{name}.weight"))
+        live = student.model.get_parameter(f"{name}.weight")
+        _same(f"{name}.weight", values, dense(weight) if live.is_meta else live)
         if not torch.equal(decompressed(name, parts, scheme), values):
             raise StoreError(f"compressed-tensors decompresses {name} to other numbers than kdctl")
     for name, tensor in unquantized_tensors(student.model, student.weights).items():

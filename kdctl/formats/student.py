@@ -6,7 +6,7 @@ last.
 """
 
 import copy
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.model.configuration import read_config
-from kdctl.model.folder import read_tensors, weight_files
+from kdctl.model.folder import StoredTensors, read_tensors, weight_files
 from kdctl.model.load import from_tensors
+from kdctl.model.rows import Span
 from kdctl.quant.affine import (
     Grid,
     QParams,
@@ -55,9 +56,22 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Student:
-    """A student in memory: a plain model that holds Q(W), and the codes and parameters behind it."""
+    """A student in memory: a plain model that holds Q(W), and the codes and parameters behind it.
+
+    Where processes divide it, each has its rows of both, until what it became is written: then the weights are whole
+    and those of the model on meta.
+    """
 
     model: PreTrainedModel
+    weights: dict[str, QuantizedWeight]
+
+
+@dataclass(frozen=True)
+class StudentRows:
+    """What one of several processes reads of a student folder: rows of its quantized layers."""
+
+    config: PretrainedConfig
+    generation: GenerationConfig | None
     weights: dict[str, QuantizedWeight]
 
 
@@ -102,14 +116,24 @@ def packed_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def unpacked(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
     """Undo ``packed_tensors``."""
-    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    codes = unpack(tensors[f"{name}.weight_packed"], grid.bits, tensors[f"{name}.weight_shape"].tolist())
+    return QuantizedWeight(codes, _qparams(name, tensors, grid), grid)
+
+
+def unpacked_rows(name: str, stored: StoredTensors, grid: Grid, span: Span) -> QuantizedWeight:
+    """Undo ``packed_tensors`` for some rows, which is all that is read of the codes."""
+    rows, columns = stored[f"{name}.weight_shape"].tolist()
+    part, whole = span(rows), _qparams(name, stored, grid)
+    packed = stored.rows(f"{name}.weight_packed", part)
+    qparams = QParams(whole.scale[part].clone(), whole.zero_point[part].clone())
+    return QuantizedWeight(unpack(packed, grid.bits, (len(packed), columns)), qparams, grid)
+
+
+def _qparams(name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QParams:
     scale = tensors[f"{name}.weight_scale"]
     if grid.symmetric:
-        zero = torch.full(scale.shape, grid.middle, dtype=torch.uint8)
-    else:
-        zero = unpack(tensors[f"{name}.weight_zero_point"], grid.bits, scale.shape, 0)
-    codes = unpack(tensors[f"{name}.weight_packed"], grid.bits, (rows, columns))
-    return QuantizedWeight(codes, QParams(scale, zero), grid)
+        return QParams(scale, torch.full(scale.shape, grid.middle, dtype=torch.uint8))
+    return QParams(scale, unpack(tensors[f"{name}.weight_zero_point"], grid.bits, scale.shape, 0))
 
 
 def unquantized_tensors(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
@@ -276,19 +300,40 @@ def read_student(folder: Path, device: torch.device) -> Student:
     config = read_config(folder)
     grid = stored_grid(config, folder)
     tensors = dict(read_tensors(folder))
-    names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-    if not names:
-        raise StoreError(f"{folder} has no packed weights")
-    weights = {name: unpacked(name, tensors, grid) for name in names}
+    weights = {name: unpacked(name, tensors, grid) for name in _packed_layers(folder, tensors)}
     state = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
     for name, weight in weights.items():
         state[f"{name}.weight"] = dequantize(weight.codes, weight.qparams, grid)
     config = dense_config(config)
     dtype = next(iter(weights.values())).qparams.scale.dtype
     model = from_tensors(config, state, dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = _generation(folder) or model.generation_config
     return Student(model.requires_grad_(False), {name: _moved(weight, device) for name, weight in weights.items()})
+
+
+def read_rows(folder: Path, device: torch.device, span: Span) -> StudentRows:
+    """Read some rows of a student folder's layers, checking its integrity first.
+
+    Raises StoreError if the folder is damaged or of another format.
+    """
+    check_sums(folder)
+    config, stored = read_config(folder), StoredTensors(folder)
+    grid = stored_grid(config, folder)
+    read = {name: unpacked_rows(name, stored, grid, span) for name in _packed_layers(folder, stored)}
+    weights = {name: _moved(weight, device) for name, weight in read.items()}
+    return StudentRows(dense_config(config), _generation(folder), weights)
+
+
+def _packed_layers(folder: Path, stored: Iterable[str]) -> list[str]:
+    """List the quantized layers of a folder. Raises StoreError if there are none."""
+    names = [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]
+    if not names:
+        raise StoreError(f"{folder} has no packed weights")
+    return names
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

@@ -1,7 +1,7 @@
 """Walks a model: which layers are quantized, by which method, and the student that results."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -94,9 +94,9 @@ def dense(weight: QuantizedWeight) -> Tensor:
     return dequantize(weight.codes, weight.qparams, weight.grid)
 
 
-def layer_errors(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> tuple[LayerError, ...]:
-    """Measure ‖W − Q(W)‖/‖W‖ of each layer, worst first."""
-    found = [_layer_error(name, teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
+def layer_errors(original: Callable[[str], Tensor], weights: Mapping[str, QuantizedWeight]) -> tuple[LayerError, ...]:
+    """Measure ‖W − Q(W)‖/‖W‖ of each layer, worst first. original: returns the teacher's parameter of a name."""
+    found = [_layer_error(name, original(f"{name}.weight"), weight) for name, weight in weights.items()]
     return tuple(sorted(found, key=lambda error: -(error.relative_error or 0.0)))
 
 

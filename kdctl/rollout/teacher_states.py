@@ -32,7 +32,7 @@ from kdctl.run.hashes import known_files
 from kdctl.run.names import inside
 from kdctl.run.paths import require_free_space
 from kdctl.run.records import Rollout, ShardEntry
-from kdctl.system.distributed import ALONE, Processes
+from kdctl.system.distributed import ALONE, Processes, is_divided
 
 Kind = Literal["exact", "int8"]
 Part = tuple[ShardEntry, Sequence[Rollout]]
@@ -58,18 +58,22 @@ class TeacherStates:
     def fill(
         self, store: RolloutStore, model: PreTrainedModel, reporter: Reporter, processes: Processes = ALONE
     ) -> None:
-        """Take up a finished store, running the teacher over the shards whose states are not there."""
+        """Take up a finished store, running the teacher over the shards whose states are not there.
+
+        Processes share these; where they divide the teacher, they run it together.
+        """
         rollouts, shards = store.read(), store.manifest().shards
         parts = [(one, rollouts[end - one.rows : end]) for one, end in zip(shards, rollouts.shards.ends, strict=True)]
-        mine = processes.share(parts)
+        divided = is_divided(model)
+        mine = parts if divided else processes.share(parts)
         missing = [one for one in shards if not states_path(store.path / one.file).exists()]
         need = sum(one.completion_tokens for one in missing) * model.config.hidden_size * model.dtype.itemsize
         require_free_space(store.path, need, f"keeping the teacher's states of {store.path.name}")
         with reporter.task(f"teacher reads {store.path.name} completions", "shards") as advance:
-            for done, _ in enumerate(self._made(store, mine, model)):
+            for done, _ in enumerate(self._made(store, mine, model, processes if divided else ALONE)):
                 advance(done + 1, len(mine))
         processes.wait()
-        others = [part for index, part in enumerate(parts) if index % processes.count != processes.rank]
+        others = [] if divided else [one for place, one in enumerate(parts) if place % processes.count != processes.rank]
         for _ in self._made(store, others, model):
             pass
         self._take(store, rollouts)
@@ -87,18 +91,29 @@ class TeacherStates:
         if rollouts:
             self._places[store.path] = [Places(rollouts), *self._places.get(store.path, [])[:1]]
 
-    def _made(self, store: RolloutStore, parts: Sequence[Part], model: PreTrainedModel) -> Iterator[None]:
-        """Run the teacher over the shards whose states are not there, one at a time."""
+    def _made(
+        self, store: RolloutStore, parts: Sequence[Part], model: PreTrainedModel, together: Processes = ALONE
+    ) -> Iterator[None]:
+        """Run the teacher over the shards whose states are not there, one at a time.
+
+        together: processes that divide the teacher, of which the main one looks and writes.
+        """
         paths = [states_path(inside(store.path, shard.file)) for shard, _ in parts]
+        whole = together.on_main(lambda: self._whole(store, parts, paths))
+        for path, (shard, rollouts), there in zip(paths, parts, whole, strict=True):
+            if not there:
+                encoded = self._encoded(rollouts, model)
+                together.on_main(lambda: _save(path, encoded, self._made_of(shard)))  # noqa: B023 - called at once
+            yield
+
+    def _whole(self, store: RolloutStore, parts: Sequence[Part], paths: Sequence[Path]) -> list[bool]:
+        """Tell of each shard whether its states are there and whole."""
         there = [path.name for path in paths if path.exists()]
         known = dict(zip(there, known_files(store.path, there, states_hash), strict=True))
-        for path, (shard, rollouts) in zip(paths, parts, strict=True):
-            made_of = self._made_of(shard)
-            if path.name not in known or not _is_of(path, made_of, known[path.name]):
-                encoded = self._encoded(rollouts, model)
-                with atomic_path(path) as temporary:
-                    save_file(encoded, temporary, {MADE_OF: json.dumps(made_of | {"sha256": content_hash(encoded)})})
-            yield
+        return [
+            path.name in known and _is_of(path, self._made_of(shard), known[path.name])
+            for path, (shard, _) in zip(paths, parts, strict=True)
+        ]
 
     def _made_of(self, shard: ShardEntry) -> dict[str, str]:
         kind = self.kind if self.kind == "exact" else f"int8 with a scale for {GROUP}"
@@ -132,6 +147,11 @@ class TeacherStates:
     def _encoded(self, rollouts: Sequence[Rollout], model: PreTrainedModel) -> dict[str, Tensor]:
         states = torch.cat([predicting_states(model, collate(part)).cpu() for part in split(rollouts, BATCH)])
         return {"states": states} if self.kind == "exact" else int8(states)
+
+
+def _save(path: Path, encoded: dict[str, Tensor], made_of: dict[str, str]) -> None:
+    with atomic_path(path) as temporary:
+        save_file(encoded, temporary, {MADE_OF: json.dumps(made_of | {"sha256": content_hash(encoded)})})
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -14,18 +14,17 @@ from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import LONGEST_NAME, canonical, identity, variant_name
 from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant
-from kdctl.distill.fsdp import local_rows, shard, whole_rows
+from kdctl.distill.fsdp import free_gathered, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.distill.monitor import Outcome
 from kdctl.distill.shadow import make_shadow
 from kdctl.eval import distribution
 from kdctl.formats.model_card import Training
 from kdctl.formats.offsets import offsets_sum, with_offsets
-from kdctl.formats.student import Student, load_student
+from kdctl.formats.student import Student
 from kdctl.model.activation_checkpointing import set_checkpointing
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
-from kdctl.quant.apply import build_student, share_frozen
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.store import RolloutStore
@@ -38,6 +37,7 @@ from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, QuantizeReport
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 from kdctl.stages.context import Context, versions
+from kdctl.stages.divided import alike, closed, opened
 from kdctl.stages.gate import check_gap
 from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
@@ -52,7 +52,7 @@ from kdctl.stages.rollout import (
     train_prompts,
 )
 from kdctl.stages.served import StudentFiles
-from kdctl.stages.yardstick import Measuring, ensure_measuring
+from kdctl.stages.yardstick import Figures, Measuring, ensure_measuring, figures_of
 from kdctl.system.memory import give_back
 
 
@@ -152,7 +152,10 @@ def measured_ptq(context: Context, measuring: Measuring) -> PerDocument:
     """Return the PTQ student's distance from the teacher on the yardstick, which its folder states."""
     folder = context.paths.student
     stated = measuring.measured(folder)
-    return stated or measuring.measure(load_student(folder, measuring.teacher.device).model, "PTQ student")
+    if stated is not None:
+        return stated
+    with opened(context, measuring) as (own, student):
+        return alike(context, lambda: own.measure(student.model, "PTQ student"))
 
 
 def _finished(context: Context, plan: Plan) -> DistillReport:
@@ -195,40 +198,37 @@ def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
 
 def _train(context: Context, measuring: Measuring, plan: Plan, before: PerDocument, watch: Watch | None) -> Trained:
     """Train the PTQ student and publish what it became."""
-    teacher = measuring.teacher
-    student = load_student(context.paths.student, teacher.device)
-    student.weights.update(with_offsets(context.paths.offsets, student.weights, made_of(context)))
-    leaves = QUANTIZERS[context.preset.quantize.method].leaves_offsets
-    if leaves and any(one.offsets is None for one in student.weights.values()):
-        context.reporter.note(
-            f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, and "
-            "training removes less; kdctl quantize --force makes student and offsets again"
-        )
-    share_frozen(student.model, teacher.load(), student.weights)
-    outcome = _run_loop(context, measuring, plan, student, watch)
-    if context.ranks.sharded:
-        teacher.forget()
-    return context.on_main(
-        lambda main: _write_trained(main, measuring, plan, _whole(context, teacher, student), before, outcome)
-    )
+    outcome, figures, student = _train_opened(context, measuring, plan, watch)
+    give_back()
+    student.weights.update(whole_rows(list(student.weights.items()), context.ranks))
+    return context.on_main(lambda main: _write_trained(main, measuring, plan, student, before, outcome, figures))
 
 
-def _whole(context: Context, teacher: Teacher, student: Student) -> Student:
-    """Return a student with its whole model, which is built anew from the weights where training divided it."""
-    if not context.ranks.sharded:
-        return student
-    return Student(build_student(teacher.load(), student.weights), student.weights)
+def _train_opened(
+    context: Context, measuring: Measuring, plan: Plan, watch: Watch | None
+) -> tuple[Outcome, Figures, Student]:
+    """Train and measure with both models in memory; return what is left of the student to be written."""
+    with opened(context, measuring) as (own, student):
+        offsets = with_offsets(context.paths.offsets, student.weights, made_of(context), context.ranks.span)
+        student.weights.update(offsets)
+        leaves = QUANTIZERS[context.preset.quantize.method].leaves_offsets
+        if leaves and any(one.offsets is None for one in student.weights.values()):
+            context.reporter.note(
+                f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, "
+                "and training removes less; kdctl quantize --force makes student and offsets again"
+            )
+        outcome = _run_loop(context, own, plan, student, watch)
+        give_back()
+        figures = alike(context, lambda: figures_of(own, student.model, "distilled student"))
+        return outcome, figures, closed(context, student)
 
 
 def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Student, watch: Watch | None) -> Outcome:
     """Run the training loop, which leaves the student as it is to be kept."""
-    settings, ranks, teacher = context.preset.distill, context.ranks, measuring.teacher
+    settings, teacher = context.preset.distill, measuring.teacher
     files = StudentFiles(context, plan.variant.served)
     feed, states = _feed(context, teacher, plan, student, files)
-    if ranks.sharded:
-        for model in (teacher.load(), student.model):
-            shard(model, student.weights.keys(), ranks)
-    shadow = make_shadow(settings, student.model, local_rows(student.model, student.weights), teacher.load())
+    shadow = make_shadow(settings, student.model, student.weights, teacher.load())
     files.follow(shadow, student)
     student.weights.clear()  # a byte a weight that nothing reads until the new codes are taken
     set_checkpointing(student.model, context.preset.runtime.activation_checkpointing)
@@ -241,8 +241,9 @@ def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Stude
         with stopping.put_off():
             outcome = train(trainer, small, outputs)
     files.clear()
-    student.weights.update(whole_rows(shadow.quantized(), ranks))
+    student.weights.update(shadow.quantized())
     shadow.detach()
+    free_gathered(student.model)
     return outcome
 
 
@@ -312,11 +313,17 @@ def _live(
 
 
 def _write_trained(
-    context: Context, measuring: Measuring, plan: Plan, student: Student, before: PerDocument, outcome: Outcome
+    context: Context,
+    measuring: Measuring,
+    plan: Plan,
+    student: Student,
+    before: PerDocument,
+    outcome: Outcome,
+    figures: Figures,
 ) -> Trained:
-    """Measure the trained student and publish it as ``final/``."""
-    after = measuring.measure(student.model, "distilled student")
-    described = describe_student(context, measuring, student, plan.identity, after)
+    """Publish the trained student as ``final/``."""
+    after = figures.per_document
+    described = describe_student(context, measuring, student, plan.identity, figures)
     summary, removed = distribution.summarize(before), stats.removed(after[FORWARD_KL], before[FORWARD_KL])
     if removed.high < 0:
         context.reporter.note(

@@ -25,13 +25,12 @@ from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
 from kdctl.rollout.mapped import numbers
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.documents import PerDocument
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import MethodResult, QuantizeReport, Rollout
 from kdctl.stages.context import Context, layers_of, versions
 from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.rollout import ensure_rollouts, unmixed
-from kdctl.stages.yardstick import Measuring, ensure_measuring
+from kdctl.stages.yardstick import Figures, Measuring, ensure_measuring, figures_of
 
 CALIBRATION_BATCH = 16
 
@@ -95,10 +94,10 @@ def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Reci
     """Make the student, measure it and publish it."""
     say_misfits(context, teacher)
     student, seconds = make_student(context, teacher, recipe)
-    per_document = measuring.measure(student.model, "student")
-    report = describe_student(context, measuring, student, recipe.identity, per_document, seconds)
+    figures = figures_of(measuring, student.model, "student")
+    report = describe_student(context, measuring, student, recipe.identity, figures, seconds)
     save_offsets(context.paths.offsets, student.weights, recipe.identity)
-    publish_student(context, teacher, path.parent, student, Described(report, per_document))
+    publish_student(context, teacher, path.parent, student, Described(report, figures.per_document))
     return read_record(path, QuantizeReport)
 
 
@@ -204,7 +203,7 @@ def describe_student(
     measuring: Measuring,
     student: Student,
     name: str,
-    per_document: PerDocument,
+    figures: Figures,
     seconds: float = 0.0,
 ) -> QuantizeReport:
     """Put together what quantize.json says of a student in memory."""
@@ -217,11 +216,11 @@ def describe_student(
         student_bytes=0,
         quantized_parameters=quantized,
         other_parameters=student.model.num_parameters() - quantized,
-        layers=layer_errors(teacher.load(), student.weights),
+        layers=layer_errors(teacher.weight, student.weights),
         yardstick=measuring.identity,
-        distribution=distribution.summarize(per_document),
-        text=distribution.text_perplexity(student.model, measuring.text()),
-        teacher_text=measuring.teacher_text(),
+        distribution=distribution.summarize(figures.per_document),
+        text=figures.text,
+        teacher_text=figures.teacher_text,
         seconds_s=seconds,
         versions=versions(),
         **grid_record(context.preset.quantize),

@@ -129,5 +129,4 @@ class StudentFiles:
     def follow(self, shadow: Shadow, student: Student) -> None:
         """Take up what training moves: the weights on the grid, and norms where they are trained."""
         self.shadow = shadow
-        if not self.context.ranks.sharded:
-            self.others = unquantized_tensors(student.model, student.weights)
+        self.others = unquantized_tensors(student.model, student.weights)

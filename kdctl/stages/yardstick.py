@@ -187,6 +187,22 @@ class Measuring:
             return distribution.compare(model, yardstick, advance)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What is measured of a student: on the yardstick by document, and on plain text beside the teacher."""
+
+    per_document: PerDocument
+    text: TextMetrics
+    teacher_text: TextMetrics
+
+
+def figures_of(measuring: Measuring, model: PreTrainedModel, label: str) -> Figures:
+    """Measure a student."""
+    per_document = measuring.measure(model, label)
+    text = distribution.text_perplexity(model, measuring.text())
+    return Figures(per_document, text, measuring.teacher_text())
+
+
 def ensure_measuring(context: Context, teacher: Teacher) -> Measuring:
     """Return what measures models of a run, its held-out completions written first where they are missing."""
     store = ensure_heldout(context, teacher)

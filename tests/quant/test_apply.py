@@ -117,7 +117,7 @@ def test_skipping_every_layer_is_refused(teacher: PreTrainedModel):
 
 def test_layer_errors_are_relative_frobenius_norms_worst_first(teacher: PreTrainedModel, quantized: Quantized):
     student = quantized(teacher, SETTINGS)
-    errors = layer_errors(teacher, student.weights)
+    errors = layer_errors(teacher.get_parameter, student.weights)
     assert {error.name for error in errors} == LINEAR
     relative = [error.relative_error or 0.0 for error in errors]
     assert relative == sorted(relative, reverse=True)
@@ -136,7 +136,7 @@ def test_a_layer_of_zeros_has_no_relative_error_and_does_not_hide_the_others(
     name = "model.layers.0.mlp.up_proj"
     teacher.get_parameter(f"{name}.weight").zero_()
     weights = quantized(teacher, SETTINGS).weights
-    *others, last = layer_errors(teacher, weights)
+    *others, last = layer_errors(teacher.get_parameter, weights)
     assert (last.name, last.relative_error, last.sqnr_db) == (name, None, None)
     assert all(0 < (error.relative_error or 0) < 1 for error in others)
     assert sqnr(teacher, {name: weights[name]}) == math.inf
