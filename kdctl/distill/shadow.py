@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kdctl.base.errors import PresetError
 from kdctl.base.rng import digest
 from kdctl.config.preset import DistillSection
-from kdctl.distill.fsdp import local
+from kdctl.distill.fsdp import gathered_like, local, rows_like, summed_like
 from kdctl.quant.affine import (
     QParams,
     QuantizedWeight,
@@ -44,7 +44,8 @@ class Shadow(ABC):
     """Hooks between a student's quantized weights and the tensors that an optimizer moves.
 
     trained: those tensors by name, float32. The student holds Q of them after ``write_back`` and at the start, where it
-    is exactly the quantized model that was given. last_pass: the next backward is the last before ``write_back``, so
+    is exactly the quantized model that was given. Where FSDP2 divides the student, ``weights`` are this process's rows,
+    and so is every tensor that is trained. last_pass: the next backward is the last before ``write_back``, so
     where backward has finished with a weight its gradient may take its place.
     """
 
@@ -129,10 +130,7 @@ class Shadow(ABC):
 
 
 class ShadowWeights(Shadow):
-    """Full-precision masters, one a weight; each starts in the rounding cell of its stored code.
-
-    Student and teacher may be sharded by FSDP2, ``weights`` then being cut by ``local_rows``: masters are row shards.
-    """
+    """Full-precision masters, one a weight; each starts in the rounding cell of its stored code."""
 
     def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, learn_scales: bool = False):
         super().__init__(student, weights)
@@ -174,7 +172,8 @@ class ShadowWeights(Shadow):
 class ShadowLora(Shadow):
     """Low-rank updates inside Q: the layer is Q(W + (α/r)·B·A), W frozen and, where its code allows, the teacher's own.
 
-    Layers that match no target keep their codes. Raises PresetError if a target matches nothing.
+    Layers that match no target keep their codes. A is divided by rows like the rest, and gathered where it is read.
+    Raises PresetError if a target matches nothing.
     """
 
     def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, settings: DistillSection):
@@ -189,10 +188,11 @@ class ShadowLora(Shadow):
         self._untouched = {
             name: replace(weight, offsets=None) for name, weight in weights.items() if name not in targets
         }
+        self._rank = settings.lora_rank
         self._factor = settings.effective_lora_alpha / settings.lora_rank
         self._frozen: dict[str, Tensor] = {}
         for name, weight in targets.items():
-            self._frozen[name] = _frozen_base(teacher.get_parameter(f"{name}.weight").detach(), weight)
+            self._frozen[name] = _frozen_base(local(teacher.get_parameter(f"{name}.weight")).detach(), weight)
             self._add_adapter(name, weight, settings)
 
     def _add_adapter(self, name: str, weight: QuantizedWeight, settings: DistillSection) -> None:
@@ -201,22 +201,28 @@ class ShadowLora(Shadow):
         generator = torch.Generator().manual_seed(digest("lora", settings.seed, name) >> 1)
         start = torch.rand(settings.lora_rank, columns, generator=generator).mul_(2).sub_(1).div_(columns**0.5)
         device = weight.codes.device
-        self.trained[f"{name}.lora_a"] = nn.Parameter(start.to(device))
+        self.trained[f"{name}.lora_a"] = nn.Parameter(rows_like(self._parameters[name], start.to(device)))
         self.trained[f"{name}.lora_b"] = nn.Parameter(torch.zeros(rows, settings.lora_rank, device=device))
 
     def master(self, name: str) -> Tensor:
         """Return W + (α/r)·B·A, float32."""
-        a, b = self.trained[f"{name}.lora_a"].detach(), self.trained[f"{name}.lora_b"].detach()
-        return torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor)
+        return torch.addmm(self._frozen[name].float(), self._b(name), self._a(name), alpha=self._factor)
+
+    def _a(self, name: str) -> Tensor:
+        rows = self.trained[f"{name}.lora_a"].detach()
+        return gathered_like(self._parameters[name], rows, self._rank)
+
+    def _b(self, name: str) -> Tensor:
+        return self.trained[f"{name}.lora_b"].detach()
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass G, zero where the code is clamped, through the product: dL/dA = (α/r)·Bᵀ·G, dL/dB = (α/r)·G·Aᵀ."""
         grid = self._grids[name]
-        free = inside(self.master(name), grid.qparams, grid.grid)
+        a, b = self._a(name), self._b(name)
+        free = inside(torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor), grid.qparams, grid.grid)
         inner = gradient.float().mul_(free).mul_(self._factor)
-        a, b = self.trained[f"{name}.lora_a"], self.trained[f"{name}.lora_b"]
-        _accumulate(a, b.T @ inner)
-        _accumulate(b, inner @ a.T)
+        _accumulate(self.trained[f"{name}.lora_a"], summed_like(self._parameters[name], b.T @ inner))
+        _accumulate(self.trained[f"{name}.lora_b"], inner @ a.T)
 
     def quantized_layer(self, name: str) -> QuantizedWeight:
         """Return a layer on the grid, adapter included."""
@@ -252,11 +258,16 @@ class ShadowScales(Shadow):
         own = nn.Parameter(student.get_parameter(name).detach().clone())
         student.get_submodule(owner).register_parameter(leaf, own)
         self._norms[name] = own
-        self.trained[f"{name}.master"] = nn.Parameter(own.detach().float())
+        self.trained[f"{name}.master"] = nn.Parameter(rows_like(self._divided, own.detach().float()))
         self._hooks.append(self._follow(own, name, self._receive_norm))
 
     def _receive_norm(self, name: str, gradient: Tensor) -> None:
-        _accumulate(self.trained[f"{name}.master"], gradient.float())
+        _accumulate(self.trained[f"{name}.master"], summed_like(self._divided, gradient.float()))
+
+    @property
+    def _divided(self) -> Tensor:
+        """A parameter that is divided where any is."""
+        return next(iter(self._parameters.values()))
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass Σ over the group of G·(q − z) to the scale."""
@@ -274,7 +285,7 @@ class ShadowScales(Shadow):
         """Write Q(W) and the norms into the student."""
         super().write_back()
         for name, parameter in self._norms.items():
-            parameter.copy_(self.trained[f"{name}.master"])
+            parameter.copy_(gathered_like(self._divided, self.trained[f"{name}.master"].detach(), len(parameter)))
 
     def detach(self) -> None:
         """Remove the hooks and freeze the student again."""

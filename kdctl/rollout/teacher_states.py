@@ -73,9 +73,9 @@ class TeacherStates:
             for done, _ in enumerate(self._made(store, mine, model, processes if divided else ALONE)):
                 advance(done + 1, len(mine))
         processes.wait()
-        others = [] if divided else [one for place, one in enumerate(parts) if place % processes.count != processes.rank]
-        for _ in self._made(store, others, model):
-            pass
+        if not divided:
+            for _ in self._made(store, [p for i, p in enumerate(parts) if i % processes.count != processes.rank], model):
+                pass
         self._take(store, rollouts)
 
     def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:

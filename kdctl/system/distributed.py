@@ -65,14 +65,19 @@ class Processes:
         self.check_rows(settings.rows_per_step)
         if not self.sharded:
             return
+        keep = rollout.keep_states if rollout is not None else "no"
         for unfit, what, instead in (
-            (settings.train != "weights", f"distill.train={settings.train}", "launch copies with --multi_gpu"),
             (settings.optimizer != "adamw", f"distill.optimizer={settings.optimizer}", "use adamw"),
             (
                 settings.live and (rollout is None or rollout.engine == "transformers"),
                 "live generation in process",
                 "let a server write (rollout.engine=server), or fill the store with kdctl rollout and set "
                 "distill.refresh_every=0",
+            ),
+            (
+                settings.live and keep != "no",
+                f"rollout.keep_states={keep} for live generations",
+                "set rollout.keep_states=no",
             ),
         ):
             if unfit:

@@ -21,9 +21,9 @@ from kdctl.config.preset import DistillSection, PromptsSection, QuantizeSection
 from kdctl.data.prompts import PromptReader
 from kdctl.distill.checkpoint import Checkpoints
 from kdctl.distill.feed import Feed, Live
-from kdctl.distill.fsdp import local_rows, shard
+from kdctl.distill.fsdp import divided_student, load_divided
 from kdctl.distill.loop import Trainer, heldout_metrics
-from kdctl.distill.shadow import Shadow, ShadowWeights
+from kdctl.distill.shadow import Shadow, make_shadow
 from kdctl.eval.distribution import Yardstick, make_yardstick
 from kdctl.model.activation_checkpointing import Checkpointing, set_checkpointing
 from kdctl.model.load import load_model
@@ -89,7 +89,6 @@ def test_what_shards_in_another_way_is_refused(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train": "lora"}, "train=lora needs them whole; launch copies with --multi_gpu"),
         ({"optimizer": "adafactor"}, "optimizer=adafactor needs them whole; use adamw"),
         (
             {"lmbda": 0.5},
@@ -101,7 +100,7 @@ def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str
     settings = SETTINGS.model_copy(update=changes)
     Processes(0, 2).check_trainable(settings)
     Processes(0, 2, sharded=True).check_trainable(SETTINGS)
-    Processes(0, 2, sharded=True).check_trainable(settings.model_copy(update={"train": "weights"} | REPLAYED))
+    Processes(0, 2, sharded=True).check_trainable(settings.model_copy(update=REPLAYED))
     with pytest.raises(PresetError, match=words):
         Processes(0, 2, sharded=True).check_trainable(settings)
 
@@ -168,10 +167,17 @@ def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **setting
     section = SETTINGS.model_copy(update=settings)
     feed = Feed(section, rollouts(13), processes=processes)
     if processes.sharded:
-        for model in (teacher, student):
-            shard(model, weights.keys(), processes)
-    shadow = ShadowWeights(student, local_rows(student, weights), teacher, section.learn_scales)
+        teacher = load_divided(folder, dtype, torch.device("cpu"), weights.keys(), processes)
+        weights = {name: cut(weight, processes) for name, weight in weights.items()}
+        student = divided_student(teacher, teacher.config, weights, processes)
+    shadow = make_shadow(section, student, weights, teacher)
     return Trainer(teacher, student, shadow, feed, section)
+
+
+def cut(weight: QuantizedWeight, processes: Processes) -> QuantizedWeight:
+    """Return a process's rows of a weight on the grid."""
+    part = processes.span(len(weight.codes))
+    return weight.rows(part.start, part.stop)
 
 
 def compare_training(
