@@ -84,10 +84,10 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def together(tmp_path: Path) -> Callable[..., None]:
     """Run functions of a test file in two gloo processes, with ``tmp_path``; what fails there fails here."""
 
-    def run(file: str, *functions: str) -> None:
+    def run(file: str, *functions: str, timeout: int = 120) -> None:
         command = [sys.executable, str(TOGETHER), file, ",".join(functions), str(tmp_path)]
         running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-        errors = [process.communicate(timeout=120)[1] for process in running]
+        errors = [process.communicate(timeout=timeout)[1] for process in running]
         assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
 
     return run

@@ -145,6 +145,8 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int], dim: Literal[0, 1] =
     """Undo ``pack``: codes of that shape, uint8."""
     if dim == 0:
         return unpack(packed.t(), bits, shape[::-1]).t().contiguous()
+    if 0 in shape:
+        return packed.new_empty(shape, dtype=torch.uint8)
     # contiguous() would keep the strides of a transposed single word, which compressed-tensors cannot view as bytes
     words = packed.clone(memory_format=torch.contiguous_format)
     values = unpack_from_int32(words, bits, torch.Size(shape))

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdctl.base.errors import ModelError, StoreError
 from kdctl.config.preset import QuantizeSection
 from kdctl.formats import student as checkpoint
-from kdctl.formats.student import Student, load_student, packed_tensors, unpacked
+from kdctl.formats.student import Student, load_student, packed_tensors, read_rows, unpacked
 from kdctl.model.configuration import read_config
 from kdctl.model.folder import read_tensors
 from kdctl.model.load import linear_shapes, skeleton
@@ -27,6 +27,7 @@ from kdctl.quant.affine import Grid
 from kdctl.quant.apply import dense
 from kdctl.run.files import sha256
 from kdctl.run.records import QuantizeReport
+from kdctl.system.distributed import Processes
 
 SaveStudent = Callable[[PreTrainedModel, QuantizeSection, Path], Student]
 Quantized = Callable[[PreTrainedModel, QuantizeSection], Student]
@@ -124,6 +125,23 @@ def test_stored_layer_decompresses_with_compressed_tensors(
         again = unpacked(name, stored, weight.grid)
         assert torch.equal(again.codes, weight.codes)
         assert torch.equal(again.qparams.zero_point, weight.qparams.zero_point)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, False), (4, True)])
+def test_rows_of_all_processes_are_the_layers(
+    untied: PreTrainedModel, save: SaveStudent, tmp_path: Path, bits: int, symmetric: bool
+):
+    student = save(untied, settings_of(bits, symmetric, "minmax", group_size=8), tmp_path / "student")
+    parts = [read_rows(tmp_path / "student", CPU, Processes(rank, 5, sharded=True).span) for rank in range(5)]
+    for part in parts:
+        assert part.weights.keys() == student.weights.keys()
+        own, expected = (one.to_dict() for one in (part.config, load_student(tmp_path / "student", CPU).model.config))
+        assert own | {"_name_or_path": ""} == expected | {"_name_or_path": ""}
+    for name, weight in student.weights.items():
+        rows = [part.weights[name] for part in parts]
+        assert torch.equal(torch.cat([one.codes for one in rows]), weight.codes)
+        assert torch.equal(torch.cat([one.qparams.scale for one in rows]), weight.qparams.scale)
+        assert torch.equal(torch.cat([one.qparams.zero_point for one in rows]), weight.qparams.zero_point)
 
 
 @pytest.mark.parametrize("fixture", ["teacher", "untied"])

@@ -234,6 +234,30 @@ def train_row_shards(processes: Processes, folder: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_train_adapters_and_scales_as_one(
+    together: Together, tiny_dir_fp32: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "float32").symlink_to(tiny_dir_fp32)
+    together(__file__, "train_little")
+
+
+def train_little(processes: Processes, folder: Path) -> None:
+    shards = replace(processes, sharded=True)
+    for changes in (
+        {"train": "lora", "lora_rank": 2, "lora_targets": ["*_proj"], "gradient_accumulation": 4},
+        {"train": "lora", "lora_rank": 4, "lora_targets": ["*.mlp.*"]},
+        {"train": "scales", "train_norms": True, "gradient_accumulation": 4},
+    ):
+        divided, whole = compare_training(folder / "float32", shards, torch.float32, "selective", **changes)
+        matches_whole(divided, whole)
+        compare_gradients(divided, whole)
+        compare_checkpoints(folder / "_".join(map(str, changes.values())).replace("*", ""), divided, whole)
+        for name, parameter in whole.student.named_parameters():
+            if "norm" in name:
+                torch.testing.assert_close(divided.student.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
 def yardstick(teacher: PreTrainedModel) -> Yardstick:
     return make_yardstick(teacher, rollouts(5))
 
