@@ -133,7 +133,7 @@ class Cost:
             "layers gathered": self._gathered(),
             "trained in float32": FLOAT32 * self.trained // self.shards,
             "optimizer state": self.moments // self.shards,
-            "base or codes of what is trained": self.base,
+            "base or codes of what is trained": self.base // self.shards,
             "held-out states": self._heldout_states(),
         }
         codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
@@ -141,7 +141,7 @@ class Cost:
             _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
             *self._quantizing(always | codes | {"grid": self.grid}),
             _phase("training", training, self._training_moments()),
-            _phase("writing a student", always, self._writing()),
+            _phase("writing a student", always, self._writing()) if self.shards == 1 else self._writing_divided(),
         )
 
     def _quantizing(self, parts: dict[str, int]) -> Iterator[Phase]:
@@ -192,9 +192,12 @@ class Cost:
         """Two decoder layers of a divided model, whole, and one's gradient before and while it is summed."""
         if self.shards == 1:
             return 0
+        return self._layer() * (2 * self.itemsize + self.itemsize + FLOAT32)
+
+    def _layer(self) -> int:
+        """Weights of the largest decoder layer."""
         layers = by_decoder_layer(list(self.network.layers)).values()
-        largest = max(sum(math.prod(self.network.layers[name]) for name in names) for names in layers)
-        return largest * (2 * self.itemsize + self.itemsize + FLOAT32)
+        return max(sum(math.prod(self.network.layers[name]) for name in names) for names in layers)
 
     def _live_rows(self) -> int:
         return min(self.preset.rollout.batch_size, self.distill.refresh_every * self.distill.rows_per_step)
@@ -232,6 +235,17 @@ class Cost:
         """The student while it is measured and saved; what was stored is read back a layer at a time."""
         student = self.grid + self.quantized
         return {"measuring and saving": self.linears + student + self.logits}
+
+    def _writing_divided(self) -> Phase:
+        """The same in the main one of several processes: models are divided when measured, and gone when it is saved.
+
+        Rows of codes are put together, packed and saved in RAM; libraries copy packed ones once.
+        """
+        rows = (2 * self.linears + self.grid + self.quantized) // self.shards + self._heldout_states()
+        passing = 2 * self.itemsize * self._layer() + self._reading() + self.network.loss_bytes(self.cpu)
+        saving = self.quantized + self.grid + 2 * self.folder if self.cpu else 0
+        whole = {"process": PROCESS_BYTES, "what is not quantized": self.network.other_parameters * self.itemsize}
+        return _phase("writing a student", whole, {"measuring": rows + passing, "saving": saving})
 
     # --- disk and tokens --------------------------------------------------------------------------------------------
 

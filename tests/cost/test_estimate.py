@@ -222,6 +222,19 @@ def test_shards_divide_what_training_keeps_and_gather_two_layers(network: Networ
     assert "layers gathered" not in one
 
 
+def test_shards_write_a_student_without_a_whole_model(network: Network) -> None:
+    def writing(count: int) -> dict[str, int]:
+        phase = Cost(preset_with({}), network, True, count).phases()[-1]
+        return {part.name: part.size_bytes for part in (*phase.parts, *phase.moments)}
+
+    one, two, four = Cost(preset_with({}), network, True), writing(2), writing(4)
+    assert two["what is not quantized"] == one.model - one.linears
+    assert two["measuring"] - four["measuring"] == (2 * one.linears + one.grid + one.quantized) // 4
+    assert two["saving"] == four["saving"] == one.quantized + one.grid + 2 * one.folder
+    on_gpu = Cost(preset_with({}), network, False, 2).phases()[-1]
+    assert [moment.name for moment in on_gpu.moments] == ["measuring"], "codes are put together in RAM"
+
+
 def test_shards_divide_the_rows_of_a_step(network: Network) -> None:
     def peak(shards: int, rows: int, micro_batches: int) -> int:
         settings = {"distill.micro_batch_size": rows, "distill.gradient_accumulation": micro_batches}
