@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,28 +92,33 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files by name; each is read when it is asked for, and not kept."""
+    """The tensors of a folder's safetensors files by name; each is read when it is asked for, and not kept.
 
-    def __init__(self, folder: Path):
+    renamed: tells the name that a stored one is known by.
+    """
+
+    def __init__(self, folder: Path, renamed: Callable[[str], str] = str):
         files = [open_tensors(path) for path in weight_files(folder)]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not iterable
+        self._places = {renamed(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118 - safe_open is not iterable
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        file, stored = self._places[name]
+        return file.get_tensor(stored)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        file, stored = self._places[name]
+        return tuple(file.get_slice(stored).get_shape())
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Read some rows of a tensor."""
-        return rows_of(self._files[name], name, rows)
+        return rows_of(*self._places[name], rows)
 
 
 def rows_of(file: Any, name: str, rows: slice) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from kdctl.base.errors import ModelError
 from kdctl.model.absent import check_no_adapter
@@ -34,7 +36,8 @@ def load_rows(
     or not finite.
     """
     check_no_adapter(folder)
-    model, stored = frame(read_config(folder), dtype), StoredTensors(folder)
+    model = frame(read_config(folder), dtype)
+    stored = network_tensors(folder, model)
     check_complete(folder, _differences(model, stored))
     check_stored(folder, model)
     divided = [f"{name}.weight" for name in names]
@@ -48,6 +51,18 @@ def load_rows(
     if device.type == "cpu":
         widen_products(dtype)
     return model, rows
+
+
+def network_tensors(folder: Path, model: PreTrainedModel) -> StoredTensors:
+    """Open a folder's tensors by the names that they have in a network, where transformers knows them by others."""
+    changes, wanted = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [one for one in changes if isinstance(one, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        found, _ = rename_source_key(name, renamings, [], model.base_model_prefix, wanted)
+        return found if found in wanted or name not in wanted else name
+
+    return StoredTensors(folder, renamed)
 
 
 def frame(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,8 +13,9 @@ from kdctl.base.progress import Reporter, Silent
 from kdctl.config.preset import RuntimeSection, TeacherSection
 from kdctl.model.context import Reach, reach_of
 from kdctl.model.folder import StoredTensors, fingerprint
-from kdctl.model.load import load_model, pick_device, torch_dtype
+from kdctl.model.load import load_model, pick_device, skeleton, torch_dtype
 from kdctl.model.reference import cache_of, find_config, locate, model_folder
+from kdctl.model.rows import network_tensors
 from kdctl.model.stops import described, own_stops, read_from_config, stop_ids, stop_texts
 from kdctl.model.tokenizer import check_vocabulary, load_tokenizer
 from kdctl.run.locks import holding
@@ -117,7 +118,7 @@ class Teacher:
 
     @_once
     def _stored(self) -> StoredTensors:
-        return StoredTensors(self.folder())
+        return network_tensors(self.folder(), skeleton(self.config()))
 
     @property
     def loaded(self) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from kdctl.base.errors import ModelError
 from kdctl.model.load import linear_shapes, load_model
@@ -61,6 +61,14 @@ def test_rows_of_several_files_in_another_number_format(tmp_path: Path, teacher_
     teacher_fp32.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     check_parts(tmp_path, load_model(tmp_path, torch.bfloat16, CPU), 2)
+
+
+def test_names_that_transformers_changes_are_changed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(**tiny.SIZES, use_parallel_residual=False, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    check_parts(tmp_path, load_model(tmp_path, torch.float32, CPU), 2)
 
 
 def test_more_processes_than_rows(tmp_path: Path) -> None:
