@@ -74,7 +74,9 @@ class TeacherStates:
                 advance(done + 1, len(mine))
         processes.wait()
         if not divided:
-            for _ in self._made(store, [p for i, p in enumerate(parts) if i % processes.count != processes.rank], model):
+            for _ in self._made(
+                store, [p for i, p in enumerate(parts) if i % processes.count != processes.rank], model
+            ):
                 pass
         self._take(store, rollouts)
 

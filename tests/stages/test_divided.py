@@ -18,7 +18,7 @@ from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student, unquantized_tensors
 from kdctl.model.folder import StoredTensors
 from kdctl.run.record_files import read_record
-from kdctl.run.records import DistillReport
+from kdctl.run.records import DistillReport, QuantizeReport
 from kdctl.run.tracking import read_metrics
 from kdctl.stages import pipeline
 from kdctl.stages.context import open_run
@@ -65,6 +65,11 @@ def prepared(smoke: Preset, folder: Path, model: Path, group_size: int, **change
     )
     (folder / "preset.json").write_text(preset.model_dump_json())
     return preset
+
+
+def distill_gathered(processes: Processes, folder: Path) -> None:
+    """Do the same with layers that stay gathered from their forward pass to their backward pass."""
+    distill_divided(replace(processes, freed=False), folder)
 
 
 def distill_divided(processes: Processes, folder: Path) -> None:
@@ -114,6 +119,11 @@ def same_students(folder: Path, share: float) -> None:
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    said = [read_record(path / "quantize.json", QuantizeReport) for path in (one, two)]
+    for field in ("teacher_bytes", "student_bytes", "quantized_parameters", "other_parameters", "teacher_text"):
+        assert getattr(said[0], field) == getattr(said[1], field), field
+    errors = [{layer.name: layer.relative_error for layer in each.layers} for each in said]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
     first, second = (load_student(path, torch.device("cpu")) for path in (one, two))
     assert first.weights.keys() == second.weights.keys()
     pairs = [(weight, second.weights[name]) for name, weight in first.weights.items()]
@@ -153,7 +163,7 @@ def test_divided_models_become_and_measure_what_whole_ones_do(
     changes |= {"heldout__text_tokens": 24}  # so that no folder states how far its student is on this yardstick
     preset = prepared(smoke, tmp_path, untied_dir, 8, **changes)
     pipeline.distill(*open_run(preset, tmp_path / "one"), name="variant")
-    together(__file__, "distill_divided")
+    together(__file__, "distill_gathered" if way == "weights" else "distill_divided")
     one, two = (tmp_path / run for run in ("one", "two"))
     states = sorted((one / "rollouts").rglob("*.states.safetensors"))
     assert states

@@ -15,9 +15,9 @@ from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from kdctl.base.errors import PresetError, ProcessError, StoreError
+from kdctl.base.errors import ModelError, PresetError, ProcessError, StoreError
 from kdctl.base.progress import Silent
-from kdctl.config.preset import DistillSection, PromptsSection, QuantizeSection
+from kdctl.config.preset import DistillSection, PromptsSection, QuantizeSection, RolloutSection
 from kdctl.data.prompts import PromptReader
 from kdctl.distill.checkpoint import Checkpoints
 from kdctl.distill.feed import Feed, Live
@@ -103,6 +103,13 @@ def test_training_that_needs_whole_models_is_refused_on_shards(changes: dict[str
     Processes(0, 2, sharded=True).check_trainable(settings.model_copy(update=REPLAYED))
     with pytest.raises(PresetError, match=words):
         Processes(0, 2, sharded=True).check_trainable(settings)
+
+
+def test_states_of_live_generations_are_refused_on_shards() -> None:
+    settings, shards = SETTINGS.model_copy(update={"lmbda": 0.5}), Processes(0, 2, sharded=True)
+    shards.check_trainable(settings, RolloutSection(engine="server", url=("http://there",)))
+    with pytest.raises(PresetError, match=r"keep_states=exact for live generations .*; set rollout\.keep_states=no"):
+        shards.check_trainable(settings, RolloutSection(engine="server", url=("http://there",), keep_states="exact"))
 
 
 def test_one_process_connects_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,11 +451,19 @@ def write_stores(processes: Processes, folder: Path) -> None:
     assert [row.completion_ids for row in processes.on_main(resumed)] == [row.completion_ids for row in expected]
 
 
+def fail_in(processes: Processes, rank: int) -> None:
+    if processes.rank == rank:
+        raise ModelError("only here")
+
+
 def agree_and_end(processes: Processes, folder: Path) -> None:
     for length in range(6):
         items = [f"item {i}" for i in range(length)]
         assert processes.merge(processes.share(items)) == items
     assert processes.on_main(lambda: processes.rank) == 0
+    assert processes.alike(lambda: processes.rank) == processes.rank
+    with pytest.raises(ModelError, match="only here"):
+        processes.alike(lambda: fail_in(processes, 1))
     assert processes.total(0.25 + processes.rank) == 1.5
     mark = folder / "mark"
     assert processes.main_first(lambda: mark.exists() or mark.write_text("here") < 0) == (not processes.is_main)
