@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from kdctl.base.errors import StoreError
 from kdctl.rollout.shard import mapped
+from kdctl.run.files import sha256
 from kdctl.run.hashes import stamp_of
 from kdctl.run.records import Rollout
 from kdctl.run.streams import let_go
@@ -30,11 +31,13 @@ LET_GO = 512
 class Shards:
     """Shards that are known to be whole; rows are counted through all of them.
 
-    counts: rows of each. refuse: makes the error for a shard that has been changed since.
+    counts: rows of each; sums: their sha256. refuse: makes the error for a shard that has been changed since.
     """
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], refuse: Callable[[Path], StoreError]):
-        self.paths, self.counts, self.refuse = paths, counts, refuse
+    def __init__(
+        self, paths: Sequence[Path], counts: Sequence[int], sums: Sequence[str], refuse: Callable[[Path], StoreError]
+    ):
+        self.paths, self.counts, self.sums, self.refuse = paths, counts, sums, refuse
         self.ends = list(accumulate(counts))
         self.found = [stamp_of(path) for path in paths]
         self._tables: dict[int, tuple[pa.Table, pa.Buffer | None]] = {}
@@ -63,13 +66,22 @@ class Shards:
 
     def _mapped(self, path: Path, shard: int) -> tuple[pa.Table, pa.Buffer | None]:
         try:
-            if stamp_of(path) == self.found[shard]:
+            if self._same(path, shard):
                 table, pages = mapped(path)
                 if len(table) == self.counts[shard]:
                     return table, pages
         except (OSError, pa.ArrowException):
             pass
         raise self.refuse(path) from None
+
+    def _same(self, path: Path, shard: int) -> bool:
+        """Tell whether a file is the one that was checked; one that was only touched is hashed again."""
+        stamp = stamp_of(path)
+        if stamp != self.found[shard]:
+            if sha256(path) != self.sums[shard]:
+                return False
+            self.found[shard] = stamp
+        return True
 
 
 @dataclass(frozen=True, eq=False)

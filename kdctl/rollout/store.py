@@ -108,12 +108,13 @@ class RolloutStore:
         paths = [self.path / entry.file for entry in entries]
         try:
             hashes = known_files(self.path, [entry.file for entry in entries])
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise StoreError(f"{error.filename} is named in the manifest and missing; {self._way_out()}") from None
         for path, entry, found in zip(paths, entries, hashes, strict=True):
             if found != entry.sha256:
                 raise self._changed(path)
-        found = Shards(paths, [entry.rows for entry in entries], self._changed)
+        rows, sums = zip(*((entry.rows, entry.sha256) for entry in entries), strict=True) if entries else ((), ())
+        found = Shards(paths, rows, sums, self._changed)
         return MappedRollouts(found, range(found.ends[-1] if entries else 0))
 
     def _changed(self, path: Path) -> StoreError:

@@ -78,6 +78,16 @@ def test_shards_are_untouched_until_a_row_is_asked_for(tmp_path):
         found[27]
 
 
+@pytest.mark.parametrize(
+    "touch", [lambda path: path.chmod(0o600), os.utime, lambda path: os.link(path, f"{path}.copy")]
+)
+def test_shard_that_was_only_touched_after_opening_is_read(tmp_path, touch):
+    store = written(tmp_path)
+    found = store.read()
+    touch(store.shard_path(1))
+    assert list(found) == ROWS
+
+
 def test_shard_that_was_changed_after_opening_is_refused(tmp_path):
     store, other = written(tmp_path / "s"), written(tmp_path / "other", ROWS[::-1])
     found = store.read()
