@@ -1,9 +1,10 @@
 """Runs several shards of a sweep as processes of their own on one machine."""
 
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from kdctl.base import stopping
@@ -12,6 +13,8 @@ from kdctl.run.files import make_folder, open_new
 
 LONGEST_END_S = 6.0
 LOOK_S = 0.2
+STOPPED = {128 + signal.SIGTERM, -signal.SIGTERM}
+"""Codes of a worker that SIGTERM ended where nothing trained; the negative one before kdctl could listen."""
 
 
 def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
@@ -30,7 +33,7 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
             with stopping.held():  # a worker that was started and is not in the list would outlive this call
                 workers.append(subprocess.Popen(command, stdout=files[index], stderr=subprocess.STDOUT, env=places))
         with stopping.put_off():
-            _wait(workers)
+            _wait(workers, logs)
     finally:
         _end(workers)
         for file in files:
@@ -38,8 +41,11 @@ def run_workers(commands: Sequence[Sequence[str]], logs: Path) -> None:
     _check(workers, logs)
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for every worker to end, which they are asked to once this process is."""
+def _wait(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+    """Wait for every worker to end, which they are asked to once this process is.
+
+    Raises Preempted if all that trained wrote a checkpoint then; a worker that failed is told of first.
+    """
     told = False
     while any(worker.poll() is None for worker in workers):
         if stopping.asked() and not told:
@@ -47,7 +53,10 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:
                 worker.terminate()
             told = True
         time.sleep(LOOK_S)
-    if told and any(worker.returncode for worker in workers):
+    codes = {worker.returncode for worker in workers}
+    if stopping.asked() and codes - {0, stopping.LATER, *STOPPED}:
+        _check(workers, logs, {stopping.LATER, *STOPPED})
+    if stopping.asked() and stopping.LATER in codes and not codes & STOPPED:
         stopping.preempt("together with its trials")
 
 
@@ -56,9 +65,10 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
     stopping.notice()
     for worker in workers:
         worker.terminate()
+    latest = time.monotonic() + LONGEST_END_S
     for worker in workers:
         try:
-            worker.wait(timeout=LONGEST_END_S)
+            worker.wait(timeout=max(0.0, latest - time.monotonic()))
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
@@ -72,9 +82,9 @@ def _places(index: int, count: int) -> dict[str, str]:
     return environment | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {})
 
 
-def _check(workers: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+def _check(workers: Sequence[subprocess.Popen[bytes]], logs: Path, expected: Collection[int] = ()) -> None:
     for index, worker in enumerate(workers):
-        if worker.returncode:
+        if worker.returncode not in {0, *expected}:
             log = logs / f"worker-{index}.log"
             last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
             raise StoreError(

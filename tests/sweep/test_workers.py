@@ -1,5 +1,6 @@
 """Workers run side by side, none outlives the sweep, and a failure is told with its last words."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,25 @@ def test_workers_of_a_sweep_that_is_to_stop_are_asked_once_and_waited_for(
         run_workers([[*python(code), f"here{index}"] for index in range(2)], tmp_path / "logs")
     assert caught.value.code == 75
     assert [(tmp_path / "logs" / f"worker-{index}.log").read_text() for index in range(2)] == ["1\n", "1\n"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "raised", "said"),
+    [
+        ((143, 0), stopping.Stopped, "SIGTERM"),
+        ((75, 143), stopping.Stopped, "SIGTERM"),
+        ((75, 2), StoreError, "with 2"),
+    ],
+)
+def test_a_sweep_that_is_to_stop_says_how_its_workers_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], raised: type[BaseException], said: str
+) -> None:
+    lines = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    lines += f"pathlib.Path({str(tmp_path)!r}, sys.argv[1]).touch()\ntime.sleep(0.5)\nsys.exit(int(sys.argv[2]))"
+    monkeypatch.setattr(stopping, "_State", type("State", (stopping._State,), {"asked": signal.SIGTERM}))
+    monkeypatch.setattr(stopping, "asked", lambda: len(list(tmp_path.glob("here*"))) == 2)
+    with pytest.raises(raised, match=said):
+        run_workers([[*python(lines), f"here{i}", str(code)] for i, code in enumerate(codes)], tmp_path / "logs")
 
 
 @pytest.mark.parametrize(("named", "given"), [("3,5", ["3", "5", "3"]), ("7", ["7"] * 3), (None, ["none"] * 3)])
