@@ -11,7 +11,6 @@ meanwhile, for only the scheduler knows how long it waits.
 
 from __future__ import annotations
 
-import _thread
 import os
 import select
 import signal
@@ -181,7 +180,7 @@ def _watch(reading: int, last_words: Callable[[Stopped | Preempted], None]) -> N
         time.sleep(AGAIN_S)
         if not _State.noticed:
             _State.again = True
-            _thread.interrupt_main(signal.Signals(number))
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # ends a call that waits, too
     stopped = received() or Stopped(number)
     last_words(stopped)
     os._exit(stopped.code)
