@@ -59,12 +59,13 @@ def plan(
         stage = Stage(preset, where)
         prepare_libraries(stage.preset.runtime.offline, where.verbose)
         from kdctl.cost.network import look_at
-        from kdctl.cost.plan import find_machine, make_plan
+        from kdctl.cost.plan import check_processes, find_machine, make_plan
         from kdctl.distill.divergence import Objective
         from kdctl.model.load import torch_dtype
         from kdctl.model.reference import find_config
         from kdctl.run.paths import RunDir
 
+        check_processes(stage.preset, shards, copies)
         teacher, distill = stage.preset.teacher, stage.preset.distill
         dtype = torch_dtype(teacher.dtype)
         config = find_config(teacher.model, dtype, teacher.revision, stage.preset.runtime.offline)

@@ -189,9 +189,11 @@ def show_verified(report: VerifyReport) -> None:
         reason = check.detail if name == check.name else f"for the same reason as {name}"
         pairs.append((check.name, f"{check.status}: {reason}"))
     console.show_pairs(report.folder, pairs)
-    unknown = [check.name for check in report.checks if check.status == "unknown"]
     verdict = "verified" if report.passed else "NOT verified"
-    console.show_text(verdict + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
+    for status in ("failed", "unknown"):
+        if names := [check.name for check in report.checks if check.status == status]:
+            verdict += f"; {status}: {', '.join(names)}"
+    console.show_text(verdict)
 
 
 def trial_rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
@@ -234,7 +236,7 @@ def time_left(report: SweepReport) -> str:
 def duration(seconds: float) -> str:
     """Write a duration as people do."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 

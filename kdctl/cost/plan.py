@@ -56,6 +56,13 @@ def find_machine(device: str, folder: Path, memory_gib: float | None) -> Machine
     return Machine("GPU memory", torch.cuda.get_device_properties(found).total_memory, disk)
 
 
+def check_processes(preset: Preset, shards: int, copies: int) -> None:
+    """Raise PresetError if so many shards or copies cannot train as the preset says."""
+    if shards > 1 and copies > 1:
+        raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
+    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
+
+
 def make_plan(
     preset: Preset,
     network: Network,
@@ -70,9 +77,7 @@ def make_plan(
     Steps that were measured in the run folder take the place of computed ones where no rates are named. Raises
     PresetError if so many shards or copies cannot train as the preset says.
     """
-    if shards > 1 and copies > 1:
-        raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
-    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
+    check_processes(preset, shards, copies)
     cost = Cost(preset, network, machine.cpu, shards, copies, machine.memory_bytes)
     pace = measured_pace(run)
     phases, disk = cost.phases(), as_parts(cost.disk())

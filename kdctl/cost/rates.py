@@ -51,12 +51,12 @@ ACCELERATORS = {
 
 def accelerator(name: str) -> Accelerator:
     """Return a row of ``ACCELERATORS``. Raises PresetError for an unknown name."""
-    if name not in ACCELERATORS:
+    if name.lower() not in ACCELERATORS:
         raise PresetError(
-            f"--gpu {name:.100}: no such accelerator in kdctl's table{suggest(name, ACCELERATORS)}; there are "
-            f"{', '.join(ACCELERATORS)}. Name the figures of another one with --tflops and --bandwidth"
+            f"--gpu {name:.100}: no such accelerator in kdctl's table{suggest(name.lower(), ACCELERATORS)}; there are "
+            f"{', '.join(ACCELERATORS)}. Name the figures of another one with --tflops, --bandwidth and --memory"
         )
-    return ACCELERATORS[name]
+    return ACCELERATORS[name.lower()]
 
 
 def read_rates(path: Path) -> Rates:

@@ -130,7 +130,8 @@ class Monitor:
             low, high = 100 * gone.low, 100 * gone.high
             yield (
                 f"the last {window} measurements removed {100 * gone.value:.1f} % [{low:.1f}, {high:.1f}] of held-out "
-                f"KL, surely less than {100 * ENOUGH:g} %: more steps like these are not worth their time"
+                f"KL, less than {100 * ENOUGH:g} %: more steps at this learning rate are not worth their "
+                "time; one that still falls may remove more"
             )
 
     def _completions(self) -> Iterator[str]:

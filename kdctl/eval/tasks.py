@@ -110,9 +110,10 @@ def _needs_hub(manager: TaskManager, names: Iterable[str]) -> bool:
 def _check_name(manager: TaskManager, name: str, settings: EvalSection) -> None:
     """Refuse what is unknown or of the wrong kind before anything is downloaded."""
     if name not in manager.task_index:
-        own = ", ".join(_own().all_tasks)
+        own, offline = ", ".join(_own().all_tasks), f"{name}_offline"
+        near = [offline] if offline in manager.task_index else manager.all_tasks
         raise DataError(
-            f"unknown task {name!r:.200}{suggest(name[:200], manager.all_tasks)}; the command lm-eval ls tasks lists "
+            f"unknown task {name!r:.200}{suggest(name[:200], near)}; the command lm-eval ls tasks lists "
             f"those of lm-eval, and these need no network: {own}"
         )
     config = manager.task_index[name].cfg or {}

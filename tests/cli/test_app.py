@@ -35,7 +35,7 @@ from kdctl.config.resolve import known_keys, load_preset
 from kdctl.report.front import Excerpt, write_report
 from kdctl.run.locks import Use
 from kdctl.run.paths import RunDir
-from kdctl.stages import distill, evaluate, pipeline, rollout
+from kdctl.stages import divided, evaluate, pipeline, rollout
 from kdctl.stages.context import open_run
 
 COMMANDS = ("quantize", "rollout", "distill", "eval", "report", "run", "presets", "verify", "sweep")
@@ -80,7 +80,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    for stage in (rollout, distill, evaluate):
+    for stage in (rollout, divided, evaluate):
         monkeypatch.setattr(stage, "load_student", refuse)
     datasets.disable_progress_bars()  # imported long ago, it does not see the variable that the command line sets
     before = dict(os.environ)

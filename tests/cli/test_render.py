@@ -209,7 +209,13 @@ def test_sizes_are_not_written_as_zeros(size: int, text: str) -> None:
 
 
 def test_durations_are_those_that_people_say() -> None:
-    assert [render.duration(seconds) for seconds in (5.4, 89, 600, 7200)] == ["5 s", "89 s", "10 min", "2.0 h"]
+    assert [render.duration(seconds) for seconds in (0.123, 5.4, 89, 600, 7200)] == [
+        "0.12 s",
+        "5.4 s",
+        "89 s",
+        "10 min",
+        "2.0 h",
+    ]
 
 
 def test_control_characters_of_texts_and_names_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
