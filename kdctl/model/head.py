@@ -12,7 +12,7 @@ from kdctl.base.errors import ModelError
 ROWS_IN_CACHE = 16
 """Positions whose float32 logits are worked on at once on a CPU: a few megabytes that stay in its cache."""
 LOGITS_ON_CPU = 64 * 2**20
-GPU_SHARE = 128
+GPU_SHARE = 256
 """A GPU's memory divided by the logits in it: large enough that reading the output head costs less than multiplying."""
 
 
@@ -66,7 +66,7 @@ def token_chunk(vocabulary: int, budget_bytes: int = LOGITS_ON_CPU) -> int:
 
 
 def logits_budget(memory_bytes: int | None) -> int:
-    """Return how many bytes of logits are in memory at once: a 128th of a GPU's, little on a CPU (None)."""
+    """Return how many bytes of logits are in memory at once: a 256th of a GPU's, little on a CPU (None)."""
     return LOGITS_ON_CPU if memory_bytes is None else max(LOGITS_ON_CPU, memory_bytes // GPU_SHARE)
 
 
