@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,8 +62,10 @@ class Cell:
 
 
 def estimated(found: Estimate | None) -> Cell:
-    """Write an estimate with its interval."""
-    return Cell(found.value, low=found.low, high=found.high) if found else Cell()
+    """Write an estimate with its interval; one document has none."""
+    if found is None or not math.isfinite(found.high - found.low):
+        return Cell(found.value if found else None)
+    return Cell(found.value, low=found.low, high=found.high)
 
 
 @dataclass(frozen=True)
