@@ -29,10 +29,9 @@ class BySource:
 
     def sums(self) -> list[Tensor]:
         """Return the loss of each sequence of each batch, on the device, for ``metrics``."""
-        counts = [upload(torch.tensor(batch.counts), each.device) for _, batch, each in self._parts]
         return [
-            torch.segment_reduce(each, "sum", lengths=count, unsafe=True)
-            for (_, _, each), count in zip(self._parts, counts, strict=True)
+            torch.segment_reduce(each, "sum", lengths=upload(torch.tensor(batch.counts), each.device), unsafe=True)
+            for _, batch, each in self._parts
         ]
 
     def metrics(self, sums: Sequence[Sequence[float]], objective: str, processes: Processes) -> dict[str, float]:
