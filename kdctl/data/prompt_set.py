@@ -24,7 +24,7 @@ from kdctl.config.resolve import canonical
 from kdctl.run.hashes import known_files
 from kdctl.run.paths import cache_dir
 from kdctl.run.records import Prompt
-from kdctl.run.streams import mapped_stream, whole_sha256, write_stream
+from kdctl.run.streams import mapped_stream, value_of, whole_sha256, write_stream
 
 FORMAT = 2  # raise it when prompts are made or kept differently, so that older files are not taken
 INTEGERS = pa.list_(pa.int32())
@@ -68,14 +68,7 @@ class PackedPrompts(Sequence[Prompt]):
         if isinstance(index, slice):
             return PackedPrompts(self.table, self.rows[index])
         row = self.rows[index]
-        return Prompt(*(_value(column[row]) for column in self.table.columns))
-
-
-def _value(scalar: Any) -> Any:
-    """Return a value as Python has it; lists by way of numpy, which is ten times as fast."""
-    if isinstance(scalar, pa.ListScalar) and scalar.is_valid:
-        return scalar.values.to_numpy().tolist()
-    return scalar.as_py()
+        return Prompt(*(value_of(column[row]) for column in self.table.columns))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_rows_and_slices_are_those_of_a_list(tmp_path):
 
 def test_a_column_of_integers_is_that_of_the_rows_and_no_row_is_decoded(tmp_path, monkeypatch):
     found = written(tmp_path).read()
-    monkeypatch.setattr(mapped, "_value", lambda scalar: pytest.fail("a row was decoded"))
+    monkeypatch.setattr(mapped, "value_of", lambda scalar: pytest.fail("a row was decoded"))
     for part in (slice(None), slice(5, 31), slice(None, None, -1), slice(20, 20)):
         assert mapped.numbers(found[part], "prompt_index").tolist() == [row.prompt_index for row in ROWS[part]]
     assert mapped.numbers(ROWS, "prompt_index").tolist() == [*range(40)]

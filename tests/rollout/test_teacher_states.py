@@ -98,7 +98,7 @@ def test_no_rollout_is_decoded_to_find_states_and_no_file_is_read_twice(
     monkeypatch.setattr(hashes, "SETTLED_S", 0.0)
     store = filled(tmp_path)
     TeacherStates("teacher").fill(store, teacher_fp32, Silent())
-    monkeypatch.setattr(mapped, "_value", lambda scalar: pytest.fail("a rollout was decoded"))
+    monkeypatch.setattr(mapped, "value_of", lambda scalar: pytest.fail("a rollout was decoded"))
     TeacherStates("teacher").fill(store, teacher_fp32, Silent())
     monkeypatch.setattr(teacher_states, "content_hash", lambda tensors: pytest.fail("states were read"))
     for known in (hashes._KNOWN, {}):
