@@ -245,7 +245,7 @@ def _train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs, checkpoints
             metrics = _guarded_step(trainer, done, checkpoints)
             done += 1
             if _measures(settings, done):
-                metrics |= _measured(trainer, yardstick)
+                metrics |= processes.on_models(lambda: heldout_metrics(trainer.student, yardstick))
             tracker.log(done, metrics)
             for warning in monitor.see({"step": done, **metrics}):
                 outputs.note(f"step {done}: {warning}")
@@ -278,15 +278,6 @@ def _measures(settings: DistillSection, done: int) -> bool:
     """Tell whether held-out KL is measured after a step; the last one too where the lowest is to be kept."""
     every = settings.heldout_every
     return every > 0 and (done % every == 0 or (settings.stop_early and done == settings.steps))
-
-
-def _measured(trainer: Trainer, yardstick: Yardstick) -> dict[str, float]:
-    """Measure the student in the main process; where it is divided in all of them, whose results are equal."""
-    if not trainer.processes.sharded:
-        return trainer.processes.on_main(lambda: heldout_metrics(trainer.student, yardstick))
-    with passes():
-        found = heldout_metrics(trainer.student, yardstick)
-    return trainer.processes.on_main(lambda: found)
 
 
 def _saves(settings: DistillSection, done: int, monitor: Monitor) -> bool:

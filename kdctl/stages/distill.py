@@ -37,7 +37,7 @@ from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import DistillReport, DistributionMetrics, Estimate, QuantizeReport
 from kdctl.run.tracking import Tracker, Untracked, Watch, open_wandb, read_metrics
 from kdctl.stages.context import Context, versions
-from kdctl.stages.divided import alike, closed, opened
+from kdctl.stages.divided import closed, opened
 from kdctl.stages.gate import check_gap
 from kdctl.stages.publish import Described, publish_student
 from kdctl.stages.quantize import describe_student, ensure_student, grid_record
@@ -155,7 +155,7 @@ def measured_ptq(context: Context, measuring: Measuring) -> PerDocument:
     if stated is not None:
         return stated
     with opened(context, measuring) as (own, student):
-        return alike(context, lambda: own.measure(student.model, "PTQ student"))
+        return context.ranks.on_models(lambda: own.measure(student.model, "PTQ student"))
 
 
 def _finished(context: Context, plan: Plan) -> DistillReport:
@@ -219,7 +219,7 @@ def _train_opened(
             )
         outcome = _run_loop(context, own, plan, student, watch)
         give_back()
-        figures = alike(context, lambda: figures_of(own, student.model, "distilled student"))
+        figures = context.ranks.on_models(lambda: figures_of(own, student.model, "distilled student"))
         return outcome, figures, closed(context, student)
 
 

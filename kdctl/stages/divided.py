@@ -1,19 +1,15 @@
 """Teacher and student of a run in memory while something is trained or measured: whole, or by rows in each process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from kdctl.distill.fsdp import check_rows, divided_student, free_gathered, load_divided, without_layers
 from kdctl.formats.student import Student, load_student, read_rows
 from kdctl.quant.apply import share_frozen
 from kdctl.stages.context import Context
 from kdctl.stages.yardstick import Measuring
-from kdctl.system.distributed import passes
 from kdctl.system.memory import give_back
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -45,15 +41,6 @@ def _divided(context: Context, measuring: Measuring) -> Student:
     model.generation_config = found.generation or model.generation_config
     give_back()
     return Student(model, found.weights)
-
-
-def alike(context: Context, work: Callable[[], T]) -> T:
-    """Measure in the main process, or in all of them where models are divided; the results are equal then."""
-    if not context.ranks.sharded:
-        return context.ranks.on_main(work)
-    with passes():
-        found = work()
-    return context.ranks.on_main(lambda: found)
 
 
 def closed(context: Context, student: Student) -> Student:

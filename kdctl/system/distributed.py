@@ -140,6 +140,14 @@ class Processes:
                 raise found
         return cast(T, result)
 
+    def on_models(self, work: Callable[[], T]) -> T:
+        """Do work with models in the main process, or in all where they are divided; its results are equal then."""
+        if not self.sharded:
+            return self.on_main(work)
+        with passes():
+            found = work()
+        return self.on_main(lambda: found)
+
     def main_first(self, work: Callable[[], T]) -> T:
         """Do work in every process, the main one before the others: it fills a cache for them."""
         if self.is_main:
