@@ -459,7 +459,8 @@ class EvalSection(Section):
     batch_size: Few = 16
     """Sequences in one forward pass."""
     student_written: bool = True
-    """Let each model write held-out completions itself, and measure KL to the teacher on those too."""
+    """Let each model write held-out completions itself, and measure KL to the teacher on those, and on the PTQ
+    student's, too."""
     samples: Few = 1
     """Answers that each model writes to an item of a task that generates; their mean counts."""
     temperature: Annotated[float, Field(ge=0), Coldest] | None = None

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean as lm_eval_mean
@@ -35,7 +34,6 @@ from kdctl.eval.items import ROLLING, Repeat, Run, derived, items_table
 from kdctl.eval.likelihood import LikelihoodModel
 from kdctl.rollout.work import RolloutEngine
 from kdctl.run.documents import WEIGHT, is_rolling, item_values, rolling_value, whole_bits
-from kdctl.run.files import atomic_path, sha256
 from kdctl.run.measures import (
     BITS_PER_BYTE,
     ITEM_MEASURES,
@@ -498,16 +496,3 @@ def _pooled(runs: Sequence[Run]) -> dict[str, float]:
     return {
         metric: statistics.fmean([run.metrics[metric] for run in runs], weights=weights) for metric in sorted(shared)
     }
-
-
-def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> dict[str, str]:
-    """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes.
-
-    Returns the sha256 of each file by its name.
-    """
-    written = {}
-    for name, table in tables.items():
-        with atomic_path(folder / "samples" / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-            written[f"{name}.parquet"] = sha256(temporary)
-    return written

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdctl import stats
-from kdctl.report.study import Kind, Model, Settings, Study
+from kdctl.report.study import HELDOUT, Kind, Model, Settings, Study, Text
 from kdctl.run.documents import Array, PerDocument
 from kdctl.run.measures import ITEM_MEASURES, ScoreUnit, TokenMeasure
 from kdctl.run.records import Estimate
@@ -80,12 +80,9 @@ class Row:
         found = [model.documents for model in self.models if model.documents is not None]
         return found if len(found) == len(self.models) else []
 
-    def sums(self, measure: TokenMeasure, own: bool = False) -> Sums | None:
-        """Return a measure of every model on each held-out document; None where any are missing.
-
-        own: on what each model wrote itself, by prompt.
-        """
-        found = [model.own_text if own else model.documents for model in self.models]
+    def sums(self, measure: TokenMeasure, text: Text = HELDOUT) -> Sums | None:
+        """Return a measure of every model on each held-out document that somebody wrote; None where any are missing."""
+        found = [model.on(text) for model in self.models]
         known = [one for one in found if one is not None and one.has(measure)]
         if len(known) < len(found):
             return None

@@ -1,7 +1,7 @@
 """What each setting changes: variants that differ in it alone, against each other."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,12 +11,20 @@ from kdctl.report.bits import bits_per_byte
 from kdctl.report.columns import SETTINGS, Results, written
 from kdctl.report.contrasts import Row, Sums, baseline, differs, over_documents, over_seeds, per_byte
 from kdctl.report.layouts import SWEEPS, Sweep, alike, headings
+from kdctl.report.study import HELDOUT, PTQ_WRITTEN, STUDENT_WRITTEN, Text
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
 from kdctl.run.measures import FORWARD_KL, P_RIGHT, REVERSE_KL, TokenMeasure
 from kdctl.run.records import Estimate
 
 KL_MARGIN = 0.02
 """Differences in KL below this share of the PTQ student's own are too small to matter."""
+KLS: tuple[tuple[str, TokenMeasure, Text], ...] = (
+    ("KL on the teacher's text", FORWARD_KL, HELDOUT),
+    ("reverse KL on the teacher's text", REVERSE_KL, HELDOUT),
+    ("KL on the PTQ student's text", FORWARD_KL, PTQ_WRITTEN),
+    ("reverse KL on the PTQ student's text", REVERSE_KL, PTQ_WRITTEN),
+    ("KL on its own text", FORWARD_KL, STUDENT_WRITTEN),
+)
 WHICH = (Column("change", "setting"), Column("where", "at"))
 
 
@@ -73,22 +81,22 @@ class Change:
 
     change: str
     where: str
-    on_teachers: Estimate | None
-    on_own: Estimate | None
+    on: Mapping[Text, Estimate]
+    """By who wrote the text."""
 
 
 def setting_changes(results: Results) -> list[Change]:
     """List what each setting changes, where it was measured on anything."""
-    found = [
-        Change(pair.change, pair.where, *(_share(results, pair, FORWARD_KL, own) for own in (False, True)))
-        for pair in _pairs(results)
-    ]
-    return [one for one in found if one.on_teachers or one.on_own]
+    found = [Change(pair.change, pair.where, _shares(results, pair)) for pair in _pairs(results)]
+    return [one for one in found if one.on]
 
 
-def _share(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Estimate | None:
-    found = _compared(results, pair, measure, own)
-    return _scaled(found.difference, found.start) if found else None
+def _shares(results: Results, pair: Pair) -> dict[Text, Estimate]:
+    shares: dict[Text, Estimate] = {}
+    for _, measure, text in KLS:
+        if measure is FORWARD_KL and (found := _compared(results, pair, measure, text)) is not None:
+            shares[text] = _scaled(found.difference, found.start)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,23 @@ class Compared:
     """The difference's interval without what seeds add."""
 
 
-def _compared(results: Results, pair: Pair, measure: TokenMeasure, own: bool) -> Compared | None:
+def _compared(results: Results, pair: Pair, measure: TokenMeasure, text: Text) -> Compared | None:
     """Compare a pair by a measure; None where any of it, or the PTQ student's, is missing."""
     ptq = baseline(results.study, results.all_rows, pair.base, "ptq")
-    base, row = pair.base.sums(measure, own), pair.row.sums(measure, own)
-    start = ptq.sums(measure, own) if ptq else None
+    if text == PTQ_WRITTEN and not _on_one_text(pair, ptq):
+        return None
+    base, row = pair.base.sums(measure, text), pair.row.sums(measure, text)
+    start = ptq.sums(measure, text) if ptq else None
     if base is None or row is None or start is None or not start.value > 0:
         return None
     found = over_documents(base, row)
     return Compared(base, row, start.value, over_seeds(found, base, row), found)
+
+
+def _on_one_text(pair: Pair, ptq: Row | None) -> bool:
+    """Tell whether the PTQ student's text is the same for all; it is not where folders have students of their own."""
+    models = [*pair.base.models, *pair.row.models, *(ptq.models if ptq else ())]
+    return len({model.result.ptq_text if model.result else None for model in models}) == 1
 
 
 def _scaled(found: Estimate, unit: float) -> Estimate:
@@ -119,15 +135,11 @@ def _scaled(found: Estimate, unit: float) -> Estimate:
 
 
 def _distances(results: Results, pairs: Sequence[Pair]) -> Table:
-    """Compare KL on what the teacher wrote and on what each student wrote itself."""
+    """Compare KL on what the teacher wrote, what the PTQ student wrote, and what each student wrote itself."""
     rows = []
     for pair in pairs:
-        for label, measure, own in (
-            ("KL on the teacher's text", FORWARD_KL, False),
-            ("reverse KL on it", REVERSE_KL, False),
-            ("KL on its own text", FORWARD_KL, True),
-        ):
-            if (found := _compared(results, pair, measure, own)) is None:
+        for label, measure, text in KLS:
+            if (found := _compared(results, pair, measure, text)) is None:
                 continue
             share = estimated(_scaled(found.difference, found.start))
             numbers = (Cell(found.base.value), Cell(found.row.value), estimated(found.difference), share)

@@ -11,7 +11,7 @@ from kdctl.report.curves import costs, layers, learning_rates, minutes, training
 from kdctl.report.details import recovery_of, removed
 from kdctl.report.effects import KL_MARGIN, setting_changes
 from kdctl.report.marks import PERCENT, accuracy_mark, by_method, short, telling, values, varied
-from kdctl.report.study import Model
+from kdctl.report.study import HELDOUT, PTQ_WRITTEN, STUDENT_WRITTEN, Model, Text
 from kdctl.run.measures import FORWARD_KL, P_RIGHT
 from kdctl.run.records import Estimate
 from kdctl.stats.findings import Recovery
@@ -20,6 +20,11 @@ OVER_ITEMS = "95 % intervals over items, and over seeds where a setting has seve
 OVER_DOCUMENTS = "95 % intervals over documents"
 REACH = (-50.0, 150.0)
 NOT_MEASURED = "not measured"
+WRITERS: dict[Text, str] = {
+    HELDOUT: "the teacher's text",
+    PTQ_WRITTEN: "the PTQ student's",
+    STUDENT_WRITTEN: "its own text",
+}
 
 
 def figures(results: Results) -> list[Chart]:
@@ -117,32 +122,34 @@ def verdicts(results: Results) -> Forest | None:
 
 
 def changes(results: Results) -> Forest | None:
-    """Show what each setting changes in KL, on the teacher's text and on the student's own."""
+    """Show what each setting changes in KL, by who wrote the text."""
     found = setting_changes(results)
     if not found:
         return None
+    texts: dict[Text, str] = {text: label for text, label in WRITERS.items() if any(text in one.on for one in found)}
     entries = []
     for change in dict.fromkeys(one.change for one in found):
         entries.append(Entry(change))
         for one in (one for one in found if one.change == change):
-            entries.append(Entry(one.where or "all else equal", (_percent(one.on_teachers), _percent(one.on_own))))
+            marks = tuple(_percent(one.on.get(text)) for text in texts)
+            entries.append(Entry(one.where or "all else equal", marks))
     panel = ForestPanel("change in KL, % of the PTQ student's", tuple(entries), 0.0, margin=PERCENT * KL_MARGIN)
     caption = (
         "Variants that differ in one setting, the second against the first, paired, with 95 % intervals over "
         "documents, or over prompts where each student wrote its own; left is better. Shaded: less than "
         f"{PERCENT * KL_MARGIN:g} % of the KL that quantization left, too small to matter."
     )
-    return Forest("changes", "What each setting changes", caption, ("the teacher's text", "its own text"), (panel,))
+    return Forest("changes", "What each setting changes", caption, tuple(texts.values()), (panel,))
 
 
 def writers(results: Results) -> Forest | None:
-    """Show the KL to the teacher on teacher-written, student-written and plain text; None without the latter two."""
+    """Show the KL to the teacher on teacher-written, student-written and plain text; None without the others."""
     rows = [row for row in _single(results.rows) if row.kind != "teacher" and row.models[0].result]
     columns = [_written(row.models[0]) for row in rows]
-    kept = [index for index in range(3) if any(column[index] for column in columns)]
+    kept = [index for index in range(4) if any(column[index] for column in columns)]
     if kept in ([], [0]):
         return None
-    names = ("teacher-written completions", "the student's own completions", "plain text")
+    names = ("teacher-written completions", "the PTQ student's", "the student's own", "plain text")
 
     def marks(row: Row) -> list[Mark | None]:
         found = _written(row.models[0])
@@ -150,17 +157,18 @@ def writers(results: Results) -> Forest | None:
 
     panel = ForestPanel("KL(teacher‖student), nats a token", _entries(rows, marks))
     caption = (
-        "KL to the teacher per token, each seed alone, on held-out completions that the teacher wrote, on those that "
+        "KL to the teacher per token, each seed alone, on held-out completions that the teacher, the PTQ student or "
         f"the student itself wrote, and on plain text, as far as measured; {OVER_DOCUMENTS}."
     )
     return Forest("writers", "KL by who wrote the text", caption, tuple(names[index] for index in kept), (panel,))
 
 
-def _written(model: Model) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+def _written(model: Model) -> list[Estimate | None]:
     found = model.result
-    parts = (found.distribution, found.student_written, found.text_distribution) if found else (None, None, None)
-    first, second, third = (part.forward_kl if part else None for part in parts)
-    return first, second, third
+    if found is None:
+        return [None] * 4
+    parts = (found.distribution, found.ptq_written, found.student_written, found.text_distribution)
+    return [part.forward_kl if part else None for part in parts]
 
 
 def recoveries(results: Results) -> Forest | None:

@@ -21,7 +21,7 @@ from kdctl.report.columns import (
 )
 from kdctl.report.contrasts import Contrasts, Row, rows_of
 from kdctl.report.spent import minutes_table
-from kdctl.report.study import Study
+from kdctl.report.study import PTQ_WRITTEN, STUDENT_WRITTEN, Study, Text
 from kdctl.report.tables import Block, Cell, Column, Table, without_empty
 from kdctl.run.measures import column_measures
 
@@ -94,13 +94,14 @@ def main(study: Study, contrasts: Contrasts) -> Table:
     names = list(dict.fromkeys(["lmbda", "beta", "lr", *_varying(results.rows)]))
     own = [_name, *(partial(setting_cell, name=name) for name in names)]
     made = block(results, "", results.rows, own)
-    last = [(_own_kl(row), _text_perplexity(row), _size(row), *_verdicts(results, row)) for row in results.rows]
+    last = [(*_on_students(row), _text_perplexity(row), _size(row), *_verdicts(results, row)) for row in results.rows]
     rows = tuple((*cells, *more) for cells, more in zip(made.rows, last, strict=True))
     columns = (
         NAME,
         *map(setting_column, names),
         *(scale.column for scale in results.scales),
         Column("student_written_kl", "KL on its own text [95 %]", "kl"),
+        Column("ptq_written_kl", "KL on the PTQ student's text [95 %]", "kl"),
         Column("text_perplexity", "text perplexity", "perplexity"),
         Column("size_bytes", "MiB", "mib"),
         Column("verdict_ptq", "average against PTQ"),
@@ -119,9 +120,14 @@ def _name(row: Row) -> Cell:
     return Cell(row.name)
 
 
-def _own_kl(row: Row) -> Cell:
-    """Write KL to the teacher on completions that the student wrote itself; of several seeds, the mean."""
-    written = [model.result.student_written for model in row.models if model.result]
+def _on_students(row: Row) -> tuple[Cell, Cell]:
+    return _student_kl(row, STUDENT_WRITTEN), _student_kl(row, PTQ_WRITTEN)
+
+
+def _student_kl(row: Row, text: Text) -> Cell:
+    """Write KL to the teacher on completions that the student itself or the PTQ student wrote; the mean of seeds."""
+    results = [model.result for model in row.models if model.result]
+    written = [one.student_written if text == STUDENT_WRITTEN else one.ptq_written for one in results]
     found = [one.forward_kl for one in written if one is not None]
     if row.kind == "teacher" or len(found) < len(row.models):
         return Cell()

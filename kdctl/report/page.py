@@ -15,7 +15,7 @@ from kdctl.report.study import Model, Source
 from kdctl.report.tables import Block, Cell, Column, Table, show
 
 MEASURED = {"layers", "tasks", "distribution", "text", "teacher_text", "before", "after", "removed"}
-MEASURED |= {"student_written", "text_distribution", "settings"}
+MEASURED |= {"student_written", "ptq_written", "text_distribution", "settings"}
 LONG = 40
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 

@@ -32,7 +32,11 @@ from kdctl.run.sums import SUMS, listed_sums
 from kdctl.run.tracking import read_metrics
 
 Kind = Literal["teacher", "ptq", "variant", "foreign"]
-HELDOUT, STUDENT_WRITTEN = "heldout", "student_written"
+Text = Literal["heldout", "student_written", "ptq_written"]
+"""Who wrote the held-out completions that a model was measured on: the teacher, itself, or the PTQ student."""
+HELDOUT: Text = "heldout"
+STUDENT_WRITTEN: Text = "student_written"
+PTQ_WRITTEN: Text = "ptq_written"
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,23 @@ class Model:
     @cached_property
     def own_text(self) -> PerDocument | None:
         """Sums of each held-out prompt's completion by the model itself, by prompt. Raises like ``documents``."""
+        return self._by_prompt(STUDENT_WRITTEN)
+
+    @cached_property
+    def ptq_text(self) -> PerDocument | None:
+        """Sums of each held-out prompt's completion by the PTQ student, by prompt. Raises like ``documents``."""
+        return self._by_prompt(PTQ_WRITTEN) if self.result and self.result.ptq_text else None
+
+    def _by_prompt(self, text: Text) -> PerDocument | None:
         if self.run is None or self.result is None:
             return None
-        return read_by_prompt(self.run.samples(self.key, STUDENT_WRITTEN), self.result.samples)
+        return read_by_prompt(self.run.samples(self.key, text), self.result.samples)
+
+    def on(self, text: Text) -> PerDocument | None:
+        """Return the sums of each held-out document that somebody wrote. Raises like ``documents``."""
+        if text == HELDOUT:
+            return self.documents
+        return self.own_text if text == STUDENT_WRITTEN else self.ptq_text
 
     @cached_property
     def own_completions(self) -> tuple[Array, Array] | None:

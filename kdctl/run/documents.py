@@ -3,11 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kdctl.run.files import atomic_path, sha256
 from kdctl.run.measures import TOKEN_MEASURES, Choices, ItemMeasure, RollingMeasure, TokenMeasure
 
 Array = NDArray[np.float64]
@@ -59,6 +62,19 @@ def as_table(per_document: PerDocument, prompt_ids: Sequence[str] = ()) -> pa.Ta
     """Lay out per-document sums as a table, one row a document, with the documents' prompts where they are given."""
     named = {"prompt_id": prompt_ids} if prompt_ids else {}
     return pa.table({**named, "tokens": per_document.tokens, **per_document.sums})
+
+
+def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> dict[str, str]:
+    """Write per-item tables as ``samples/<task>.parquet`` in an evaluation's folder; equal tables give equal bytes.
+
+    Returns the sha256 of each file by its name.
+    """
+    written = {}
+    for name, table in tables.items():
+        with atomic_path(folder / "samples" / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+            written[f"{name}.parquet"] = sha256(temporary)
+    return written
 
 
 def is_scored(table: pa.Table) -> bool:

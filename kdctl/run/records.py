@@ -345,6 +345,10 @@ class EvalResult(Record):
     distribution: DistributionMetrics
     student_written: DistributionMetrics | None = None
     """The same on the model's own completions of the same prompts; None where ``eval.student_written`` is off."""
+    ptq_written: DistributionMetrics | None = None
+    """The same on the PTQ student's completions, one text for all students."""
+    ptq_text: str | None = None
+    """Fingerprint of those completions."""
     text: TextMetrics
     text_distribution: DistributionMetrics | None = None
     """Student against teacher on that text, per token of it."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.engine import in_process, served
 from kdctl.rollout.work import RolloutEngine, Work
-from kdctl.run.documents import PerDocument, as_table
+from kdctl.run.documents import PerDocument, as_table, write_items
 from kdctl.run.files import remove, sha256
 from kdctl.run.record_files import damaged, read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Prompt, Rollout
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
+from kdctl.stages.ptq_text import measure_on_ptq_text
 from kdctl.stages.quantize import ensure_student
 from kdctl.stages.served import FolderFiles
 from kdctl.stages.yardstick import Measuring, ensure_heldout, ensure_measuring, ensure_student_written
@@ -78,16 +79,19 @@ def evaluate(
     for one in chosen:
         if one not in pending:
             context.reporter.note(f"eval: {one.name} is complete, skipped")
-    if pending:
-        _evaluate_all(context, teacher, measuring, pending, force)
+    found = _evaluate_all(context, teacher, measuring, pending, force) if pending else measuring
+    context.ranks.wait()
+    students = {one.name: partial(_load, teacher, one) for one in known.values() if one.name != "teacher"}
+    asked = [one.name for one in chosen if one.name != "teacher"]
+    measure_on_ptq_text(context, teacher, found, students, asked)
     context.ranks.wait()
     return {one.name: read_record(_results(context, one), EvalResult) for one in chosen}
 
 
 def _evaluate_all(
     context: Context, teacher: Teacher, measuring: Measuring | None, pending: Sequence[Candidate], force: bool
-) -> None:
-    """Load the tasks, make what measuring needs, then evaluate this process's share of the models."""
+) -> Measuring:
+    """Load the tasks, make what measuring needs and return it; then evaluate this process's share of the models."""
     from kdctl.eval.tasks import build_tasks, generates  # lm-eval takes seconds to import; only this stage needs it
 
     tasks = context.ranks.main_first(lambda: build_tasks(context.preset.eval, teacher.offline))
@@ -103,6 +107,7 @@ def _evaluate_all(
         with (main := context.alone()).claimed(f"eval/{one.name}"):
             if force or _pending(main, teacher, [one]):  # else another process did it meanwhile
                 _evaluate_one(main, found, one, tasks)
+    return found
 
 
 def _after_teacher(
@@ -186,7 +191,7 @@ def _pending(context: Context, teacher: Teacher, chosen: Sequence[Candidate]) ->
 
 def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks: dict[str, Any]) -> None:
     """Score one model on the tasks and the yardstick and write its results, items first."""
-    from kdctl.eval.tasks import generates, score_tasks, write_items
+    from kdctl.eval.tasks import generates, score_tasks
 
     started, folder, teacher = time.perf_counter(), context.paths.eval(one.name), measuring.teacher
     model = _load(teacher, one)
@@ -273,7 +278,7 @@ def _distances(context: Context, measuring: Measuring, one: Candidate, model: Pr
     if settings.student_written and one.name == "teacher":
         found["student_written"] = found["heldout"]
     elif settings.student_written:
-        own = ensure_student_written(context, measuring.teacher, model, one.weights, one.name).read()
+        own = ensure_student_written(context, measuring.teacher, lambda: model, one.weights, one.name).read()
         found["student_written"] = (measuring.measure(model, one.name, measuring.yardstick_of(own)), _prompt_ids(own))
     return found | {"text": (distribution.compare(model, measuring.text_yardstick()), ())}
 

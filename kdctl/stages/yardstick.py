@@ -1,6 +1,6 @@
 """The yardstick of a run: held-out completions by the teacher and plain text, on which every student is measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -99,16 +99,16 @@ def ensure_heldout(context: Context, teacher: Teacher) -> RolloutStore:
 
 
 def ensure_student_written(
-    context: Context, teacher: Teacher, model: PreTrainedModel, writer: str, name: str
+    context: Context, teacher: Teacher, load: Callable[[], PreTrainedModel], writer: str, name: str
 ) -> RolloutStore:
     """Return held-out completions by a model itself, written first where its evaluation does not hold this model's.
 
-    name: what the run folder calls the model. writer: its fingerprint.
+    load: gives the model, where it has to write. name: what the run folder calls it. writer: its fingerprint.
     """
     store = RolloutStore(context.paths.eval(name) / "rollouts")
     plan = replace(heldout_plan(context, teacher, "student", writer), whose=f"{name}'s")
     if not store.complete(plan.identity):
-        write_heldout(context, teacher, store, plan, model)
+        write_heldout(context, teacher, store, plan, load())
     return store
 
 

@@ -25,8 +25,8 @@ import kdctl.eval.tasks
 from kdctl.base.errors import DataError
 from kdctl.config.preset import EvalSection
 from kdctl.eval.items import item_ids
-from kdctl.eval.tasks import LoadedTask, build_tasks, score_tasks, write_items
-from kdctl.run.documents import whole_bits
+from kdctl.eval.tasks import LoadedTask, build_tasks, score_tasks
+from kdctl.run.documents import whole_bits, write_items
 
 NAMES = ("arc_easy_offline", "arc_challenge_offline", "hellaswag_offline", "winogrande_offline", "mmlu_offline")
 BUNDLED = (

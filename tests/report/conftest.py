@@ -33,7 +33,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     }
     run = make_run(tmp_path_factory.mktemp("full") / "full", variants, TASKS)
     ptq, own, plain = {task: answers(0.6, 1) for task in TASKS}, distribution(0.5), distribution(0.25)
-    evaluated(run, "ptq", ptq, kl=0.4, student_written=own, text_distribution=plain)
+    evaluated(run, "ptq", ptq, kl=0.4, student_written=own, ptq_written=own, text_distribution=plain)
     for name, settings in VARIANTS.items():
         held_out = {"step": 4, "train/forward_kl": 0.2, "eval/forward_kl": 0.21}
         with open(run.variant(name).metrics, "a") as file:

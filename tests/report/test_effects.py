@@ -1,5 +1,6 @@
 """What each setting changes: pairs that differ in it alone, against references computed here."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,24 @@ from kdctl.report.tables import Table
 from kdctl.rollout.store import RolloutStore
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record, write_record
-from kdctl.run.records import DistillReport, Estimate, Rollout, StoreManifest
+from kdctl.run.records import DistillReport, Estimate, EvalResult, Rollout, StoreManifest
 
 LAMBDAS = {"off": 0.0, "mixed": 0.5, "on": 1.0}
 OWN = {"ptq": 0.5, "off": 0.4, "mixed": 0.3, "on": 0.2}
 PROMPTS = 30
+
+
+def on_ptq_text(run: RunDir, name: str, kl: float, text: str = "ptq's") -> None:
+    """Write what a model is like on the PTQ student's completions."""
+    drawn = np.random.default_rng(7)
+    tokens = drawn.integers(10, 60, PROMPTS).astype(float)
+    sums = kl * tokens * drawn.uniform(0.2, 1.8, PROMPTS)
+    columns = {"tokens": tokens, "forward_kl": sums, "reverse_kl": sums / 2}
+    pq.write_table(
+        pa.table({"prompt_id": [f"{i:02d}" for i in range(PROMPTS)], **columns}), run.samples(name, "ptq_written")
+    )
+    path = run.eval(name) / "results.json"
+    write_record(path, read_record(path, EvalResult).model_copy(update={"ptq_text": text}))
 
 
 def wrote(run: RunDir, name: str, kl: float, order: int) -> None:
@@ -55,6 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     evaluated(made, "ptq", {"alpha": answers(0.6, 1)}, kl=0.4)
     for order, (name, kl) in enumerate(OWN.items()):
         wrote(made, name, kl, order)
+        on_ptq_text(made, name, 2 * kl)
     return made
 
 
@@ -85,11 +100,31 @@ def test_differences_are_those_of_means_in_units_of_the_ptq_students(run: RunDir
 
 
 def test_own_completions_are_paired_by_prompt_whatever_their_order(results: Results) -> None:
-    own = {one.change: one.on_own for one in setting_changes(results)}
-    found = own["λ 0 → 1"]
-    assert found is not None
+    found = {one.change: one for one in setting_changes(results)}["λ 0 → 1"].on["student_written"]
     assert found.value == pytest.approx((OWN["on"] - OWN["off"]) / OWN["ptq"], rel=0.02)
     assert found.high - found.low < 0.05  # unpaired, the prompts' own spread would be four times as much
+
+
+def test_on_the_ptq_students_text_pairs_are_exact_where_each_document_changes_alike(results: Results) -> None:
+    found = {one.change: one for one in setting_changes(results)}["λ 0 → 1"].on["ptq_written"]
+    wanted = (OWN["on"] - OWN["off"]) / OWN["ptq"]
+    assert found.value == pytest.approx(wanted)
+    assert found.low < wanted < found.high
+    table = effects(results)[0]
+    pairs = zip(column(table, "change"), column(table, "measure"), strict=True)
+    rows, place = dict(zip(pairs, table.rows, strict=True)), [one.key for one in table.columns].index("difference")
+    kinds = ("KL", "reverse KL")
+    forward, reverse = (rows["λ 0 → 1", f"{kind} on the PTQ student's text"][place].value for kind in kinds)
+    assert isinstance(forward, float)
+    assert reverse == pytest.approx(forward / 2)
+
+
+def test_students_on_texts_of_two_ptq_students_are_not_compared_on_them(run: RunDir, tmp_path: Path) -> None:
+    other = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    on_ptq_text(other, "on", 0.1, "another's")
+    found = {one.change: one.on for one in setting_changes(Results(read_study([other]), Contrasts(0.005)))}
+    assert "ptq_written" not in found["λ 0 → 1"]
+    assert "ptq_written" in found["λ 0 → 0.5"]
 
 
 def test_length_and_ends_are_compared_by_prompt(results: Results) -> None:

@@ -105,9 +105,10 @@ def test_who_wrote_the_text_is_told_apart_where_it_was_measured(full: Results, t
     assert result is not None
     assert result.student_written is not None
     assert result.text_distribution is not None
-    parts = (result.distribution, result.student_written, result.text_distribution)
+    assert result.ptq_written is not None
+    parts = (result.distribution, result.ptq_written, result.student_written, result.text_distribution)
     assert found == tuple(mark(part.forward_kl) for part in parts)
-    assert entries(chart)["λ 1, β 1, lr 0.0001, seed 0"].marks[1:] == (None, None)
+    assert entries(chart)["λ 1, β 1, lr 0.0001, seed 0"].marks[1:] == (None, None, None)
     assert writers(Results(read_study([make_run(tmp_path / "run", {})]), Contrasts(0.005))) is None
 
 

@@ -1,0 +1,93 @@
+"""Every student on one text of the kind that students write: the PTQ student's completions of the held-out prompts.
+
+On its own text each student is measured on other tokens, and a difference between two of them is mostly one between
+texts. On this one they are paired token by token, as on the teacher's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from kdctl.eval import distribution
+from kdctl.eval.distribution import Yardstick
+from kdctl.model.folder import fingerprint
+from kdctl.model.teacher import Teacher
+from kdctl.rollout.store import RolloutStore
+from kdctl.run.documents import PerDocument, as_table, write_items
+from kdctl.run.record_files import read_record, write_record
+from kdctl.run.records import EvalResult
+from kdctl.stages.context import Context
+from kdctl.stages.yardstick import Measuring, ensure_measuring, ensure_student_written
+
+PTQ_WRITTEN = "ptq_written"
+Loaders = Mapping[str, Callable[[], PreTrainedModel]]
+
+
+class PtqText:
+    """The PTQ student's completions, read by the teacher when a student first is."""
+
+    def __init__(self, measuring: Measuring, store: RolloutStore):
+        self.measuring, self.rollouts, self.fingerprint = measuring, store.read(), store.fingerprint()
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """The completions with the teacher's states."""
+        return self.measuring.yardstick_of(self.rollouts)
+
+    def measure(self, model: PreTrainedModel, name: str) -> PerDocument:
+        """Compare a student with the teacher."""
+        return self.measuring.measure(model, name, self.yardstick)
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """Prompts of the documents, in the order in which they are measured."""
+        return [one.prompt_id for one in distribution.by_length(self.rollouts)]
+
+
+def measure_on_ptq_text(
+    context: Context, teacher: Teacher, measuring: Measuring | None, students: Loaders, asked: Sequence[str]
+) -> None:
+    """Add to the results of the students asked for, where it is missing, what they are on the PTQ student's text.
+
+    students: what loads each model of the run but the teacher. Nothing is done where ``eval.student_written`` is off or
+    the run has no PTQ student. Processes divide the students.
+    """
+    made = context.ranks.on_main((context.paths.student / "quantize.json").exists)
+    if not context.preset.eval.student_written or not made or not asked:
+        return
+    writer = fingerprint(context.paths.student)
+
+    def write(main: Context) -> None:
+        with main.claimed("eval/ptq"):
+            ensure_student_written(main, teacher, students["ptq"], writer, "ptq")
+
+    context.on_main(write)
+    store = RolloutStore(context.paths.eval("ptq") / "rollouts")
+    lacking = [name for name in asked if _results(context, name).ptq_text != store.fingerprint()]
+    if not lacking:
+        return
+    text = PtqText(measuring or ensure_measuring(context, teacher), store)
+    for name in context.ranks.share(lacking):
+        with (main := context.alone()).claimed(f"eval/{name}"):
+            _add(main, text, name, students[name])
+
+
+def _add(context: Context, text: PtqText, name: str, load: Callable[[], PreTrainedModel]) -> None:
+    """Measure a student and write its results again, the table first; nothing where another process has done it."""
+    found = _results(context, name)
+    if found.ptq_text == text.fingerprint:
+        return
+    sums = text.measure(load(), name)
+    folder = context.paths.eval(name)
+    written = write_items(folder, {PTQ_WRITTEN: as_table(sums, text.prompt_ids)})
+    more = {
+        PTQ_WRITTEN: distribution.summarize(sums),
+        "ptq_text": text.fingerprint,
+        "samples": found.samples | written,
+    }
+    write_record(folder / "results.json", found.model_copy(update=more))
+
+
+def _results(context: Context, name: str) -> EvalResult:
+    return read_record(context.paths.eval(name) / "results.json", EvalResult)
