@@ -260,15 +260,16 @@ def _check_distinct(plan: SweepPlan, trials: Iterable[Values]) -> None:
 
 
 def _check_metric(plan: SweepPlan) -> None:
-    """Refuse a metric that no trial will have."""
-    name = plan.sweep.metric.name
+    """Refuse a metric that no trial will have, and a goal of which the worst trial would be the best."""
+    name, goal = plan.sweep.metric.name, plan.sweep.metric.goal
     tasks = plan.preset.eval.tasks if plan.evaluate else ()
-    offered = [f"eval/{measure.name}" for measure in pair_measures()]
-    offered += [f"eval/{task}/{metric}" for task in tasks for metric in (*ITEM_MEASURES, *ROLLING_MEASURES)]
+    offered = {f"eval/{one.name}": one.better for one in pair_measures()}
+    of_tasks = [*ITEM_MEASURES.values(), *ROLLING_MEASURES.values()]
+    offered |= {f"eval/{task}/{one.name}": one.better for task in tasks for one in of_tasks}
     if name not in offered:
         raise PresetError(f"{plan.sweep.origin}: no trial will have metric {name!r}; there are {', '.join(offered)}")
-    if name.rpartition("/")[2] in ROLLING_MEASURES and plan.sweep.metric.goal != "minimize":
+    wanted, which = ("minimize", "less") if offered[name] == "lower" else ("maximize", "more")
+    if goal != wanted:
         raise PresetError(
-            f"{plan.sweep.origin}: metric {name} is of goal {plan.sweep.metric.goal}, and less of it is better; set "
-            "goal: minimize"
+            f"{plan.sweep.origin}: the goal is to {goal} {name}, and {which} of it is better; set goal: {wanted}"
         )

@@ -68,9 +68,11 @@ def test_what_was_read_is_not_read_again_unless_the_file_is_new(tmp_path: Path) 
     assert (follower.done, follower.left(9)) == (1, 64.0)
 
 
-@pytest.mark.parametrize(("goal", "best"), [("minimize", "0.25"), ("maximize", "1")])
-def test_the_best_is_what_the_goal_says(tmp_path: Path, board: Board, goal: str, best: str) -> None:
-    file = board.plan.sweep.file.model_dump(exclude_none=True) | {"metric": {"name": "eval/forward_kl", "goal": goal}}
+@pytest.mark.parametrize(
+    ("goal", "name", "best"), [("minimize", "forward_kl", "0.25"), ("maximize", "top1_agreement", "1")]
+)
+def test_the_best_is_what_the_goal_says(tmp_path: Path, board: Board, goal: str, name: str, best: str) -> None:
+    file = board.plan.sweep.file.model_dump(exclude_none=True) | {"metric": {"name": f"eval/{name}", "goal": goal}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(file))
     board = Board(plan_sweep(read_sweep(str(tmp_path / "mine.yaml")), "smoke", {}, None, True), tmp_path / "run")
     journal = board.journal()

@@ -210,7 +210,8 @@ def test_a_metric_that_a_task_has_not_is_refused_before_anything_is_trained(
     tmp_path: Path, tiny_dir: Path, task: str, metric: str
 ) -> None:
     name, tasks = f"eval/{task}/{metric}", {"eval.tasks": [task]}
-    board = board_of(tmp_path, tiny_dir, GRID, preset=tasks, metric={"name": name})
+    goal = "minimize" if metric == "bits_per_byte" else "maximize"
+    board = board_of(tmp_path, tiny_dir, GRID, preset=tasks, metric={"name": name, "goal": goal})
     (tmp_path / "run" / "eval").mkdir(parents=True)  # also in a folder whose tasks were loaded before
     with pytest.raises(DataError, match=f"has no {name}, which trials are ranked by; it has eval/{task}/"):
         run_shard(board, Shard(), Silent())

@@ -147,12 +147,22 @@ def test_a_task_metric_needs_the_evaluation(tmp_path: Path) -> None:
         plan_of(sweep, evaluate=False)
 
 
-def test_fewer_bits_per_byte_cannot_be_swept_for_as_worse(tmp_path: Path) -> None:
-    metric = {"name": "eval/arc_easy_offline/bits_per_byte"}
-    assert plan_of(sweep_of(tmp_path, {"beta": {"values": [0, 1]}}, metric=metric)).sweep.metric.sign == 1
-    sweep = sweep_of(tmp_path, {"beta": {"values": [0, 1]}}, metric=metric | {"goal": "maximize"})
-    with pytest.raises(PresetError, match="less of it is better; set goal: minimize"):
-        plan_of(sweep)
+@pytest.mark.parametrize(
+    ("name", "goal", "words"),
+    [
+        ("eval/arc_easy_offline/bits_per_byte", "minimize", "less of it is better; set goal: minimize"),
+        ("eval/arc_easy_offline/acc_norm", "maximize", "more of it is better; set goal: maximize"),
+        ("eval/forward_kl", "minimize", "less of it is better; set goal: minimize"),
+    ],
+)
+def test_the_worst_trial_cannot_be_the_goal(tmp_path: Path, name: str, goal: str, words: str) -> None:
+    other = {"minimize": "maximize", "maximize": "minimize"}[goal]
+    good, bad = (
+        sweep_of(tmp_path, {"beta": {"values": [0, 1]}}, metric={"name": name, "goal": each}) for each in (goal, other)
+    )
+    assert plan_of(good).sweep.metric.goal == goal
+    with pytest.raises(PresetError, match=words):
+        plan_of(bad)
 
 
 def test_shards_cover_every_slot_once() -> None:
