@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdctl.config.preset import Preset
-from kdctl.eval.distribution import Yardstick, compare, summarize
+from kdctl.eval.distribution import Yardstick, compare
 from kdctl.formats.student import load_student
 from kdctl.model.load import quiet
 from kdctl.rollout.teacher_states import from_int8, int8
+from kdctl.run.measures import AGREEMENT, FORWARD_KL, REVERSE_KL
 from kdctl.run.paths import RunDir
 from kdctl.run.record_files import read_record
 from kdctl.stages.context import open_run
+from kdctl.stages.yardstick import ensure_measuring
 
 
 def arguments() -> argparse.Namespace:
@@ -39,19 +41,19 @@ def main() -> None:
     args = arguments()
     quiet()
     job = open_run(read_record(RunDir(args.run).preset, Preset), args.run)
-    exact = job.small_yardstick(args.documents)
+    exact = ensure_measuring(*job).yardstick(args.documents)
     coarse, student = rounded(exact), load_student(job.context.paths.student, job.teacher.device).model
-    teacher = summarize(compare(job.teacher.load(), coarse))
-    found = {name: summarize(compare(student, each)) for name, each in (("exact", exact), ("int8", coarse))}
+    teacher = compare(job.teacher.load(), coarse)
+    found = {name: compare(student, each) for name, each in (("exact", exact), ("int8", coarse))}
     sizes = {"exact": exact.states[0][:1].nbytes, "int8": sum(t.nbytes for t in int8(exact.states[0][:1]).values())}
-    print(f"{teacher.tokens} completion tokens of {teacher.documents} documents\n")
+    print(f"{int(teacher.tokens.sum())} completion tokens of {len(teacher.tokens)} documents\n")
     print("| states | bytes a token | KL(teacher‖states) | top-1 | KL(states‖student) | KL(student‖states) |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, own, same in (
         ("exact", 0.0, 1.0),
-        ("int8", teacher.reverse_kl.value, teacher.top1_agreement.value),
+        ("int8", teacher.mean(REVERSE_KL), teacher.mean(AGREEMENT)),
     ):
-        to, back = found[name].forward_kl.value, found[name].reverse_kl.value
+        to, back = found[name].mean(FORWARD_KL), found[name].mean(REVERSE_KL)
         print(f"| {name} | {sizes[name]:,} | {own:.6f} | {100 * same:.2f} % | {to:.4f} | {back:.4f} |")
 
 

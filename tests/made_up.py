@@ -44,6 +44,12 @@ DOCUMENTS = 40
 ITEMS = 200
 
 
+def known(estimate: Estimate | None) -> Estimate:
+    """Return an estimate that a record has to have."""
+    assert estimate is not None
+    return estimate
+
+
 def around(value: float) -> Estimate:
     """Put ten percent around a number."""
     return Estimate(value=value, low=value * 0.9, high=value * 1.1)

@@ -27,7 +27,9 @@ SECTIONS = ("teacher", "prompts", "heldout", "rollout", "eval", "runtime")
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(help="Folders, Hub ids or GGUF files of one tokenizer; others are measured against the first."),
+        typer.Argument(
+            help="Folders, Hub ids, GGUF files or, after the first, addresses of servers; it is measured against."
+        ),
     ],
     *,
     flags: Flags,

@@ -175,7 +175,7 @@ def text_documents(tokenizer: PreTrainedTokenizerBase, tokens: int, window: int 
 
 def text_yardstick(teacher: PreTrainedModel, documents: Sequence[Sequence[int]]) -> Yardstick:
     """Run the teacher over plain text once, in the batches of ``text_perplexity``."""
-    return _read(teacher, [_as_rollout(ids) for ids in documents])
+    return _read(teacher, [text_rollout(ids) for ids in documents])
 
 
 def text_perplexity(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> TextMetrics:
@@ -189,6 +189,6 @@ def text_metrics(per_document: PerDocument) -> TextMetrics:
     return TextMetrics(perplexity=perplexity, tokens=int(tokens.sum()), documents=len(tokens))
 
 
-def _as_rollout(ids: Sequence[int]) -> Rollout:
+def text_rollout(ids: Sequence[int]) -> Rollout:
     """Present plain text as a completion of its own first token."""
     return Rollout("", 0, 0, list(ids[:1]), list(ids[1:]), None, "length", 0, 0, "text")

@@ -290,20 +290,31 @@ def score_tasks(
     its documents done and its documents in all. allocations: of tasks of which not all documents are asked. A limit
     holds for each subtask of a group, as in lm-eval. Model and tokenizer are left as they were.
     """
-    scores, tables = {}, {}
     training = model.training
     try:
-        with quiet():
-            lm = _lm(model.eval(), tokenizer, settings, engine)
-            for name, task in tasks.items():
-                started = time.perf_counter()
-                allocation = allocations.get(name)
-                runs = list(_runs(lm, task, settings, progress, allocation))
-                table = items_table(name, runs)
-                tables[name] = allocation.noted(table) if allocation else table
-                scores[name] = _score(task, tables[name], runs, settings, time.perf_counter() - started)
+        lm = _lm(model.eval(), tokenizer, settings, engine)
+        return score_shown(lm, tasks, settings, progress, allocations)
     finally:
         model.train(training)
+
+
+def score_shown(
+    lm: LikelihoodModel,
+    tasks: Mapping[str, LoadedTask],
+    settings: EvalSection,
+    progress: Progress | None = None,
+    allocations: Mapping[str, Allocation] = NOTHING,
+) -> tuple[dict[str, TaskScore], dict[str, pa.Table]]:
+    """Run what lm-eval is shown as a model on tasks, as ``score_tasks``."""
+    scores, tables = {}, {}
+    with quiet():
+        for name, task in tasks.items():
+            started = time.perf_counter()
+            allocation = allocations.get(name)
+            runs = list(_runs(lm, task, settings, progress, allocation))
+            table = items_table(name, runs)
+            tables[name] = allocation.noted(table) if allocation else table
+            scores[name] = _score(task, tables[name], runs, settings, time.perf_counter() - started)
     return scores, tables
 
 

@@ -218,6 +218,15 @@ def distance_cell(row: Row, measure: TokenMeasure) -> Cell:
     return measure_cell(measure, summary.estimate(measure) if summary else None)
 
 
+def served_notes(rows: Sequence[Row]) -> list[str]:
+    """Say how models were measured that a server served."""
+    served = {one.name: one.result.served for row in rows for one in row.models if one.result and one.result.served}
+    if not served:
+        return []
+    named = "; ".join(f"{name} is {what}" for name, what in served.items())
+    return [f"{named}. A server states no distribution: its KL is estimated by the drawn tokens, with wider intervals."]
+
+
 def block(results: Results, heading: str, rows: Sequence[Row], own: Sequence[Callable[[Row], Cell]]) -> Block:
     """Put rows together: what is their own (name, settings), then results ranked among them."""
     ranked = [results.ranked(rows, scale) for scale in results.scales]

@@ -7,7 +7,7 @@ import numpy as np
 from kdctl import stats
 from kdctl.report.bits import bits, rolling
 from kdctl.report.by_source import sources
-from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell
+from kdctl.report.columns import AVERAGE, BASELINES, STYLES, Results, distance_cell, served_notes
 from kdctl.report.contrasts import Found, Judged, Row, baseline, per_token_difference
 from kdctl.report.study import Kind
 from kdctl.report.tables import Block, Cell, Column, Table, estimated, without_empty
@@ -104,7 +104,8 @@ def held_out(results: Results) -> Table:
     ]
     columns = (Column("model", "model"), *(Column(one.name, one.label, STYLES[one.unit]) for one in measures))
     note = "On completions that the teacher wrote, with 95 % intervals over documents."
-    return without_empty(Table("held_out", "Held-out tokens", columns, (Block("", tuple(rows)),), (note,)))
+    notes = (note, *served_notes(results.rows))
+    return without_empty(Table("held_out", "Held-out tokens", columns, (Block("", tuple(rows)),), notes))
 
 
 def _difference_column(measure: TokenMeasure) -> Column:

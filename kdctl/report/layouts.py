@@ -15,6 +15,7 @@ from kdctl.report.columns import (
     block,
     measure_cell,
     measure_column,
+    served_notes,
     setting_cell,
     setting_column,
     written,
@@ -85,7 +86,7 @@ def legend(results: Results) -> tuple[str, ...]:
         notes.append("Rows of several seeds are their mean; errors and intervals hold the variance between seeds too.")
     if any(len(row.models) == 1 and row.kind == "variant" for row in results.rows):
         notes.append("A row of one seed does not show how much other seeds of its setting differ.")
-    return tuple(notes)
+    return (*notes, *served_notes(results.rows))
 
 
 def main(study: Study, contrasts: Contrasts) -> Table:

@@ -183,8 +183,9 @@ class DistributionMetrics(Record):
     __pydantic_extra__: dict[str, Estimate] = Field(init=False)
 
     forward_kl: Estimate
-    reverse_kl: Estimate
-    top1_agreement: Estimate
+    reverse_kl: Estimate | None = None
+    """None of a server, which states no distributions; so is the next."""
+    top1_agreement: Estimate | None = None
     perplexity: Estimate
     teacher_perplexity: float
     documents: int
@@ -352,12 +353,15 @@ class EvalResult(Record):
     text: TextMetrics
     text_distribution: DistributionMetrics | None = None
     """Student against teacher on that text, per token of it."""
-    size_bytes: int
+    size_bytes: int | None
+    """None of a server."""
     seconds_s: float
     versions: Versions
     settings: dict[str, object] = {}
     """λ, β, lr and the other distill settings of a variant."""
     reference: str | None = None
-    """Only for a model that kdctl did not make here: the folder or Hub id that ``--also`` named."""
+    """Only for a model that kdctl did not make here: the folder, Hub id or server's address that was named."""
+    served: str | None = None
+    """Of a server: what it is and serves. KL is then estimated by the drawn tokens alone."""
     layers: tuple[Estimate, ...] = ()
     """``kdctl compare --by-layer``: KL(teacher‖teacher with one decoder layer of this model), nats a token."""

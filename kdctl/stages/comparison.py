@@ -21,6 +21,7 @@ from kdctl.run.record_files import write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Run, open_run
 from kdctl.stages.evaluate import evaluate
+from kdctl.stages.served_model import Address, check_first, check_served, is_address, measure_served
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 LONGEST_NAME = 40
@@ -43,26 +44,33 @@ def compare_models(
 ) -> tuple[Run, dict[str, EvalResult]]:
     """Measure models of one tokenizer against the first of them, in a run folder of their own.
 
-    references: folders, Hub ids or GGUF files, two or more; settings: dotted preset fields, those of evaluation mostly;
-    folder: ``runs/compare-…`` without it, which goes on where it was; by_layer: also measure what each decoder layer of
-    a model costs alone. All are found, and their tokenizers compared, before any is loaded. Raises PresetError for
-    fewer than two, ModelError for one that is not there or not comparable.
+    references: folders, Hub ids, GGUF files or addresses of servers, two or more; settings: dotted preset fields, those
+    of evaluation mostly; folder: ``runs/compare-…`` without it, which goes on where it was; by_layer: also measure what
+    each decoder layer of a model costs alone. All are found, and their tokenizers compared, before any is loaded.
+    Raises PresetError for fewer than two or a server first, ModelError for one that is not there or not comparable.
     """
     names = names_of(references)
+    check_first(references[0])
     preset = build_preset(PRESET, {"teacher.model": references[0], **(settings or {})}, "compare")
     teacher = Teacher(preset.teacher, preset.runtime)
+    named = list(zip(names[1:], references[1:], strict=True))
+    servers = [Address(name, reference.rstrip("/")) for name, reference in named if is_address(reference)]
     others = [
         find_foreign(name, reference, teacher.dtype, teacher.offline)
-        for name, reference in zip(names[1:], references[1:], strict=True)
+        for name, reference in named
+        if not is_address(reference)
     ]
     for other in others:
         check_comparable(other, teacher.tokenizer(), teacher.config())
         if by_layer:
             _check_layers(other, teacher)
+    tasks = {}
     if preset.eval.tasks:
         from kdctl.eval.tasks import build_tasks  # lm-eval takes seconds to import
 
-        build_tasks(preset.eval, teacher.offline)
+        tasks = build_tasks(preset.eval, teacher.offline)
+    for server in servers:
+        check_served(server, tasks, preset.rollout, by_layer=by_layer)
     run = open_run(preset, folder or default_folder(references), reporter=reporter or Silent())
     measuring = ensure_measuring(*run)
     found: dict[str, EvalResult] = {}
@@ -70,6 +78,10 @@ def compare_models(
         found |= evaluate(*run, measuring, names=("teacher",), also=other)
         if by_layer and not found[other.name].layers:
             found[other.name] = _with_layers(run, measuring, other, found[other.name])
+    if servers:
+        found |= evaluate(*run, measuring, names=("teacher",))
+    for server in servers:
+        found[server.name] = measure_served(run.context, measuring, server, tasks)
     return run, found
 
 

@@ -61,13 +61,17 @@ class Writer:
             items, lambda client, place, item: self._one(client, place, item, sampling, policy_step), tell, only
         )
 
-    def score(self, rollouts: Sequence[Rollout], only: Place) -> list[float]:
-        """Return a server's log-probabilities of completions, end to end."""
+    def score(self, rollouts: Sequence[Rollout], only: Place, progress: Progress | None = None) -> list[float]:
+        """Return a server's log-probabilities of completions, end to end; progress: told of tokens as they come."""
 
         async def scored(client: Client, place: Place, one: Rollout) -> list[float]:
             return await answered(place, lambda: place.server.score(client, one.prompt_ids, one.completion_ids))
 
-        found = [value for part in self.pool.run(rollouts, scored, only=only) for value in part]
+        def tell(_: int, values: Sequence[float]) -> None:
+            if progress is not None:
+                progress(len(values))
+
+        found = [value for part in self.pool.run(rollouts, scored, tell, only) for value in part]
         _check_finite(only, found, "of tokens that were sent")
         return found
 
