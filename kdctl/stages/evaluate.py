@@ -79,6 +79,10 @@ def evaluate(
     for one in chosen:
         if one not in pending:
             context.reporter.note(f"eval: {one.name} is complete, skipped")
+        elif not force and _results(context, one).exists():
+            context.reporter.note(
+                f"eval: {one.name} has results of other weights, tasks, settings or text; they are replaced"
+            )
     found = _evaluate_all(context, teacher, measuring, pending, force) if pending else measuring
     context.ranks.wait()
     students = {one.name: partial(_load, teacher, one) for one in known.values() if one.name != "teacher"}
