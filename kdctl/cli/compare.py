@@ -1,5 +1,6 @@
 """``kdctl compare``: models of any origin, without a preset."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,6 @@ def compare(
         from kdctl.report.columns import Results
         from kdctl.report.contrasts import Contrasts
         from kdctl.report.details import held_out
-        from kdctl.report.front import Excerpt
         from kdctl.report.study_reader import read_study
         from kdctl.stages import pipeline
         from kdctl.stages.comparison import compare_models
@@ -67,6 +67,6 @@ def compare(
             show_json(found)
         else:
             report = pipeline.report(opened.context)
-            show_report(report)
             table = held_out(Results(read_study([opened.context.paths]), Contrasts(MARGIN)))
-            show_report(Excerpt((), (table,), short_tables=(table,), folder=report.folder))
+            more = {"tables": (*report.tables, table), "short_tables": (*report.short_tables, table)}
+            show_report(replace(report, **more))

@@ -76,6 +76,8 @@ def show_report(found: "Excerpt", wide: bool = False) -> None:
     """Show an excerpt to a person on a terminal; print it as Markdown anywhere else."""
     if not console.on_terminal():
         console.show_text(found.text())
+        if found.folder is not None:
+            console.ConsoleReporter().note(f"verdicts in full and all tables: {found.folder / 'report.html'}")
     elif found.folder is None:
         for paragraph in found.paragraphs:
             console.show_paragraph(paragraph)
