@@ -145,7 +145,7 @@ class Cost:
         )
 
     def _quantizing(self, parts: dict[str, int]) -> Iterator[Phase]:
-        """Yield the phase of a method that reads sequences through a copy of the teacher, if it is one."""
+        """Yield the phase of a method that reads sequences through the teacher, layer by layer, if it is one."""
         settings, method = self.preset.quantize, QUANTIZERS[self.preset.quantize.method]
         if Statistic.INPUT_HESSIAN not in method.needs:
             return
@@ -154,12 +154,12 @@ class Cost:
         states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
         passing = SEQUENCES * self.longest * self.network.activations["none"].peak
         backward = int(passing) + self.logits if Statistic.OUTPUT_FISHER in method.needs else 0
-        rounding = self.model + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
+        rounding = self._layer() * self.itemsize + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
         worth = {"what outputs are worth": method.held(settings, self.network.layers)}
         yield _phase(
             "quantizing",
             parts | worth | {"where weights were": self.offsets},
-            {"reading back": backward, "student, its states and inputs": rounding},
+            {"reading back": backward, "a quantized layer, states and inputs": rounding},
         )
 
     @property

@@ -5,7 +5,8 @@ went wrong earlier. One layer's Hessians are in memory at a time.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -48,9 +49,10 @@ def quantize_in_order(
     progress: Advance = ignore,
     token_weights: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Weights:
-    """Quantize a model's layers in place, first to last, and return their weights on the grid.
+    """Quantize a model's layers, first to last, and return their weights on the grid.
 
-    token_weights: what each token of each batch, (N,), counts in the Hessian of a layer; without them all count one.
+    The model holds the quantized weights of one decoder layer at a time and ends as it began. token_weights: what each
+    token of each batch, (N,), counts in the Hessian of a layer; without them all count one.
     """
     groups = by_decoder_layer(names)
     hidden, options = first_inputs(model, list(groups), batches)
@@ -60,21 +62,34 @@ def quantize_in_order(
         modules = {name: model.get_submodule(name) for name in members}
         own = {name: token_weights[name] for name in members} if token_weights else {}
         found: Weights = {}
-        for sharing, hessian in collect(layer, modules, hidden, options[prefix], own).items():
-            found |= _together({name: modules[name] for name in sharing}, hessian, quantizer)
+        with _put_back(modules.values()):
+            for sharing, hessian in collect(layer, modules, hidden, options[prefix], own).items():
+                found |= _together({name: modules[name] for name in sharing}, hessian, quantizer)
+            hidden = [run(layer, state, kept) for state, kept in zip(hidden, options[prefix], strict=True)]
         weights |= {name: found[name] for name in members}
-        hidden = [run(layer, state, kept) for state, kept in zip(hidden, options[prefix], strict=True)]
         progress(done + 1, len(groups))
     return weights
 
 
+@contextmanager
+def _put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give linear layers, after a block that puts others in their place, the very weights that they had."""
+    parameters = [module.get_parameter("weight") for module in modules]
+    before = [parameter.data for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
+
+
 def _together(modules: Mapping[str, nn.Module], hessian: Tensor, quantizer: FromHessian) -> Weights:
-    """Quantize the weights of linear layers with one input as one weight, in place."""
+    """Quantize the weights of linear layers with one input as one weight, and have the layers hold it."""
     parameters = {name: module.get_parameter("weight") for name, module in modules.items()}
     whole, weights, start = quantizer(tuple(modules), torch.cat(list(parameters.values())), hessian), {}, 0
     for name, parameter in parameters.items():
         weights[name] = whole.rows(start, start + len(parameter))
-        parameter.copy_(dequantize(weights[name].codes, weights[name].qparams, weights[name].grid))
+        parameter.data = dequantize(weights[name].codes, weights[name].qparams, weights[name].grid).to(parameter.dtype)
         start += len(parameter)
     return weights
 

@@ -30,20 +30,24 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
         seen.update(dict.fromkeys(sharing, hessian))
         return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
 
-    model = copy.deepcopy(teacher_fp32)
-    weights = quantize_in_order(model, names, batches, quantizer)
+    own = {name: parameter.data_ptr() for name, parameter in teacher_fp32.named_parameters()}
+    before = copy.deepcopy(teacher_fp32.state_dict())
+    weights = quantize_in_order(teacher_fp32, names, batches, quantizer)
     assert list(weights) == names
+    # the model ends with the very weights that it began with
+    assert {name: parameter.data_ptr() for name, parameter in teacher_fp32.named_parameters()} == own
+    assert all(torch.equal(one, before[name]) for name, one in teacher_fp32.state_dict().items())
     for name, weight in weights.items():
         alone = quantize_weight(
             teacher_fp32.get_parameter(f"{name}.weight").detach(), minmax, weight.grid, torch.float32
         )
         assert torch.equal(weight.codes, alone.codes)  # its own rows of what was rounded as one
-        assert torch.equal(model.get_parameter(f"{name}.weight"), dequantize(weight.codes, weight.qparams, weight.grid))
     # The second layer's inputs, taken from an independent full forward of the model with only the first one quantized.
     reference = copy.deepcopy(teacher_fp32)
     for name in names:
         if ".layers.0." in name:
-            reference.get_parameter(f"{name}.weight").data.copy_(model.get_parameter(f"{name}.weight"))
+            one = weights[name]
+            reference.get_parameter(f"{name}.weight").data.copy_(dequantize(one.codes, one.qparams, one.grid))
     inputs: list[Tensor] = []
     target = next(name for name in names if ".layers.1." in name and name.endswith("q_proj"))
     hook = reference.get_submodule(target).register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -56,6 +60,21 @@ def test_hessians_are_those_of_the_model_quantized_so_far(teacher_fp32: PreTrain
     owners = {name.rpartition(".")[2]: id(hessian) for name, hessian in seen.items() if ".layers.0." in name}
     assert [len({owners[name] for name in members}) for members in FAMILIES] == [1, 1, 1, 1]
     assert len(set(owners.values())) == len(FAMILIES)
+
+
+def test_a_model_has_its_weights_back_where_quantizing_fails(teacher_fp32: PreTrainedModel) -> None:
+    names = [n for n, m in teacher_fp32.named_modules() if n.endswith("_proj")]
+    before, done = copy.deepcopy(teacher_fp32.state_dict()), []
+
+    def quantizer(sharing: tuple[str, ...], weight: Tensor, hessian: Tensor):
+        done.append(sharing)
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_in_order(teacher_fp32, names, [collate(ROWS, 64)], quantizer)
+    assert all(torch.equal(one, before[name]) for name, one in teacher_fp32.state_dict().items())
 
 
 @pytest.mark.parametrize("size", [3, 64, 101])
@@ -79,7 +98,7 @@ def test_a_token_counts_in_a_layer_as_much_as_its_weights_where_its_input_goes(t
         seen.update(dict.fromkeys(sharing, hessian))
         return quantize_weight(weight, minmax, Grid(4, 32, False), torch.float32)
 
-    quantize_in_order(copy.deepcopy(teacher_fp32), names, batches, quantizer, token_weights=weights)
+    quantize_in_order(teacher_fp32, names, batches, quantizer, token_weights=weights)
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(kept: list[Tensor]) -> Callable[..., None]:

@@ -37,9 +37,7 @@ class Gptq(Quantizer):
         return 3200.0 * sum(rows * columns for rows, columns in layers.values()), started
 
     def quantize(self, context: QuantizeContext) -> Weights:
-        """Quantize a copy of the teacher in order, on calibration sequences."""
-        import copy
-
+        """Quantize the teacher's layers in order, on calibration sequences."""
         from kdctl.quant.calibrate import quantize_in_order
         from kdctl.quant.gptq import gptq
 
@@ -48,9 +46,8 @@ class Gptq(Quantizer):
         def compensated(_names: tuple[str, ...], weight: Tensor, hessian: Tensor) -> QuantizedWeight:
             return gptq(weight, hessian, context.grid, weight.dtype, own.damping)
 
-        student = copy.deepcopy(context.teacher)
         with context.task() as advance:
-            return quantize_in_order(student, context.layers, context.batches, compensated, advance)
+            return quantize_in_order(context.teacher, context.layers, context.batches, compensated, advance)
 
 
 QUANTIZER = Gptq()

@@ -58,9 +58,7 @@ class Kl(Quantizer):
         return 5400.0 * sum(rows * columns for rows, columns in layers.values()), started
 
     def quantize(self, context: QuantizeContext) -> Weights:
-        """Quantize a copy of the teacher in order, on calibration sequences."""
-        import copy
-
+        """Quantize the teacher's layers in order, on calibration sequences."""
         import torch
 
         from kdctl.quant.calibrate import quantize_in_order
@@ -75,11 +73,10 @@ class Kl(Quantizer):
             blocks = [block for name in names for block in fisher.pop(name).blocks]
             return two_sided(weight, hessian, blocks, context.grid, weight.dtype, own.damping, own.output_damping)
 
-        student = copy.deepcopy(context.teacher)
         sizes = [len(batch.input_ids) for batch in context.batches]
         weights = {name: torch.cat(found.tokens).split(sizes) for name, found in fisher.items()}
         with context.task() as advance:
-            return quantize_in_order(student, layers, context.batches, rounded, advance, weights)
+            return quantize_in_order(context.teacher, layers, context.batches, rounded, advance, weights)
 
 
 QUANTIZER = Kl()
