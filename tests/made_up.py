@@ -149,18 +149,26 @@ def evaluated(
     write_record(run.eval(model) / "results.json", EvalResult.model_validate(values | fields))
 
 
-def rolled(run: RunDir, model: str, shift: float, task: str = "pages", prompt: str = "", noise: int = 0) -> None:
+def rolled(
+    run: RunDir,
+    model: str,
+    shift: float,
+    task: str = "pages",
+    prompt: str = "",
+    noise: int = 0,
+    documents: int = DOCUMENTS,
+) -> None:
     """Add a task over whole documents to an evaluated model: 3 nats and ``shift`` more for each byte, more or less."""
     drawn, own = np.random.default_rng(3), np.random.default_rng(noise)
-    sizes = drawn.integers(50, 400, DOCUMENTS)
-    costs = 3.0 * drawn.uniform(0.7, 1.3, DOCUMENTS) + shift * own.uniform(0.5, 1.5, DOCUMENTS)
-    names = [f"{task}{prompt}{index:06d}" for index in range(DOCUMENTS)]
+    sizes = drawn.integers(50, 400, documents)
+    costs = 3.0 * drawn.uniform(0.7, 1.3, documents) + shift * own.uniform(0.5, 1.5, documents)
+    names = [f"{task}{prompt}{index:06d}" for index in range(documents)]
     table = pa.table(
         {
             "item_id": names[::-1],  # in no order
-            "subtask": [task] * DOCUMENTS,
-            "cluster": [task] * DOCUMENTS,
-            "doc_index": pa.array(range(DOCUMENTS), pa.int32()),
+            "subtask": [task] * documents,
+            "cluster": [task] * documents,
+            "doc_index": pa.array(range(documents), pa.int32()),
             "loglikelihood": -costs * sizes,
             "bytes": sizes,
             "words": sizes // 5,
@@ -172,7 +180,7 @@ def rolled(run: RunDir, model: str, shift: float, task: str = "pages", prompt: s
     metrics = {name: rolling_value(table, measure) for name, measure in ROLLING_MEASURES.items()}
     value, result = metrics["bits_per_byte"], read_record(run.eval(model) / "results.json", EvalResult)
     score = TaskScore(
-        version="1", metric="bits_per_byte", value=value, stderr=0.1, items=DOCUMENTS, num_fewshot=0, metrics=metrics
+        version="1", metric="bits_per_byte", value=value, stderr=0.1, items=documents, num_fewshot=0, metrics=metrics
     )
     update = {"tasks": result.tasks | {task: score}}
     write_record(run.eval(model) / "results.json", result.model_copy(update=update))

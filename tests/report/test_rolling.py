@@ -151,6 +151,16 @@ def test_what_cannot_be_told_apart_is_not_called_better(tmp_path: Path) -> None:
     assert all("pages not distinguishable from PTQ's" in one.words for one in headlines(results)[1:])
 
 
+def test_one_document_has_no_interval_and_decides_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", VARIANTS, ())
+    for name, shift in SHIFT.items():
+        rolled(run, name, shift, documents=1)
+    said = " ".join(sentences(results_of(run)))
+    assert "(one document has no interval)" in said
+    assert "which one document does not tell from the PTQ student's" in said
+    assert "inf" not in said
+
+
 def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {f"v_seed{seed}": {"seed": seed} for seed in (0, 1)}, ())
     for name in ("teacher", "ptq"):
