@@ -74,13 +74,13 @@ def _known_method(name: str) -> str:
     return name
 
 
-def _server_url(text: str) -> str:
-    """Return a server's address without what is behind its path."""
-    found = urlsplit(text)
+def server_url(text: str) -> str:
+    """Return a server's address without what is behind its path. Raises ValueError where it is none or has a secret."""
     try:
+        found = urlsplit(text)
         sound = found.scheme in ("http", "https") and bool(found.hostname) and (found.port or 1) > 0
     except ValueError:
-        sound = False
+        found, sound = urlsplit(""), False
     if not sound:
         text = text if "@" not in text else "what is given"
         raise ValueError(f"{text!r:.200} is no address of a server; write it like http://127.0.0.1:8000")
@@ -257,7 +257,7 @@ class RolloutSection(Section):
     engine: Name = "transformers"
     """What writes completions: ``transformers`` samples them in this process, reproducibly; ``server`` asks vLLM,
     SGLang or llama-server."""
-    url: tuple[Annotated[str, AfterValidator(_server_url)], ...] = ()
+    url: tuple[Annotated[str, AfterValidator(server_url)], ...] = ()
     """Server that writes completions, as ``http://host:port``. Several share the requests."""
     serve: Name | None = None
     """Server to start and to end with the work: ``vllm``, ``sglang``, ``llama-server``, or a command with {port} and

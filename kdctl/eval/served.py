@@ -21,6 +21,8 @@ class ServedModel(LiveModel):
     ):
         super().__init__(model, tokenizer, server, settings)
         self.server = server
+        if server.reach is not None:  # a live model never reads the last token, which a server does
+            self.encoder.max_tokens = min(self.encoder.max_tokens, server.reach - 1)
 
     def _judged(self, batch: Sequence[Question]) -> Iterator[tuple[Answer, Result]]:
         answers = [answer for question in batch for answer in question.answers]

@@ -21,7 +21,15 @@ from kdctl.run.record_files import write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Run, open_run
 from kdctl.stages.evaluate import evaluate
-from kdctl.stages.served_model import Address, check_first, check_served, is_address, measure_served
+from kdctl.stages.served_model import (
+    Address,
+    address_of,
+    check_first,
+    check_served,
+    check_unnamed,
+    is_address,
+    measure_served,
+)
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
 LONGEST_NAME = 40
@@ -54,7 +62,7 @@ def compare_models(
     preset = build_preset(PRESET, {"teacher.model": references[0], **(settings or {})}, "compare")
     teacher = Teacher(preset.teacher, preset.runtime)
     named = list(zip(names[1:], references[1:], strict=True))
-    servers = [Address(name, reference.rstrip("/")) for name, reference in named if is_address(reference)]
+    servers = [Address(name, address_of(reference)) for name, reference in named if is_address(reference)]
     others = [
         find_foreign(name, reference, teacher.dtype, teacher.offline)
         for name, reference in named
@@ -73,16 +81,16 @@ def compare_models(
         check_served(server, tasks, preset.rollout, by_layer=by_layer)
     run = open_run(preset, folder or default_folder(references), reporter=reporter or Silent())
     measuring = ensure_measuring(*run)
+    check_unnamed(run.context, measuring, servers)
+    served = {server.name: measure_served(run.context, measuring, server, tasks) for server in servers}
     found: dict[str, EvalResult] = {}
     for other in others:
         found |= evaluate(*run, measuring, names=("teacher",), also=other)
         if by_layer and not found[other.name].layers:
             found[other.name] = _with_layers(run, measuring, other, found[other.name])
-    if servers:
+    if not others:
         found |= evaluate(*run, measuring, names=("teacher",))
-    for server in servers:
-        found[server.name] = measure_served(run.context, measuring, server, tasks)
-    return run, found
+    return run, found | served
 
 
 def _check_layers(other: Foreign, teacher: Teacher) -> None:

@@ -1,14 +1,16 @@
 """A model that a server serves, measured beside one that is here: by the tokens that the server is sent and writes."""
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdctl.base.errors import PresetError
-from kdctl.config.preset import RolloutSection
+from kdctl.config.preset import RolloutSection, server_url
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
 from kdctl.rollout.server.pool import Pool
@@ -17,7 +19,7 @@ from kdctl.rollout.work import Work
 from kdctl.run.documents import Array, PerDocument, as_table, write_items
 from kdctl.run.files import remove
 from kdctl.run.measures import FORWARD_KL, PERPLEXITY, TEACHER_PERPLEXITY
-from kdctl.run.record_files import write_record
+from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import EvalResult, Rollout
 from kdctl.stages.context import Context, versions
 from kdctl.stages.yardstick import Measuring
@@ -40,8 +42,17 @@ class Address:
 
 
 def is_address(reference: str) -> bool:
-    """Tell whether a model is named by a server's address."""
-    return reference.startswith(SCHEMES)
+    """Tell whether a model is named by a server's address; one without its beginning is meant so where no file is."""
+    bare = re.fullmatch(r"[\w.-]+:\d+/?", reference) is not None and not Path(reference).exists()
+    return bare or reference.lower().startswith(SCHEMES)
+
+
+def address_of(reference: str) -> str:
+    """Return a server's address as it is kept. Raises PresetError where it is none, or has a secret in it."""
+    try:
+        return server_url(reference)
+    except ValueError as error:
+        raise PresetError(str(error)) from None
 
 
 def check_first(reference: str) -> None:
@@ -76,17 +87,19 @@ def measure_served(
     held = distribution.by_length(measuring.completions())
     settings = context.preset.rollout.model_copy(update={"url": (one.url,)})
     server = Stranger(Work(teacher.load(), teacher.stop_ids(), "server", settings, reporter=context.reporter))
-    server.meet(held)
+    texts = [distribution.text_rollout(ids) for ids in measuring.text()]
+    server.meet([*held, *texts])
+    said = _scored(context, server, held, f"{one.name} scores completions")
+    server.check(held, said)
+    distance = _against_teacher(measuring, _sums(said, held))
+    text = _on_text(texts, _scored(context, server, texts, f"{one.name} scores plain text"))
     scores, items = _answers(context, measuring, server, one, tasks) if tasks else ({}, {})
-    distance = _against_teacher(measuring, _scored(context, server, held, f"{one.name} scores completions"))
-    text = _on_text(measuring, lambda rows: _scored(context, server, rows, f"{one.name} scores plain text"))
     folder = context.paths.eval(one.name)
     remove(folder / "results.json")  # they are not of the items that are written now
     tables = {"heldout": as_table(distance, [row.prompt_id for row in held]), "text": as_table(text)}
-    inputs = {"teacher": teacher.fingerprint(), "heldout": measuring.store.fingerprint()}
     result = EvalResult(
         model=one.name,
-        identity=identity("served", {"eval": context.preset.eval.decisive(), "url": one.url}, inputs),
+        identity=_identity(context, measuring, one.url),
         weights=f"served by {one.url}",
         limit=context.preset.eval.limit,
         tasks=scores,
@@ -101,6 +114,25 @@ def measure_served(
     )
     write_record(folder / "results.json", result)
     return result
+
+
+def _identity(context: Context, measuring: Measuring, url: str) -> str:
+    """Hash what a measurement of a server reads, but for its weights."""
+    inputs = {"teacher": measuring.teacher.fingerprint(), "heldout": measuring.store.fingerprint()}
+    return identity("served", {"eval": context.preset.eval.decisive(), "url": url}, inputs)
+
+
+def check_unnamed(context: Context, measuring: Measuring, named: Sequence[Address]) -> None:
+    """Raise PresetError where the folder has rows of other servers that could not stand beside what is measured now."""
+    names = {one.name for one in named}
+    for path in sorted(context.paths.eval_root.glob("*/results.json")):
+        found = read_record(path, EvalResult)
+        other = found.served is not None and found.model not in names
+        if other and found.identity != _identity(context, measuring, found.reference or ""):
+            raise PresetError(
+                f"{context.paths.path} has results of {found.reference} on other tasks, settings or text, and a server "
+                "that is not named is not measured again; name it too, or use another --run"
+            )
 
 
 def _answers(
@@ -123,21 +155,25 @@ def _against_teacher(measuring: Measuring, own: Array) -> PerDocument:
     return PerDocument(teachers.tokens, {one.column: sums for one, sums in differences.items()})
 
 
-def _on_text(measuring: Measuring, score: Callable[[Sequence[Rollout]], Array]) -> PerDocument:
+def _on_text(texts: Sequence[Rollout], said: Sequence[float]) -> PerDocument:
     """Sum −log likelihoods of plain text, each document from its second token on."""
-    rows = [distribution.text_rollout(ids) for ids in measuring.text()]
-    tokens = np.array([float(len(row.completion_ids)) for row in rows])
-    return PerDocument(tokens, {PERPLEXITY.column: score(rows)})
+    tokens = np.array([float(len(one.completion_ids)) for one in texts])
+    return PerDocument(tokens, {PERPLEXITY.column: _sums(said, texts)})
 
 
-def _scored(context: Context, server: Stranger, rows: Sequence[Rollout], label: str) -> Array:
-    """Return −log likelihood of each completion, (documents,) float64."""
-    counts, done = [len(row.completion_ids) for row in rows], 0
+def _scored(context: Context, server: Stranger, rows: Sequence[Rollout], label: str) -> list[float]:
+    """Return what the server says of the tokens of completions, end to end."""
+    total, done = sum(len(row.completion_ids) for row in rows), 0
     with context.reporter.task(label, "tokens") as advance:
 
         def told(tokens: int) -> None:
             nonlocal done
-            advance(done := done + tokens, sum(counts))
+            advance(done := done + tokens, total)
 
-        said = np.array(server.score(rows, told), np.float64)
-    return -np.array([part.sum() for part in np.split(said, np.cumsum(counts)[:-1])])
+        return server.score(rows, told)
+
+
+def _sums(said: Sequence[float], rows: Sequence[Rollout]) -> Array:
+    """Return −log likelihood of each completion, (documents,) float64."""
+    ends = np.cumsum([len(row.completion_ids) for row in rows])
+    return -np.array([part.sum() for part in np.split(np.array(said, np.float64), ends[:-1])])

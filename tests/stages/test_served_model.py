@@ -52,6 +52,7 @@ def compared(folder: Path, *references: str | Path, **settings: Any) -> tuple[Ru
     return compare_models([str(one) for one in references], {**SMALL, **settings}, folder)
 
 
+@pytest.mark.slow
 def test_a_served_model_is_what_its_folder_is(tiny_dir_fp32: Path, other: Path, tmp_path: Path) -> None:
     with serving("vllm", loaded(other)) as stub:
         run, found = compared(tmp_path / "run", tiny_dir_fp32, other, stub.url, **TASKS)
@@ -117,6 +118,44 @@ def test_a_server_cannot_stand_first(tiny_dir_fp32: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:notaport", "http://127.0.0.1:99999", "http://127.0.0.1:80 80", "http://[::1", "localhost:8000"],
+)
+def test_what_is_no_address_is_refused_before_any_work(tiny_dir_fp32: Path, tmp_path: Path, address: str) -> None:
+    with pytest.raises(PresetError, match="is no address of a server; write it like"):
+        compared(tmp_path / "run", tiny_dir_fp32, address)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_secret_in_an_address_is_refused_and_not_repeated(tiny_dir_fp32: Path, tmp_path: Path) -> None:
+    with pytest.raises(PresetError, match="KDCTL_SERVER_KEY") as error:
+        compared(tmp_path / "run", tiny_dir_fp32, "http://user:geheim@127.0.0.1:8000")
+    assert "geheim" not in str(error.value)
+
+
+def test_windows_of_a_text_are_what_the_server_takes(tiny_dir_fp32: Path, other: Path, tmp_path: Path) -> None:
+    tasks = {"eval.tasks": ["coqa_text_offline"], "eval.limit": 1}
+    with serving("sglang", loaded(other)) as stub:
+        _, found = compared(tmp_path / "run", tiny_dir_fp32, other, stub.url, **tasks)
+        longest = max(len(body["input_ids"]) for body in stub.bodies if "input_ids" in body)
+    served = next(one for name, one in found.items() if name.startswith("127"))
+    assert longest == 511
+    whole = found["other"].tasks["coqa_text_offline"].value
+    assert served.tasks["coqa_text_offline"].value == pytest.approx(whole, rel=0.05)  # in shorter windows
+
+
+def test_rows_of_servers_that_are_not_named_stay_as_long_as_nothing_changes(
+    tiny_dir_fp32: Path, other: Path, tmp_path: Path
+) -> None:
+    with serving("vllm", loaded(other)) as stub:
+        compared(tmp_path / "run", tiny_dir_fp32, stub.url)
+    _, found = compared(tmp_path / "run", tiny_dir_fp32, other)
+    assert list(found) == ["teacher", "other"]
+    with pytest.raises(PresetError, match="name it too, or use another --run"):
+        compared(tmp_path / "run", tiny_dir_fp32, other, **TASKS)
+
+
 @pytest.mark.slow  # a server that does not answer is asked several times
 def test_a_server_that_is_away_is_refused_before_any_work(tiny_dir_fp32: Path, tmp_path: Path) -> None:
     with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:9"):
@@ -133,8 +172,10 @@ def test_a_server_that_means_other_things_by_tokens_or_adds_one_is_refused(
     with serving("vllm", model) as stub, pytest.raises(ServerError, match="means other things by them"):
         compared(tmp_path / "run", tiny_dir_fp32, stub.url)
     shutil.rmtree(tmp_path / "run")
-    with (
-        serving("vllm", loaded(tiny_dir_fp32), "double_bos", "silently") as stub,
-        pytest.raises(ServerError, match="puts a token before the prompt"),
+    for folder, faults, words in (
+        (tiny_dir_fp32, ("double_bos", "silently"), "puts a token before the prompt"),
+        (other, ("double_bos", "silently"), "puts a token before the prompt"),
+        (other, ("double_bos",), "prompt tokens"),
     ):
-        compared(tmp_path / "run", tiny_dir_fp32, stub.url)
+        with serving("vllm", loaded(folder), *faults) as stub, pytest.raises(ServerError, match=words):
+            compared(tmp_path / "run", tiny_dir_fp32, stub.url)
