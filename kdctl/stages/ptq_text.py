@@ -18,7 +18,7 @@ from kdctl.run.documents import PerDocument, as_table, write_items
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Context
-from kdctl.stages.yardstick import Measuring, ensure_measuring, ensure_student_written
+from kdctl.stages.yardstick import Measuring, ensure_measuring, ensure_student_written, student_plan
 
 PTQ_WRITTEN = "ptq_written"
 Loaders = Mapping[str, Callable[[], PreTrainedModel]]
@@ -56,14 +56,15 @@ def measure_on_ptq_text(
     made = context.ranks.on_main((context.paths.student / "quantize.json").exists)
     if not context.preset.eval.student_written or not made or not asked:
         return
-    writer = fingerprint(context.paths.student)
+    store = RolloutStore(context.paths.eval("ptq") / "rollouts")
 
     def write(main: Context) -> None:
-        with main.claimed("eval/ptq"):
-            ensure_student_written(main, teacher, students["ptq"], writer, "ptq")
+        writer = fingerprint(main.paths.student)
+        if not store.complete(student_plan(main, teacher, writer, "ptq").identity):
+            with main.claimed("eval/ptq"):
+                ensure_student_written(main, teacher, students["ptq"], writer, "ptq")
 
     context.on_main(write)
-    store = RolloutStore(context.paths.eval("ptq") / "rollouts")
     lacking = [name for name in asked if _results(context, name).ptq_text != store.fingerprint()]
     if not lacking:
         return

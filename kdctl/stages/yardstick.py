@@ -105,11 +105,15 @@ def ensure_student_written(
 
     load: gives the model, where it has to write. name: what the run folder calls it. writer: its fingerprint.
     """
-    store = RolloutStore(context.paths.eval(name) / "rollouts")
-    plan = replace(heldout_plan(context, teacher, "student", writer), whose=f"{name}'s")
+    store, plan = RolloutStore(context.paths.eval(name) / "rollouts"), student_plan(context, teacher, writer, name)
     if not store.complete(plan.identity):
         write_heldout(context, teacher, store, plan, load())
     return store
+
+
+def student_plan(context: Context, teacher: Teacher, writer: str, name: str) -> Plan:
+    """Say what a store of held-out completions by a student holds. writer: its fingerprint; name: the run folder's."""
+    return replace(heldout_plan(context, teacher, "student", writer), whose=f"{name}'s")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Models divided by rows: what a process holds of them, and that they become and measure what whole ones do."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ class Peak:
 @contextmanager
 def watched() -> Iterator[Peak]:
     """Look at this process's private memory all the time, and count what is more than at the start."""
+    os.sync()  # mapped pages of a file that is not on disk yet would count as this process's own
     give_back()
     start, peak, ended = private_bytes(), Peak(), threading.Event()
 
