@@ -561,7 +561,7 @@ def test_the_smoke_preset_does_not_chatter(whole) -> None:
     for word in ("Warning", "warning", "it/s", "%|", "\r", "\x1b"):
         assert word not in done.stderr
     ours = re.compile(
-        r"(completions|quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:) .*"
+        r"(completions|quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:|verdicts) .*"
     )
     assert [line for line in done.stderr.splitlines() if not ours.fullmatch(line)] == []
 
@@ -572,9 +572,10 @@ def test_a_second_run_skips_every_stage_and_touches_nothing(whole, invoke: Invok
     before = contents(folder)
     done = invoke("run", "smoke", "--run", folder)
     assert (done.exit_code, done.stdout) == (0, first.stdout)
-    stages = [line.split(":")[0] for line in done.stderr.splitlines()]
-    assert stages == ["quantize", "rollout", "distill", "eval", "eval", "eval"]
-    assert all(line.endswith("is complete, skipped") for line in done.stderr.splitlines())
+    *lines, last = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["quantize", "rollout", "distill", "eval", "eval", "eval"]
+    assert all(line.endswith("is complete, skipped") for line in lines)
+    assert last == f"verdicts in full and all tables: {folder / 'report' / 'report.html'}"
     assert contents(folder) == before
 
 
