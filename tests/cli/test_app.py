@@ -561,7 +561,8 @@ def test_the_smoke_preset_does_not_chatter(whole) -> None:
     for word in ("Warning", "warning", "it/s", "%|", "\r", "\x1b"):
         assert word not in done.stderr
     ours = re.compile(
-        r"(completions|quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:|verdicts) .*"
+        r"(completions|quantizing|generating|distilling|evaluating|teacher|student|PTQ|distilled|no|checkpoints:|"
+        r"verdicts) .*"
     )
     assert [line for line in done.stderr.splitlines() if not ours.fullmatch(line)] == []
 
