@@ -71,6 +71,11 @@ def by_length(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return sorted(rollouts, key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
 
 
+def prompt_ids(rollouts: Sequence[Rollout]) -> list[str]:
+    """List the prompts of rollouts in the order of ``by_length``, in which documents are measured."""
+    return [rollout.prompt_id for rollout in by_length(rollouts)]
+
+
 def _read(teacher: PreTrainedModel, rollouts: Sequence[Rollout], progress: Progress | None = None) -> Yardstick:
     """Run the teacher over rollouts in the order given."""
     batches = [collate(part) for part in split(rollouts, BATCH)]

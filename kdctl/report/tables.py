@@ -3,7 +3,6 @@
 import csv
 import html
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +62,7 @@ class Cell:
 
 def estimated(found: Estimate | None) -> Cell:
     """Write an estimate with its interval; one document has none."""
-    if found is None or not math.isfinite(found.high - found.low):
+    if found is None or not found.bounded:
         return Cell(found.value if found else None)
     return Cell(found.value, low=found.low, high=found.high)
 

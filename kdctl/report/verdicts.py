@@ -1,7 +1,5 @@
 """What was found, in plain sentences."""
 
-import math
-
 from kdctl.report.columns import BASELINES, Results
 from kdctl.report.contrasts import Row, baseline, differs, per_byte, per_token, per_token_difference
 from kdctl.report.details import recovery_of, removed
@@ -77,12 +75,8 @@ def _rolling(results: Results, row: Row) -> str:
     return " ".join(said)
 
 
-def _bounded(found: Estimate) -> bool:
-    return math.isfinite(found.high - found.low)
-
-
 def _told(whose: str, difference: Estimate) -> str:
-    if not _bounded(difference):
+    if not difference.bounded:
         return f", which one document does not tell from {whose}'s"
     low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
     if not differs(difference):
@@ -128,6 +122,6 @@ def _recovered(results: Results, row: Row) -> str:
 
 
 def _interval(found: Estimate) -> str:
-    if not _bounded(found):
+    if not found.bounded:
         return f"{fixed(found.value, 4)} (one document has no interval)"
     return f"{fixed(found.value, 4)} [{fixed(found.low, 4)}, {fixed(found.high, 4)}]"

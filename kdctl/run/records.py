@@ -4,6 +4,7 @@ JSON files are frozen pydantic models; rollouts, of which there are many, are pl
 writes has its own ``records.py`` there.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +80,11 @@ class Estimate(Record):
     value: float
     low: float
     high: float
+
+    @property
+    def bounded(self) -> bool:
+        """Tell whether there is an interval; one document has none."""
+        return math.isfinite(self.high - self.low)
 
 
 class ShardEntry(Record):

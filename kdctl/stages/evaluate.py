@@ -26,7 +26,7 @@ from kdctl.rollout.work import RolloutEngine, Work
 from kdctl.run.documents import PerDocument, as_table, write_items
 from kdctl.run.files import remove, sha256
 from kdctl.run.record_files import damaged, read_record, write_record
-from kdctl.run.records import DistillReport, EvalResult, Prompt, Rollout
+from kdctl.run.records import DistillReport, EvalResult, Prompt
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
 from kdctl.stages.ptq_text import measure_on_ptq_text
@@ -278,12 +278,15 @@ def _load(teacher: Teacher, one: Candidate) -> PreTrainedModel:
 def _distances(context: Context, measuring: Measuring, one: Candidate, model: PreTrainedModel) -> dict[str, Sums]:
     """Compare a model with the teacher on teacher-written completions, on its own, and on plain text."""
     held, settings = measuring.completions(), context.preset.eval
-    found: dict[str, Sums] = {"heldout": (_on_yardstick(measuring, one, model), _prompt_ids(held))}
+    found: dict[str, Sums] = {"heldout": (_on_yardstick(measuring, one, model), distribution.prompt_ids(held))}
     if settings.student_written and one.name == "teacher":
         found["student_written"] = found["heldout"]
     elif settings.student_written:
         own = ensure_student_written(context, measuring.teacher, lambda: model, one.weights, one.name).read()
-        found["student_written"] = (measuring.measure(model, one.name, measuring.yardstick_of(own)), _prompt_ids(own))
+        found["student_written"] = (
+            measuring.measure(model, one.name, measuring.yardstick_of(own)),
+            distribution.prompt_ids(own),
+        )
     return found | {"text": (distribution.compare(model, measuring.text_yardstick()), ())}
 
 
@@ -293,8 +296,3 @@ def _on_yardstick(measuring: Measuring, one: Candidate, model: PreTrainedModel) 
         return distribution.compare_teacher(measuring.yardstick())
     written = None if one.foreign else measuring.measured(one.folder)
     return measuring.measure(model, one.name) if written is None else written
-
-
-def _prompt_ids(rollouts: Sequence[Rollout]) -> list[str]:
-    """List the prompts of a table's rows."""
-    return [rollout.prompt_id for rollout in distribution.by_length(rollouts)]

@@ -39,11 +39,6 @@ class PtqText:
         """Compare a student with the teacher."""
         return self.measuring.measure(model, name, self.yardstick)
 
-    @property
-    def prompt_ids(self) -> list[str]:
-        """Prompts of the documents, in the order in which they are measured."""
-        return [one.prompt_id for one in distribution.by_length(self.rollouts)]
-
 
 def measure_on_ptq_text(
     context: Context, teacher: Teacher, measuring: Measuring | None, students: Loaders, asked: Sequence[str]
@@ -81,7 +76,7 @@ def _add(context: Context, text: PtqText, name: str, load: Callable[[], PreTrain
         return
     sums = text.measure(load(), name)
     folder = context.paths.eval(name)
-    written = write_items(folder, {PTQ_WRITTEN: as_table(sums, text.prompt_ids)})
+    written = write_items(folder, {PTQ_WRITTEN: as_table(sums, distribution.prompt_ids(text.rollouts))})
     more = {
         PTQ_WRITTEN: distribution.summarize(sums),
         "ptq_text": text.fingerprint,

@@ -96,7 +96,7 @@ def measure_served(
     scores, items = _answers(context, measuring, server, one, tasks) if tasks else ({}, {})
     folder = context.paths.eval(one.name)
     remove(folder / "results.json")  # they are not of the items that are written now
-    tables = {"heldout": as_table(distance, [row.prompt_id for row in held]), "text": as_table(text)}
+    tables = {"heldout": as_table(distance, distribution.prompt_ids(held)), "text": as_table(text)}
     result = EvalResult(
         model=one.name,
         identity=_identity(context, measuring, one.url),

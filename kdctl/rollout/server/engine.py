@@ -21,11 +21,11 @@ from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.child import START_S, Child
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.gap import Gap, gap, slope
-from kdctl.rollout.server.pool import Place, Pool
+from kdctl.rollout.server.pool import Place
 from kdctl.rollout.server.protocol import Malformed
 from kdctl.rollout.server.refresh import run_command
 from kdctl.rollout.server.rules import USUAL, Rule, asked_rule, log_probabilities, read, rules_of
-from kdctl.rollout.server.trust import check_gap, check_prompt, check_rule, with_token
+from kdctl.rollout.server.trust import check_gap, check_prompt, check_rule, first_tokens, with_token
 from kdctl.rollout.server.writer import Writer
 from kdctl.rollout.work import Finished, Until, WeightFiles, Work
 from kdctl.run.records import EngineRecord, Rollout, ServerRecord
@@ -53,10 +53,8 @@ class Served:
     """Of the last refresh: writing the weights, having them loaded, and making sure of it."""
 
     def __post_init__(self) -> None:
-        settings, work = self.work.settings, self.work
-        self._pool = Pool(settings.url, settings.batch_size, settings.timeout_s, work.reporter.note)
-        vocabulary = work.model.config.get_text_config().vocab_size
-        self._writer = Writer(self._pool, work.stop, vocabulary, work.source, work.name)
+        self._writer = Writer.of(self.work)
+        self._pool = self._writer.pool
 
     def load(self, model: PreTrainedModel, policy_step: int) -> None:
         """Have every server hold a model's weights, and make sure that it does. Every process calls.
@@ -275,8 +273,7 @@ class Served:
         self._gap, self._before = self.work.processes.on_main(compared), here
 
     def _first_tokens(self, model: PreTrainedModel) -> list[int | None]:
-        """List what a server may put before a prompt unasked: its first token once more, or the model's beginning."""
+        """List what a server may have put before the prompts of the first look."""
         if self._before is not None:
             return []  # it would have done so from the start
-        own = model.config.get_text_config().bos_token_id
-        return [None, own] if isinstance(own, int) and own != self.work.prompts[0].prompt_ids[0] else [None]
+        return first_tokens(model.config, self.work.prompts[0].prompt_ids)

@@ -5,7 +5,7 @@ What is made sure of is that it means the same by tokens as a model that is here
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -16,9 +16,8 @@ from kdctl.base.rng import digest
 from kdctl.model.context import reach_of
 from kdctl.rollout.sampler import Item, Progress
 from kdctl.rollout.sampling import Sampling
-from kdctl.rollout.server.pool import Pool
 from kdctl.rollout.server.rules import log_probabilities
-from kdctl.rollout.server.trust import with_token
+from kdctl.rollout.server.trust import first_tokens, with_token
 from kdctl.rollout.server.writer import Writer
 from kdctl.rollout.work import Finished, Until, Work
 from kdctl.run.records import EngineRecord, Prompt, Rollout
@@ -35,11 +34,8 @@ class Stranger:
     blocks_at_once: int = 1
 
     def __post_init__(self) -> None:
-        settings, work = self.work.settings, self.work
-        pool = Pool(settings.url, settings.batch_size, settings.timeout_s, work.reporter.note)
-        vocabulary = work.model.config.get_text_config().vocab_size
-        salt = f"{digest('stranger', *settings.url):x}"
-        self._writer = Writer(pool, work.stop, vocabulary, work.source, salt)
+        name = f"{digest('stranger', *self.work.settings.url):x}"
+        self._writer = Writer.of(replace(self.work, name=name))
 
     @property
     def described(self) -> str:
@@ -82,7 +78,7 @@ class Stranger:
             )
         parts = zip(sent, there.split([len(one.completion_ids) for one in sent]), strict=True)
         looked = [(one, values) for one, values in parts if self._has_room(one)][-FIXED:]
-        if any(self._adds(token, looked) for token in self._first_tokens(sent[0])):
+        if any(self._adds(token, looked) for token in first_tokens(self.work.model.config, sent[0].prompt_ids)):
             raise ServerError(
                 f"{place.described} puts a token before the prompt that was not sent, as a second beginning of "
                 "sequence: one more that is sent changes what a third one would. Switch that off there, or in the "
@@ -93,11 +89,6 @@ class Stranger:
         """Tell whether two tokens more can be put before a completion's prompt, here and there."""
         longest = len(one.prompt_ids) + len(one.completion_ids) + 2
         return reach_of(self.work.model.config).has(longest) and (self.reach is None or longest <= self.reach)
-
-    def _first_tokens(self, one: Rollout) -> list[int | None]:
-        """List what a server may put before a prompt unasked: its first token once more, or the model's beginning."""
-        own = self.work.model.config.get_text_config().bos_token_id
-        return [None, own] if isinstance(own, int) and own != one.prompt_ids[0] else [None]
 
     def _adds(self, token: int | None, looked: Sequence[tuple[Rollout, Tensor]]) -> bool:
         """Tell whether a server has put a token before prompts already, by what one that is sent changes there.

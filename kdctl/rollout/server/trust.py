@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from transformers import PretrainedConfig
 
 from kdctl.base.errors import ServerError
 from kdctl.rollout.server.gap import BOUND, Gap
@@ -41,6 +42,12 @@ def check_rule(place: Place, looked: Sequence[Rollout], found: Reading, rule: Ru
             f"{place.described} does not draw as it was asked to: its tokens are {found.surprise:+.1f} standard "
             f"deviations off what {rule} draws; {place.server.own_defaults_advice}"
         )
+
+
+def first_tokens(config: PretrainedConfig, prompt_ids: Sequence[int]) -> list[int | None]:
+    """List what a server may put before a prompt unasked: its first token once more, or the model's beginning."""
+    own = config.get_text_config().bos_token_id
+    return [None, own] if isinstance(own, int) and own != prompt_ids[0] else [None]
 
 
 def with_token(rollouts: Sequence[Rollout], token: int | None) -> list[Rollout]:

@@ -12,7 +12,7 @@ from kdctl.rollout.sampling import Sampling
 from kdctl.rollout.server.client import Client, Refused
 from kdctl.rollout.server.pool import Place, Pool
 from kdctl.rollout.server.protocol import Draw, Drawn, Malformed
-from kdctl.rollout.work import Finished
+from kdctl.rollout.work import Finished, Work
 from kdctl.run.records import Prompt, Rollout
 
 T = TypeVar("T")
@@ -34,6 +34,13 @@ class Writer:
     salt: str = ""
     stops_kept: dict[str, bool] = field(default_factory=dict)
     """Whether a server's completions hold the token that ended them, by address."""
+
+    @classmethod
+    def of(cls, work: Work) -> "Writer":
+        """Make what has the servers of a work's settings draw for it."""
+        settings, vocabulary = work.settings, work.model.config.get_text_config().vocab_size
+        pool = Pool(settings.url, settings.batch_size, settings.timeout_s, work.reporter.note)
+        return cls(pool, work.stop, vocabulary, work.source, work.name)
 
     def draw(
         self,
