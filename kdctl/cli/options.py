@@ -197,6 +197,11 @@ class Stage:
     def __init__(self, preset: str | None, options: RunOptions, dry_run: bool = False, flags: Flags | None = None):
         self.preset = resolve_preset(preset, options.run, options.settings, flags or {})
         self.folder = run_folder(preset, options.run)
+        if self.preset.description == resolve.COMPARISON:
+            raise PresetError(
+                f"{self.folder} is a folder of kdctl compare, where models are measured and none is made; kdctl compare "
+                f"MODEL MODEL --run {self.folder} measures more of them"
+            )
         self.news = from_default(preset, self.folder)
         self.verbose = options.verbose
         boundary.Known.folder, boundary.Known.preset = self.folder, self.preset.model_dump_json(indent=2)

@@ -19,6 +19,8 @@ from kdctl.config.preset import Preset
 Tree = dict[str, Any]
 LONGEST_NAME = 200
 """Bytes of a folder's name; file systems take 255, and files beside it have longer ones."""
+COMPARISON = "Models made by any tool, measured against the first of them, which stands here as the teacher."
+"""Description of the preset of a folder in which ``kdctl compare`` measures."""
 
 
 def presets_dir() -> Path:

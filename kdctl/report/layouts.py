@@ -62,9 +62,7 @@ def legend(results: Results) -> tuple[str, ...]:
     notes = [f"{tasks}tasks, unweighted; {kl}" if results.tasks else kl]
     if results.averages or results.single:
         notes.append(
-            "P↑ P↓: better or worse than the PTQ student (less KL or perplexity is better); T↑ T↓: than the teacher; "
-            "P= T=: equivalent within "
-            f"{margin}; no mark: cannot tell. Bold: better than every other student of its block; ≈: not "
+            f"{_marks(results)} equivalent within {margin}; no mark: cannot tell. Bold: better than every other student of its block; ≈: not "
             f"distinguishable from the best. Holm's correction: over the {len(results.averages)} comparisons of "
             f"averages, over the {len(results.single)} of single tasks, and over the rivals of each column's best; "
             "not over KL and perplexity, where intervals of the difference leave out 0, nor over equivalences."
@@ -87,6 +85,14 @@ def legend(results: Results) -> tuple[str, ...]:
     if any(len(row.models) == 1 and row.kind == "variant" for row in results.rows):
         notes.append("A row of one seed does not show how much other seeds of its setting differ.")
     return (*notes, *served_notes(results.rows))
+
+
+def _marks(results: Results) -> str:
+    """Explain the marks against each baseline that there is."""
+    better = "better or worse than the {} (less KL or perplexity is better);"
+    if all(row.kind != "ptq" for row in results.rows):
+        return f"T↑ T↓: {better.format('teacher')} T=:"
+    return f"P↑ P↓: {better.format('PTQ student')} T↑ T↓: than the teacher; P= T=:"
 
 
 def main(study: Study, contrasts: Contrasts) -> Table:

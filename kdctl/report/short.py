@@ -12,10 +12,6 @@ from kdctl.run.measures import FORWARD_KL, column_measures, fixed
 
 VERDICT = Column("verdict", "verdict")
 PHRASES: dict[Kind, str] = {"ptq": "PTQ", "teacher": "the teacher"}
-MARKS = (
-    "P↑ P↓: better or worse than the PTQ student; T↑ T↓: than the teacher; P= T=: equivalent; ≈: not distinguishable "
-    "from the best, which is bold where there is one."
-)
 NO_MARKS = "No marks: nothing can be concluded without per-item results of two models."
 NO_ITEMS = "no per-item results"
 
@@ -38,7 +34,15 @@ def shortened(table: Table, results: Results) -> Table:
     kept = [at for at, one in enumerate(table.columns) if one not in dropped and one.key not in others]
     compared = results.averages or results.single
     marked = table.name not in ("method", "minutes")
-    return replace(_kept(table, kept), notes=(MARKS if compared else NO_MARKS,)) if marked else table
+    return replace(_kept(table, kept), notes=(_marks(results) if compared else NO_MARKS,)) if marked else table
+
+
+def _marks(results: Results) -> str:
+    """Explain the marks against each baseline that there is."""
+    against = "P↑ P↓: better or worse than the PTQ student; T↑ T↓: than the teacher; P= T=: equivalent"
+    if all(row.kind != "ptq" for row in results.rows):
+        against = "T↑ T↓: better or worse than the teacher; T=: equivalent"
+    return f"{against}; ≈: not distinguishable from the best, which is bold where there is one."
 
 
 def _main(table: Table, results: Results) -> Table:
@@ -92,7 +96,7 @@ def headlines(results: Results) -> list[Headline]:
 
 def _accuracy(results: Results, row: Row) -> list[str]:
     if not all(model.tasks for model in row.models):
-        return ["not evaluated on any task yet (kdctl eval)"]
+        return ["not evaluated on any task yet (--task names some)"]
     if not results.tasks or not all(model.scores for model in row.models):
         return []
     return [_told(PHRASES[kind], one) for kind, one in _judged(results, row)] or ["no baseline was evaluated"]

@@ -29,7 +29,7 @@ def _accuracies(results: Results, row: Row) -> str:
     if missing and len(missing) < len(row.models):
         return f"Nothing is said of tasks, because not all seeds were evaluated: {', '.join(missing)} (kdctl eval)."
     if not all(model.tasks for model in row.models):
-        return "Not evaluated on any task yet (kdctl eval)."
+        return "Not evaluated on any task yet (--task names some)."
     if not results.tasks or missing:
         return ""
     said = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from kdctl.base.errors import ModelError, PresetError
 from kdctl.base.progress import Reporter, Silent
-from kdctl.config.resolve import build_preset
+from kdctl.config.resolve import COMPARISON, build_preset
 from kdctl.eval import distribution
 from kdctl.model.architecture import decoder_layers
 from kdctl.model.configuration import read_config
@@ -36,7 +36,7 @@ LONGEST_NAME = 40
 DOCUMENTS = 24
 """Held-out completions on which single layers are measured."""
 PRESET = {
-    "description": "Models made by any tool, measured against the first of them, which stands here as the teacher.",
+    "description": COMPARISON,
     "teacher": {},
     "quantize": {"method": "minmax", "group_size": 8},  # nothing is quantized: the group that divides most layers
     "eval": {"student_written": False},

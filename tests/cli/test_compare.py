@@ -29,6 +29,10 @@ def test_the_command_prints_both_kls_and_writes_a_page(
     assert "top-1" in done.stdout
     assert read_record(tmp_path / "run" / "eval" / "other" / "results.json", EvalResult).reference == str(other)
     assert (tmp_path / "run" / "report" / "report.html").is_file()
+    for stage in ("eval", "quantize", "run"):
+        refused = invoke(stage, "--run", tmp_path / "run")
+        assert refused.exit_code == 2
+        assert "a folder of kdctl compare" in " ".join(refused.stderr.split())
     wrong = invoke("compare", tiny_dir, other, "--set", "distill.steps=3")
     assert wrong.exit_code == 2
     assert "evaluates and makes nothing" in wrong.stderr

@@ -72,5 +72,5 @@ def test_without_tasks_there_is_still_the_kl(bare: Results) -> None:
     (main,) = lay_out("main", bare.study, bare.contrasts)
     assert [one.key for one in shortened(main, bare).columns] == ["model", "forward_kl", "size_bytes"]
     assert [(one.model, one.words) for one in headlines(bare)] == [
-        ("ptq", "not evaluated on any task yet (kdctl eval)")
+        ("ptq", "not evaluated on any task yet (--task names some)")
     ]
