@@ -58,9 +58,13 @@ class ConsoleReporter:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
+        self._said: set[str] = set()
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Say one line, once: several stages of a command may find the same."""
+        if text in self._said:
+            return
+        self._said.add(text)
         self.console.print(escape(visible(text)), highlight=False, soft_wrap=True)
 
     @contextmanager

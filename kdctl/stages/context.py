@@ -198,8 +198,9 @@ def check_prompts(preset: Preset) -> None:
     """Raise DataError if a source of prompts cannot be read, or if its first row is not a prompt."""
     settings, offline = preset.prompts, preset.runtime.offline
     for source in (*settings.sources, MixedSource(source=settings.heldout, split=settings.heldout_split)):
+        first = rows_of(source, offline)[0]
         try:
-            prompt_row(rows_of(source, offline)[0], source)
+            prompt_row(first, source)
         except DataError as error:
             raise DataError(f"prompts from {source.source!r}, row 1: {error}") from None
 
