@@ -185,8 +185,9 @@ class PromptReader:
             )
         if asked.answers and not skipped:
             return (
-                f"prompts.train={whose!r} has no row that ends with an assistant's answer, which "
-                "--source dataset needs; use --source teacher to have the teacher write them"
+                f"prompts.train={whose!r} has no row that ends with an assistant's answer, and a "
+                "data set's own completions are such answers; off_policy_source = 'teacher', or --source teacher of "
+                "kdctl rollout, has the teacher write them"
             )
         return (
             f"no prompt is left: {skipped} are longer than prompts.max_prompt_tokens="
@@ -201,7 +202,7 @@ class PromptReader:
         if not whole.startswith(head):
             raise DataError(
                 "the chat template does not put the answer right after the prompt; data-set completions "
-                "cannot be cut out of it, use --source teacher"
+                "cannot be cut out of it: have the teacher write them (off_policy_source = 'teacher')"
             )
         return Text(name, head, whole[len(head) :])
 

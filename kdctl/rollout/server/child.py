@@ -61,8 +61,8 @@ class Child:
         words = filled(self.command, weights, port)
         if shutil.which(words[0]) is None:
             raise ServerError(
-                f"rollout.serve needs the program {words[0]!r}, which is not on the PATH; install it, or give "
-                "rollout.serve the whole command with {port} and {weights} in it"
+                f"the server's command needs the program {words[0]!r}, which is not on the PATH; install it, or give "
+                "the whole command, with {port} and {weights} in it"
             )
         make_folder(self.log.parent)
         remove(self.log)

@@ -141,8 +141,8 @@ class Pool:
         self.places = [one for one in self.places if one is not place]
         if not self.places:
             raise ServerError(
-                f"{place.described} does not answer any more ({error}) and no other is left; what is complete is kept, "
-                "and the same command goes on from there once a server runs"
+                f"{place.described} does not answer any more ({error}) and no other is left; start it again and repeat "
+                "the command: what is on disk is kept"
             )
         self.say(f"warning: {place.described} does not answer any more ({error}); the others take its requests")
         if only is not None:
