@@ -199,8 +199,8 @@ class Stage:
         self.folder = run_folder(preset, options.run)
         if self.preset.description == resolve.COMPARISON:
             raise PresetError(
-                f"{self.folder} is a folder of kdctl compare, where models are measured and none is made; kdctl compare "
-                f"MODEL MODEL --run {self.folder} measures more of them"
+                f"{self.folder} is a folder of kdctl compare, where models are measured and none is made; kdctl "
+                f"compare MODEL MODEL --run {self.folder} measures more of them"
             )
         self.news = from_default(preset, self.folder)
         self.verbose = options.verbose
