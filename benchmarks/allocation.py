@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     given = parser.parse_args()
     run = RunDir(given.run)
-    results = {path.parent.name: read_record(path, EvalResult) for path in run.eval_root.glob("*/results.json")}
+    results = {path.parent.name: read_record(path, EvalResult) for path in run.evaluated()}
     metrics = {task: score.metric for task, score in results["teacher"].tasks.items()}
     kept = {
         task: metric

@@ -62,9 +62,8 @@ def legend(results: Results) -> tuple[str, ...]:
     notes = [f"{tasks}tasks, unweighted; {kl}" if results.tasks else kl]
     if results.averages or results.single:
         notes.append(
-            f"{_marks(results)} equivalent within {margin}; no mark: cannot tell. Bold: better than every other student "
-            "of its block; ≈: not distinguishable from the best. "
-            f"Holm's correction: over the {len(results.averages)} comparisons of "
+            f"{_marks(results)} equivalent within {margin}; no mark: cannot tell. Bold: better than every other "
+            f"student of its block; ≈: not distinguishable from the best. Holm's correction: over the {len(results.averages)} comparisons of "
             f"averages, over the {len(results.single)} of single tasks, and over the rivals of each column's best; "
             "not over KL and perplexity, where intervals of the difference leave out 0, nor over equivalences."
         )

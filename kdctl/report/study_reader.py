@@ -69,7 +69,7 @@ def _models(source: Source) -> list[Model]:
     """Read every model of a folder. Raises StoreError if there is none."""
     run = source.run
     variants = [variant.name for variant in run.variants()]
-    results = {path.parent.name: read_record(path, EvalResult) for path in sorted(run.eval_root.glob("*/results.json"))}
+    results = {path.parent.name: read_record(path, EvalResult) for path in run.evaluated()}
     foreign = [name for name, result in results.items() if result.reference is not None and name not in variants]
     named: dict[Kind, list[str]] = {"teacher": ["teacher"], "ptq": ["ptq"], "foreign": foreign, "variant": variants}
     found = [_model(source, name, kind, results.get(name)) for kind, names in named.items() for name in names]

@@ -1,7 +1,7 @@
 """What was measured on each held-out document and each benchmark item: columns of ``samples/*.parquet``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,11 @@ def write_items(folder: Path, tables: Mapping[str, pa.Table]) -> dict[str, str]:
             pq.write_table(table, temporary, compression="zstd")
             written[f"{name}.parquet"] = sha256(temporary)
     return written
+
+
+def lost_items(folder: Path, written: Iterable[str]) -> list[str]:
+    """List the tables of an evaluation's folder that are not there any more."""
+    return [name for name in written if not (folder / "samples" / name).exists()]
 
 
 def is_scored(table: pa.Table) -> bool:

@@ -47,6 +47,14 @@ class RunDir:
         """Return the folder of one model's evaluation."""
         return inside(self.eval_root, model)
 
+    def results(self, model: str) -> Path:
+        """Return the file of what one model's evaluation found."""
+        return self.eval(model) / "results.json"
+
+    def evaluated(self) -> list[Path]:
+        """List the results of all models, by name."""
+        return sorted(self.eval_root.glob("*/results.json"))
+
     def samples(self, model: str, name: str) -> Path:
         """Return the file of what a model was measured at, one task's items or the yardstick's documents."""
         return inside(self.eval(model) / "samples", f"{name}.parquet")

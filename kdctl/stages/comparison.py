@@ -119,7 +119,7 @@ def _with_layers(run: Run, measuring: Measuring, other: Foreign, result: EvalRes
                 layers.append(distribution.summarize(distribution.compare(teacher.load(), yardstick)).forward_kl)
             advance(place + 1, len(own))
     found = result.model_copy(update={"layers": tuple(layers)})
-    write_record(run.context.paths.eval(other.name) / "results.json", found)
+    write_record(run.context.paths.results(other.name), found)
     return found
 
 

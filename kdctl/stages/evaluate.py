@@ -23,13 +23,13 @@ from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.engine import in_process, served
 from kdctl.rollout.work import RolloutEngine, Work
-from kdctl.run.documents import PerDocument, as_table, write_items
+from kdctl.run.documents import PerDocument, as_table, lost_items, write_items
 from kdctl.run.files import remove, sha256
 from kdctl.run.record_files import damaged, read_record, write_record
 from kdctl.run.records import DistillReport, EvalResult, Prompt
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
-from kdctl.stages.ptq_text import measure_on_ptq_text
+from kdctl.stages.ptq_text import PTQ_WRITTEN, measure_on_ptq_text
 from kdctl.stages.quantize import ensure_student
 from kdctl.stages.served import FolderFiles
 from kdctl.stages.yardstick import Measuring, ensure_heldout, ensure_measuring, ensure_student_written
@@ -79,17 +79,15 @@ def evaluate(
     for one in chosen:
         if one not in pending:
             context.reporter.note(f"eval: {one.name} is complete, skipped")
-        elif not force and _results(context, one).exists():
-            context.reporter.note(
-                f"eval: {one.name} has results of other weights, tasks, settings or text; they are replaced"
-            )
+        elif not force and context.paths.results(one.name).exists():
+            context.reporter.note(f"eval: {one.name} {_why_again(context, one)}")
     found = _evaluate_all(context, teacher, measuring, pending, force) if pending else measuring
     context.ranks.wait()
     students = {one.name: partial(_load, teacher, one) for one in known.values() if one.name != "teacher"}
     asked = [one.name for one in chosen if one.name != "teacher"]
     measure_on_ptq_text(context, teacher, found, students, asked)
     context.ranks.wait()
-    return {one.name: read_record(_results(context, one), EvalResult) for one in chosen}
+    return {one.name: read_record(context.paths.results(one.name), EvalResult) for one in chosen}
 
 
 def _evaluate_all(
@@ -134,7 +132,7 @@ def _allocations(context: Context, one: Candidate, tasks: dict[str, Any]) -> dic
     settings = context.preset.eval
     if settings.allocation == "all" or one.name == "teacher":
         return {}
-    scored = read_record(context.paths.eval("teacher") / "results.json", EvalResult)
+    scored = read_record(context.paths.results("teacher"), EvalResult)
     found = {}
     for name in tasks:
         path = context.paths.samples("teacher", name)
@@ -179,18 +177,27 @@ def _eval_identity(context: Context, teacher: Teacher, one: Candidate, heldout: 
     return identity("eval", sections, inputs)
 
 
-def _results(context: Context, one: Candidate) -> Path:
-    return context.paths.eval(one.name) / "results.json"
-
-
 def _pending(context: Context, teacher: Teacher, chosen: Sequence[Candidate]) -> list[Candidate]:
-    """List the models without results of the same weights, tasks, limit and yardstick."""
-    known = [one for one in chosen if _results(context, one).exists()]
+    """List the models without whole results of the same weights, tasks, limit and yardstick."""
+    known = [one for one in chosen if context.paths.results(one.name).exists() and not _lost(context, one)]
     if not known:
         return list(chosen)
     heldout = ensure_heldout(context, teacher).fingerprint()
-    made = {one.name: read_record(_results(context, one), EvalResult).identity for one in known}
+    made = {one.name: read_record(context.paths.results(one.name), EvalResult).identity for one in known}
     return [one for one in chosen if made.get(one.name) != _eval_identity(context, teacher, one, heldout)]
+
+
+def _lost(context: Context, one: Candidate) -> list[str]:
+    """List the tables of a model's results that are not there any more, but for what can be measured by itself."""
+    written = read_record(context.paths.results(one.name), EvalResult).samples
+    return lost_items(context.paths.eval(one.name), set(written) - {f"{PTQ_WRITTEN}.parquet"})
+
+
+def _why_again(context: Context, one: Candidate) -> str:
+    """Say why a model that has results is evaluated again."""
+    if lost := _lost(context, one):
+        return f"lacks {', '.join(sorted(lost))}; it is evaluated again"
+    return "has results of other weights, tasks, settings or text; they are replaced"
 
 
 def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks: dict[str, Any]) -> None:
@@ -214,7 +221,7 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
             _allocations(context, one, tasks),
         )
     found = _distances(context, measuring, one, model)
-    remove(_results(context, one))  # they are not of the items that are written now
+    remove(context.paths.results(one.name))  # they are not of the items that are written now
     written = write_items(folder, items | {name: as_table(sums, prompts) for name, (sums, prompts) in found.items()})
     summary = {name: distribution.summarize(sums) for name, (sums, _) in found.items()}
     result = EvalResult(
@@ -234,7 +241,7 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
         settings=_settings(context, one),
         reference=one.foreign.reference if one.foreign else None,
     )
-    write_record(folder / "results.json", result)
+    write_record(context.paths.results(one.name), result)
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def accuracy_gap(context: Context, teacher: Teacher) -> Comparison | None:
 
 
 def _results(run: RunDir, model: str, weights: str) -> EvalResult | None:
-    path = run.eval(model) / "results.json"
+    path = run.results(model)
     found = read_record(path, EvalResult) if path.exists() else None
     return found if found is not None and found.weights == weights else None
 

@@ -14,7 +14,7 @@ from kdctl.eval.distribution import Yardstick
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
 from kdctl.rollout.store import RolloutStore
-from kdctl.run.documents import PerDocument, as_table, write_items
+from kdctl.run.documents import PerDocument, as_table, lost_items, write_items
 from kdctl.run.record_files import read_record, write_record
 from kdctl.run.records import EvalResult
 from kdctl.stages.context import Context
@@ -60,7 +60,7 @@ def measure_on_ptq_text(
                 ensure_student_written(main, teacher, students["ptq"], writer, "ptq")
 
     context.on_main(write)
-    lacking = [name for name in asked if _results(context, name).ptq_text != store.fingerprint()]
+    lacking = [name for name in asked if not _measured(context, name, store.fingerprint())]
     if not lacking:
         return
     text = PtqText(measuring or ensure_measuring(context, teacher), store)
@@ -71,9 +71,9 @@ def measure_on_ptq_text(
 
 def _add(context: Context, text: PtqText, name: str, load: Callable[[], PreTrainedModel]) -> None:
     """Measure a student and write its results again, the table first; nothing where another process has done it."""
-    found = _results(context, name)
-    if found.ptq_text == text.fingerprint:
+    if _measured(context, name, text.fingerprint):
         return
+    found = _results(context, name)
     sums = text.measure(load(), name)
     folder = context.paths.eval(name)
     written = write_items(folder, {PTQ_WRITTEN: as_table(sums, distribution.prompt_ids(text.rollouts))})
@@ -82,8 +82,14 @@ def _add(context: Context, text: PtqText, name: str, load: Callable[[], PreTrain
         "ptq_text": text.fingerprint,
         "samples": found.samples | written,
     }
-    write_record(folder / "results.json", found.model_copy(update=more))
+    write_record(context.paths.results(name), found.model_copy(update=more))
+
+
+def _measured(context: Context, name: str, text: str) -> bool:
+    """Tell whether a student's results say, document by document, what it is on a text."""
+    lost = lost_items(context.paths.eval(name), [f"{PTQ_WRITTEN}.parquet"])
+    return _results(context, name).ptq_text == text and not lost
 
 
 def _results(context: Context, name: str) -> EvalResult:
-    return read_record(context.paths.eval(name) / "results.json", EvalResult)
+    return read_record(context.paths.results(name), EvalResult)

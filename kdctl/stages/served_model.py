@@ -95,7 +95,7 @@ def measure_served(
     text = _on_text(texts, _scored(context, server, texts, f"{one.name} scores plain text"))
     scores, items = _answers(context, measuring, server, one, tasks) if tasks else ({}, {})
     folder = context.paths.eval(one.name)
-    remove(folder / "results.json")  # they are not of the items that are written now
+    remove(context.paths.results(one.name))  # they are not of the items that are written now
     tables = {"heldout": as_table(distance, distribution.prompt_ids(held)), "text": as_table(text)}
     result = EvalResult(
         model=one.name,
@@ -112,7 +112,7 @@ def measure_served(
         reference=one.url,
         served=server.described,
     )
-    write_record(folder / "results.json", result)
+    write_record(context.paths.results(one.name), result)
     return result
 
 
@@ -125,7 +125,7 @@ def _identity(context: Context, measuring: Measuring, url: str) -> str:
 def check_unnamed(context: Context, measuring: Measuring, named: Sequence[Address]) -> None:
     """Raise PresetError where the folder has rows of other servers that could not stand beside what is measured now."""
     names = {one.name for one in named}
-    for path in sorted(context.paths.eval_root.glob("*/results.json")):
+    for path in context.paths.evaluated():
         found = read_record(path, EvalResult)
         other = found.served is not None and found.model not in names
         if other and found.identity != _identity(context, measuring, found.reference or ""):

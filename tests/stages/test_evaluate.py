@@ -123,6 +123,12 @@ def test_text_perplexity_is_the_same_wherever_it_stands(brief: Preset, tmp_path:
         assert result.text_distribution.teacher_perplexity == pytest.approx(stated.perplexity.value)
     assert results["ptq"].text == pipeline.quantize(*job).text
 
+    job.context.paths.samples("ptq", "text").unlink()  # a table that is lost is measured again
+    again = pipeline.evaluate(*job)
+    assert job.context.paths.samples("ptq", "text").exists()
+    assert again["teacher"] == results["teacher"]
+    assert again["ptq"].samples == results["ptq"].samples
+
 
 @pytest.mark.slow
 def test_a_variant_and_a_model_made_elsewhere_write_their_own(brief: Preset, tiny_dir: Path, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def test_a_variant_is_measured_on_what_the_ptq_student_wrote_and_old_results_gai
     forget(job, "mine")
     monkeypatch.setattr("kdctl.stages.evaluate._evaluate_one", lambda *_: pytest.fail("evaluated anew"))
     assert pipeline.evaluate(*job, names=["mine"])["mine"] == found["mine"]
+    (samples / "ptq_written.parquet").unlink()
+    assert pipeline.evaluate(*job, names=["mine"])["mine"] == found["mine"]
+    assert (samples / "ptq_written.parquet").exists()
     monkeypatch.setattr("kdctl.stages.ptq_text.PtqText", lambda *_: pytest.fail("measured anew"))
     assert pipeline.evaluate(*job) == found
 
