@@ -114,13 +114,10 @@ def advice(preset: Preset, network: Network, machine: Machine, shards: int = 1, 
     candidates: list[dict[str, object]] = [
         {"runtime.activation_checkpointing": "full"},
         {"distill.micro_batch_size": 1, "distill.gradient_accumulation": rows},
+        *([{"distill.optimizer": "adafactor"}] if shards == 1 else []),  # FSDP2 divides AdamW's moments alone
+        {"distill.train": "lora", "distill.learn_scales": False},
         {"rollout.batch_size": 8},
     ]
-    if shards == 1:
-        candidates[2:2] = [
-            {"distill.optimizer": "adafactor"},
-            {"distill.train": "lora", "distill.learn_scales": False, "distill.train_norms": False},
-        ]
 
     def peak_with(settings: dict[str, object]) -> int:
         changed = build_preset(preset.model_dump(), settings, "advice")
