@@ -32,7 +32,7 @@ from kdctl.run.documents import Array
 from kdctl.run.measures import FORWARD_KL
 from kdctl.run.paths import VariantDir
 from kdctl.run.record_files import read_record
-from kdctl.run.records import Estimate
+from kdctl.run.records import DistillReport, Estimate
 from kdctl.stages.context import open_run
 from kdctl.stages.yardstick import Measuring, ensure_measuring
 
@@ -63,6 +63,8 @@ def _row(measuring: Measuring, student: Student, start: Array, variant: VariantD
     trained = load_student(variant.final, measuring.teacher.device).weights
     if any(not torch.equal(trained[n].qparams.scale, w.qparams.scale) for n, w in student.weights.items()):
         sys.exit(f"{variant.name} has scales of its own: its change is more than flips")
+    if read_record(variant.report, DistillReport).settings.get("train_norms"):
+        sys.exit(f"{variant.name} has norms of its own: its change is more than flips")
     changes = {name: trained[name].codes.short() - w.codes.short() for name, w in student.weights.items()}
     drawn = torch.Generator().manual_seed(0)
 

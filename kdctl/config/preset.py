@@ -50,6 +50,7 @@ NEAREST = 1e-6
 """How near β may be to its ends without being one."""
 LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 Form = Literal["packed", "dense", "gguf"]
+Granularity = Literal["group", "row"]
 """How another program takes weights: a folder in 4 bits, a folder of Q(W) in full, or a GGUF file."""
 SERVERS = ("vllm", "sglang", "llama-server")
 """Servers that kdctl knows how to start."""
@@ -361,8 +362,10 @@ class DistillSection(Section):
     """What learns: full-precision masters of all weights, low-rank updates inside Q, or scales with codes frozen."""
     learn_scales: bool = False
     """With ``train="weights"``, learn the scales beside the weights."""
+    scale_granularity: Granularity = "row"
+    """Where scales learn: a row's all by one factor, or each group's by itself."""
     train_norms: bool = False
-    """With ``train="scales"``, learn the normalisation weights too."""
+    """Learn what norms multiply by, too."""
     lora_rank: Few = 32
     """Rank of the low-rank updates."""
     lora_alpha: Positive | None = None
@@ -371,6 +374,8 @@ class DistillSection(Section):
     """Patterns of the layers that get a low-rank update; the others keep their codes."""
     scale_lr_ratio: Positive = 10.0
     """Learning rate of scales as a multiple of ``lr``; it is a relative step, the same for every group."""
+    norm_lr_ratio: Positive = 30.0
+    """Learning rate of norms as a multiple of ``lr``; it is a relative step, the same for every channel."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after warm-up."""
     warmup_ratio: Share = 0.1
@@ -401,6 +406,17 @@ class DistillSection(Section):
     keep_last: Count = 1
     """Newest checkpoints kept; with ``stop_early`` the one of the lowest held-out KL is kept too."""
 
+    def decisive(self) -> dict[str, Any]:
+        """Return what decides a trained student: of scales and norms only where they are trained."""
+        left = set() if self.train_norms else {"norm_lr_ratio"}
+        left |= set() if self.trains_scales else {"scale_granularity"}
+        return self.model_dump(mode="json", exclude=left)
+
+    @property
+    def trains_scales(self) -> bool:
+        """Tell whether scales learn."""
+        return self.train == "scales" or self.learn_scales
+
     @property
     def effective_lora_alpha(self) -> float:
         """Alpha, or twice the rank where it is not given."""
@@ -410,8 +426,6 @@ class DistillSection(Section):
     def _check_mode(self) -> Self:
         if self.learn_scales and self.train != "weights":
             raise ValueError(f"learn_scales goes with train='weights', not with train={self.train!r}")
-        if self.train_norms and self.train != "scales":
-            raise ValueError(f"train_norms goes with train='scales', not with train={self.train!r}")
         if self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"lr={self.lr:g} times weight_decay={self.weight_decay:g} is 1 or more, the share of every weight that "

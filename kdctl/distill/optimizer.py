@@ -40,12 +40,15 @@ def make_optimizer(shadow: Shadow, settings: DistillSection) -> torch.optim.Opti
 
 
 def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str, Any]]:
-    """Split what is trained by learning rate: scales learn in relative steps and are never decayed."""
-    scales = [tensor for name, tensor in shadow.trained.items() if name.endswith(".log_scale")]
-    others = [tensor for name, tensor in shadow.trained.items() if not name.endswith(".log_scale")]
+    """Split what is trained by learning rate: scales and norms learn in relative steps and are never decayed."""
+    kinds: dict[str, list[nn.Parameter]] = {"log_scale": [], "log_gain": [], "": []}
+    for name, tensor in shadow.trained.items():
+        kind = name.rpartition(".")[2]
+        kinds[kind if kind in kinds else ""].append(tensor)
     groups = [
-        {"params": others, "ratio": 1.0},
-        {"params": scales, "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
+        {"params": kinds[""], "ratio": 1.0},
+        {"params": kinds["log_scale"], "ratio": settings.scale_lr_ratio, "weight_decay": 0.0},
+        {"params": kinds["log_gain"], "ratio": settings.norm_lr_ratio, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

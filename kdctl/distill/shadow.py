@@ -5,15 +5,17 @@ receiver as it appears and frees it. After the optimizer step Q(W) is written ba
 
     weights   W ← G (straight-through estimator, Bengio et al. 2013; zero where the code is clamped, Jacob et al. 2018)
     lora      A, B ← G through W + (α/r)·B·A, always inside Q (Hu et al. 2021, eq. 3)
-    scales    codes frozen, s ← Σ over the group of G·(q − z); norms too if asked
+    scales    codes frozen, s ← Σ over the group of G·(q − z)
 
 With ``weights`` the scales may be learned beside W (Esser et al. 2020, eq. 3). Learned scales are s₀·exp(t), t in
 float32: always positive, zero steps leave s₀ to the bit, and one learning rate means the same relative step everywhere.
+All scales of a row may share one t: then a row's output is what learns its size.
+With any of them norms may be learned in the same way: what a norm multiplies a channel by becomes exp(t) times it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from kdctl.base.errors import PresetError
 from kdctl.base.rng import digest
-from kdctl.config.preset import DistillSection
+from kdctl.config.preset import DistillSection, Granularity
 from kdctl.distill.fsdp import gathered_like, local, rows_like, summed_like
 from kdctl.quant.affine import (
     QParams,
@@ -51,7 +53,7 @@ class Shadow(ABC):
 
     last_pass = False
 
-    def __init__(self, student: nn.Module, weights: Weights):
+    def __init__(self, student: nn.Module, weights: Weights, train_norms: bool = False):
         self.trained: dict[str, nn.Parameter] = {}
         self._grids = {
             name: replace(weight, codes=weight.codes.new_empty(0), offsets=None) for name, weight in weights.items()
@@ -59,6 +61,10 @@ class Shadow(ABC):
         self._parameters = {name: student.get_parameter(f"{name}.weight") for name in weights}
         student.requires_grad_(False)
         self._hooks = [self._follow(self._parameters[name], name, self.receive) for name in weights]
+        self._norms: dict[str, Norm] = {}
+        if train_norms:
+            for name in [n for n, p in student.named_parameters() if p.dim() == 1 and "norm" in n]:
+                self._learn_norm(student, name)
 
     @staticmethod
     def _follow(
@@ -90,9 +96,12 @@ class Shadow(ABC):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Write Q(W) into the student."""
+        """Write Q(W), and norms as trained so far, into the student."""
         for name, parameter in self._parameters.items():
             local(parameter).copy_(self.value(name))
+        for name, norm in self._norms.items():
+            log_gain = gathered_like(self._divided, self.trained[f"{name}.log_gain"].detach(), len(norm.start))
+            norm.own.copy_(norm.start + (norm.start + norm.added) * log_gain.expm1())
 
     @torch.no_grad()
     def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -108,13 +117,34 @@ class Shadow(ABC):
         """Remove the hooks and freeze the student again."""
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._parameters.values():
+        for parameter in (*self._parameters.values(), *(norm.own for norm in self._norms.values())):
             parameter.requires_grad_(False)
 
-    def _learn_scale(self, name: str) -> None:
-        """Make a layer's scales trainable."""
+    def _learn_norm(self, student: nn.Module, name: str) -> None:
+        """Give the student a norm of its own, apart from the teacher's, and train it."""
+        owner, _, leaf = name.rpartition(".")
+        module, own = student.get_submodule(owner), nn.Parameter(student.get_parameter(name).detach().clone())
+        module.register_parameter(leaf, own)
+        self._norms[name] = Norm(own, own.detach().float(), _added(module, own) if leaf == "weight" else 0.0)
+        self.trained[f"{name}.log_gain"] = nn.Parameter(rows_like(self._divided, torch.zeros_like(own).float()))
+        self._hooks.append(self._follow(own, name, self._receive_norm))
+
+    def _receive_norm(self, name: str, gradient: Tensor) -> None:
+        """Add dL/dw to the gradient of t in w + a = (w₀ + a)·exp(t): dL/dt = (w + a)·dL/dw."""
+        norm = self._norms[name]
+        slope = gradient.float() * (norm.own.detach().float() + norm.added)
+        _accumulate(self.trained[f"{name}.log_gain"], summed_like(self._divided, slope))
+
+    @property
+    def _divided(self) -> Tensor:
+        """A parameter that is divided where any is."""
+        return next(iter(self._parameters.values()))
+
+    def _learn_scale(self, name: str, granularity: Granularity) -> None:
+        """Make a layer's scales trainable, each by itself or a row's by one factor."""
         scale = self._grids[name].qparams.scale
-        self.trained[f"{name}.log_scale"] = nn.Parameter(torch.zeros_like(scale, dtype=torch.float32))
+        shared = scale if granularity == "group" else scale[:, :1]
+        self.trained[f"{name}.log_scale"] = nn.Parameter(torch.zeros_like(shared, dtype=torch.float32))
 
     def qparams(self, name: str) -> QParams:
         """Return a layer's scales, as trained so far and rounded to their stored dtype, and its zero points."""
@@ -125,20 +155,46 @@ class Shadow(ABC):
         return QParams(round_scale(start.scale.float() * log_scale.exp(), start.scale.dtype), start.zero_point)
 
     def _receive_scale(self, name: str, scale_gradient: Tensor) -> None:
-        """Add dL/ds, (out_features, groups), to the gradient of t in s = s₀·exp(t): dL/dt = s·dL/ds."""
-        _accumulate(self.trained[f"{name}.log_scale"], scale_gradient * self.qparams(name).scale.float())
+        """Add dL/ds, (out_features, groups), to the gradient of t in s₀·exp(t): s·dL/ds, a sum where t is shared."""
+        log_scale, slope = self.trained[f"{name}.log_scale"], scale_gradient * self.qparams(name).scale.float()
+        _accumulate(log_scale, slope.sum_to_size(log_scale.shape))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that is trained. own: the student's parameter; start: what it was, float32; added: 1 where it adds one."""
+
+    own: nn.Parameter
+    start: Tensor
+    added: float
+
+
+@torch.no_grad()
+def _added(norm: nn.Module, weight: Tensor) -> float:
+    """Return what a norm adds to its weight before it multiplies by it: 1 in the Gemma family, else 0."""
+    signs = torch.ones_like(weight)
+    signs[::2] = -1
+    gain = (norm(signs) - norm(-signs)) / 2 * signs  # without a bias; signs have the mean 0 and the variance 1
+    return float((gain.float() - weight.float()).mean().round())
 
 
 class ShadowWeights(Shadow):
     """Full-precision masters, one a weight; each starts in the rounding cell of its stored code."""
 
-    def __init__(self, student: nn.Module, weights: Weights, teacher: nn.Module, learn_scales: bool = False):
-        super().__init__(student, weights)
+    def __init__(
+        self,
+        student: nn.Module,
+        weights: Weights,
+        teacher: nn.Module,
+        scales: Granularity | None = None,
+        train_norms: bool = False,
+    ):
+        super().__init__(student, weights, train_norms)
         for name, weight in weights.items():
             start = into_cell(local(teacher.get_parameter(f"{name}.weight")).detach(), weight)
             self.trained[f"{name}.master"] = nn.Parameter(start)
-            if learn_scales:
-                self._learn_scale(name)
+            if scales:
+                self._learn_scale(name, scales)
 
     @property
     def masters(self) -> dict[str, nn.Parameter]:
@@ -184,7 +240,7 @@ class ShadowLora(Shadow):
                     f"distill.lora_targets pattern {target!r} matches no quantized layer; "
                     f"layers look like {next(iter(weights))!r}"
                 )
-        super().__init__(student, targets)
+        super().__init__(student, targets, settings.train_norms)
         self._untouched = {
             name: replace(weight, offsets=None) for name, weight in weights.items() if name not in targets
         }
@@ -240,34 +296,15 @@ class ShadowLora(Shadow):
 
 
 class ShadowScales(Shadow):
-    """Scales alone, codes as stored; norms too if asked."""
+    """Scales alone, codes as stored."""
 
-    def __init__(self, student: nn.Module, weights: Weights, train_norms: bool = False):
-        super().__init__(student, weights)
+    def __init__(
+        self, student: nn.Module, weights: Weights, granularity: Granularity = "group", train_norms: bool = False
+    ):
+        super().__init__(student, weights, train_norms)
         self._codes = {name: weight.codes for name, weight in weights.items()}
         for name in weights:
-            self._learn_scale(name)
-        self._norms: dict[str, nn.Parameter] = {}
-        if train_norms:
-            for name in [n for n, p in student.named_parameters() if p.dim() == 1 and "norm" in n]:
-                self._learn_norm(student, name)
-
-    def _learn_norm(self, student: nn.Module, name: str) -> None:
-        """Give the student a norm of its own, apart from the teacher's, and train it."""
-        owner, _, leaf = name.rpartition(".")
-        own = nn.Parameter(student.get_parameter(name).detach().clone())
-        student.get_submodule(owner).register_parameter(leaf, own)
-        self._norms[name] = own
-        self.trained[f"{name}.master"] = nn.Parameter(rows_like(self._divided, own.detach().float()))
-        self._hooks.append(self._follow(own, name, self._receive_norm))
-
-    def _receive_norm(self, name: str, gradient: Tensor) -> None:
-        _accumulate(self.trained[f"{name}.master"], summed_like(self._divided, gradient.float()))
-
-    @property
-    def _divided(self) -> Tensor:
-        """A parameter that is divided where any is."""
-        return next(iter(self._parameters.values()))
+            self._learn_scale(name, granularity)
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass Σ over the group of G·(q − z) to the scale."""
@@ -280,27 +317,15 @@ class ShadowScales(Shadow):
         """Return a layer with its stored codes and its scales as trained."""
         return QuantizedWeight(self._codes[name], self.qparams(name), self._grids[name].grid)
 
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Write Q(W) and the norms into the student."""
-        super().write_back()
-        for name, parameter in self._norms.items():
-            parameter.copy_(gathered_like(self._divided, self.trained[f"{name}.master"].detach(), len(parameter)))
-
-    def detach(self) -> None:
-        """Remove the hooks and freeze the student again."""
-        super().detach()
-        for parameter in self._norms.values():
-            parameter.requires_grad_(False)
-
 
 def make_shadow(settings: DistillSection, student: nn.Module, weights: Weights, teacher: nn.Module) -> Shadow:
     """Build the receiver that ``distill.train`` names."""
     if settings.train == "lora":
         return ShadowLora(student, weights, teacher, settings)
     if settings.train == "scales":
-        return ShadowScales(student, weights, settings.train_norms)
-    return ShadowWeights(student, weights, teacher, settings.learn_scales)
+        return ShadowScales(student, weights, settings.scale_granularity, settings.train_norms)
+    learned = settings.scale_granularity if settings.learn_scales else None
+    return ShadowWeights(student, weights, teacher, learned, settings.train_norms)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

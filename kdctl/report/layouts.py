@@ -63,9 +63,10 @@ def legend(results: Results) -> tuple[str, ...]:
     if results.averages or results.single:
         notes.append(
             f"{_marks(results)} equivalent within {margin}; no mark: cannot tell. Bold: better than every other "
-            f"student of its block; ≈: not distinguishable from the best. Holm's correction: over the {len(results.averages)} comparisons of "
-            f"averages, over the {len(results.single)} of single tasks, and over the rivals of each column's best; "
-            "not over KL and perplexity, where intervals of the difference leave out 0, nor over equivalences."
+            "student of its block; ≈: not distinguishable from the best. Holm's correction: over the "
+            f"{len(results.averages)} comparisons of averages, over the {len(results.single)} of single tasks, and "
+            "over the rivals of each column's best; not over KL and perplexity, where intervals of the difference "
+            "leave out 0, nor over equivalences."
         )
     elif results.tasks:
         notes.append(f"No marks: {NO_ITEMS} of two models; kdctl eval keeps them.")

@@ -181,7 +181,7 @@ def ensure_stores(context: Context, teacher: Teacher) -> Stores:
 def _plan(context: Context, teacher: Teacher, variant: VariantDir) -> Plan:
     """Hash the distill section and what it reads; live generation reads the rollout section and prompts too."""
     preset, stores = context.preset, ensure_stores(context, teacher)
-    sections: dict[str, Any] = {"distill": preset.distill}
+    sections: dict[str, Any] = {"distill": preset.distill.decisive()}
     inputs = {"student": fingerprint(context.paths.student), "teacher": teacher.fingerprint()}
     inputs |= {source: store.fingerprint() for source, store in stores.items()}
     if offsets := offsets_sum(context.paths.offsets, made_of(context)):

@@ -82,7 +82,8 @@ class SweepPlan:
         """Hash what decides the trials and their results; the number of trials does not."""
         space = self.sweep.file.model_dump(mode="json", include={"method", "parameters", "metric", "early_terminate"})
         preset = self.preset.model_dump(mode="json", exclude={"description", "tracking", "runtime"})
-        preset["rollout"], preset["prompts"] = self.preset.rollout.decisive(), self.preset.prompts.decisive()
+        for name in ("rollout", "prompts", "distill"):
+            preset[name] = getattr(self.preset, name).decisive()
         return identity("sweep", {"preset": preset, "sweep": space}, {})
 
 

@@ -1,20 +1,25 @@
 """The training modes: gradients of every receiver against float64 autograd, and where each starts and ends."""
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdctl.base.errors import PresetError
-from kdctl.config.preset import DistillSection
+from kdctl.config.preset import DistillSection, Granularity
 from kdctl.distill.shadow import Shadow, ShadowLora, ShadowScales, ShadowWeights, make_shadow
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize, grouped, quantize
 from kdctl.quant.scales import minmax, quantize_weight
 
 MODES = {
     "weights": DistillSection(),
-    "weights + scales": DistillSection(learn_scales=True),
+    "weights + rows": DistillSection(learn_scales=True),
+    "weights + scales": DistillSection(learn_scales=True, scale_granularity="group"),
     "lora": DistillSection(train="lora", lora_rank=4, lora_targets=("*",)),
-    "scales": DistillSection(train="scales"),
+    "rows": DistillSection(train="scales"),
+    "scales": DistillSection(train="scales", scale_granularity="group"),
 }
 
 
@@ -56,16 +61,23 @@ def leaves(weights: dict[str, QuantizedWeight]) -> tuple[Tensor, Tensor, Grid]:
     return found.qparams.scale.double().requires_grad_(), found.qparams.zero_point.double(), found.grid
 
 
-def test_weights_and_scales_together_equal_float64_autograd() -> None:
+def of_log_scale(scale: Tensor, granularity: Granularity) -> Tensor:
+    """Return the gradient of log s from that of s, of a row's factor the sum."""
+    assert scale.grad is not None
+    found = scale.grad * scale.detach()
+    return found if granularity == "group" else found.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("granularity", get_args(Granularity))
+def test_weights_and_scales_together_equal_float64_autograd(granularity: Granularity) -> None:
     teacher, student, weights = layer()
-    shadow = ShadowWeights(student, weights, teacher, learn_scales=True)
+    shadow = ShadowWeights(student, weights, teacher, granularity)
     backward(shadow, student)
     scale, zero, grid = leaves(weights)
     master = shadow.masters["a"].detach().double().requires_grad_()
     loss_of(straight_through(master, scale, zero, grid)).backward()
-    assert scale.grad is not None
     torch.testing.assert_close(shadow.masters["a"].grad, master.grad, check_dtype=False, rtol=1e-4, atol=1e-5)
-    expected = scale.grad * scale.detach()
+    expected = of_log_scale(scale, granularity)
     torch.testing.assert_close(shadow.trained["a.log_scale"].grad, expected, check_dtype=False, rtol=1e-3, atol=1e-4)
 
 
@@ -83,15 +95,15 @@ def test_lora_factors_equal_float64_autograd_inside_the_rounding() -> None:
     torch.testing.assert_close(shadow.trained["a.lora_b"].grad, b.grad, check_dtype=False, rtol=1e-3, atol=1e-4)
 
 
-def test_scales_with_frozen_codes_equal_float64_autograd() -> None:
+@pytest.mark.parametrize("granularity", get_args(Granularity))
+def test_scales_with_frozen_codes_equal_float64_autograd(granularity: Granularity) -> None:
     _, student, weights = layer()
-    shadow = ShadowScales(student, weights)
+    shadow = ShadowScales(student, weights, granularity)
     backward(shadow, student)
     scale, zero, grid = leaves(weights)
     codes = grouped(weights["a"].codes.double(), grid.group_size)
     loss_of(((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)).backward()
-    assert scale.grad is not None
-    expected = scale.grad * scale.detach()
+    expected = of_log_scale(scale, granularity)
     torch.testing.assert_close(shadow.trained["a.log_scale"].grad, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +139,7 @@ def test_every_mode_lowers_the_loss_and_ends_on_the_grid(mode: str) -> None:
     found = dict(shadow.quantized())["a"]
     assert torch.equal(student.get_parameter("a.weight"), dequantize(found.codes, found.qparams, found.grid))
     assert bool((found.qparams.scale > 0).all())
-    if mode == "scales":
+    if mode in ("rows", "scales"):
         assert torch.equal(found.codes, weights["a"].codes)
 
 
@@ -150,20 +162,59 @@ def test_a_lora_target_that_matches_nothing_is_refused() -> None:
         ShadowLora(student, weights, teacher, DistillSection(train="lora", lora_targets=("nowhere",)))
 
 
-def test_trained_norms_are_the_students_own() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_trained_norms_are_the_students_own_in_every_mode(mode: str) -> None:
     teacher, student, weights = layer()
     teacher["norm"], student["norm"] = nn.LayerNorm(8), nn.LayerNorm(8)
     shared = teacher.get_parameter("norm.weight")
     student.get_submodule("norm").register_parameter("weight", shared)
-    shadow = ShadowScales(student, weights, train_norms=True)
+    shadow = make_shadow(MODES[mode].model_copy(update={"train_norms": True}), student, weights, teacher)
+    shadow.write_back()
+    assert torch.equal(student.get_parameter("norm.weight"), torch.ones(8))
     student["norm"](torch.randn(4, 8)).square().sum().backward()
     assert shared.grad is None
-    assert shadow.trained["norm.weight.master"].grad is not None
+    assert shadow.trained["norm.weight.log_gain"].grad is not None
     with torch.no_grad():
-        shadow.trained["norm.weight.master"].add_(1.0)
+        shadow.trained["norm.weight.log_gain"].add_(math.log(2.0))
     shadow.write_back()
-    assert torch.equal(student.get_parameter("norm.weight"), torch.full((8,), 2.0))
+    torch.testing.assert_close(student.get_parameter("norm.weight"), torch.full((8,), 2.0))
     assert torch.equal(teacher.get_parameter("norm.weight"), torch.ones(8))
+    shadow.detach()
+    assert not student.get_parameter("norm.weight").requires_grad
+
+
+class FromOne(nn.Module):
+    """A norm that counts its weight from one, as in the Gemma family."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 2.0, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+@pytest.mark.parametrize(("norm", "added"), [(nn.RMSNorm, 0.0), (nn.LayerNorm, 0.0), (FromOne, 1.0)])
+def test_a_norms_gain_learns_by_float64_autograd_and_starts_where_it_was(norm: type[nn.Module], added: float) -> None:
+    _, student, weights = layer()
+    student["norm"] = norm(8)
+    with torch.no_grad():
+        student.get_parameter("norm.weight").add_(torch.linspace(-0.3, 0.3, 8))
+    start = student.get_parameter("norm.weight").detach().clone()
+    shadow = ShadowScales(student, weights, train_norms=True)
+    shadow.write_back()
+    assert torch.equal(student.get_parameter("norm.weight"), start)
+    x, moved = torch.randn(5, 8), torch.linspace(-0.1, 0.2, 8)
+    with torch.no_grad():
+        shadow.trained["norm.weight.log_gain"].copy_(moved)
+    shadow.write_back()
+    student["norm"](x).tanh().sum().backward()
+    log_gain = moved.double().requires_grad_()
+    weight = (start.double() + added) * log_gain.exp() - added
+    torch.func.functional_call(student["norm"].double(), {"weight": weight}, (x.double(),)).tanh().sum().backward()
+    torch.testing.assert_close(
+        shadow.trained["norm.weight.log_gain"].grad, log_gain.grad, check_dtype=False, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_lora_on_other_codes_keeps_its_base_in_the_teachers_dtype() -> None:
