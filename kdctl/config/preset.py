@@ -50,7 +50,6 @@ NEAREST = 1e-6
 """How near β may be to its ends without being one."""
 LORA_TARGETS = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 Form = Literal["packed", "dense", "gguf"]
-Granularity = Literal["group", "row"]
 """How another program takes weights: a folder in 4 bits, a folder of Q(W) in full, or a GGUF file."""
 SERVERS = ("vllm", "sglang", "llama-server")
 """Servers that kdctl knows how to start."""
@@ -362,8 +361,6 @@ class DistillSection(Section):
     """What learns: full-precision masters of all weights, low-rank updates inside Q, or scales with codes frozen."""
     learn_scales: bool = False
     """With ``train="weights"``, learn the scales beside the weights."""
-    scale_granularity: Granularity = "row"
-    """Where scales learn: a row's all by one factor, or each group's by itself."""
     train_norms: bool = False
     """Learn what norms multiply by, too."""
     lora_rank: Few = 32
@@ -374,7 +371,7 @@ class DistillSection(Section):
     """Patterns of the layers that get a low-rank update; the others keep their codes."""
     scale_lr_ratio: Positive = 10.0
     """Learning rate of scales as a multiple of ``lr``; it is a relative step, the same for every group."""
-    norm_lr_ratio: Positive = 30.0
+    norm_lr_ratio: Positive = 20.0
     """Learning rate of norms as a multiple of ``lr``; it is a relative step, the same for every channel."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after warm-up."""
@@ -407,15 +404,8 @@ class DistillSection(Section):
     """Newest checkpoints kept; with ``stop_early`` the one of the lowest held-out KL is kept too."""
 
     def decisive(self) -> dict[str, Any]:
-        """Return what decides a trained student: of scales and norms only where they are trained."""
-        left = set() if self.train_norms else {"norm_lr_ratio"}
-        left |= set() if self.trains_scales else {"scale_granularity"}
-        return self.model_dump(mode="json", exclude=left)
-
-    @property
-    def trains_scales(self) -> bool:
-        """Tell whether scales learn."""
-        return self.train == "scales" or self.learn_scales
+        """Return what decides a trained student: the rate of norms only where they are trained."""
+        return self.model_dump(mode="json", exclude=set() if self.train_norms else {"norm_lr_ratio"})
 
     @property
     def effective_lora_alpha(self) -> float:

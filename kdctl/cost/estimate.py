@@ -68,8 +68,8 @@ class Cost:
         for name, (rows, columns) in self.network.layers.items():
             if settings.train == "weights":
                 yield rows, columns
-            if settings.trains_scales:
-                yield rows, 1 if settings.scale_granularity == "row" else columns // group_size
+            if settings.train == "scales" or settings.learn_scales:
+                yield rows, columns // group_size
             if settings.train == "lora" and self._updated(name):
                 yield settings.lora_rank, columns
                 yield rows, settings.lora_rank

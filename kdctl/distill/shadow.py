@@ -9,7 +9,6 @@ receiver as it appears and frees it. After the optimizer step Q(W) is written ba
 
 With ``weights`` the scales may be learned beside W (Esser et al. 2020, eq. 3). Learned scales are s₀·exp(t), t in
 float32: always positive, zero steps leave s₀ to the bit, and one learning rate means the same relative step everywhere.
-All scales of a row may share one t: then a row's output is what learns its size.
 With any of them norms may be learned in the same way: what a norm multiplies a channel by becomes exp(t) times it.
 """
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from kdctl.base.errors import PresetError
 from kdctl.base.rng import digest
-from kdctl.config.preset import DistillSection, Granularity
+from kdctl.config.preset import DistillSection
 from kdctl.distill.fsdp import gathered_like, local, rows_like, summed_like
 from kdctl.quant.affine import (
     QParams,
@@ -140,11 +139,10 @@ class Shadow(ABC):
         """A parameter that is divided where any is."""
         return next(iter(self._parameters.values()))
 
-    def _learn_scale(self, name: str, granularity: Granularity) -> None:
-        """Make a layer's scales trainable, each by itself or a row's by one factor."""
+    def _learn_scale(self, name: str) -> None:
+        """Make a layer's scales trainable."""
         scale = self._grids[name].qparams.scale
-        shared = scale if granularity == "group" else scale[:, :1]
-        self.trained[f"{name}.log_scale"] = nn.Parameter(torch.zeros_like(shared, dtype=torch.float32))
+        self.trained[f"{name}.log_scale"] = nn.Parameter(torch.zeros_like(scale, dtype=torch.float32))
 
     def qparams(self, name: str) -> QParams:
         """Return a layer's scales, as trained so far and rounded to their stored dtype, and its zero points."""
@@ -155,9 +153,8 @@ class Shadow(ABC):
         return QParams(round_scale(start.scale.float() * log_scale.exp(), start.scale.dtype), start.zero_point)
 
     def _receive_scale(self, name: str, scale_gradient: Tensor) -> None:
-        """Add dL/ds, (out_features, groups), to the gradient of t in s₀·exp(t): s·dL/ds, a sum where t is shared."""
-        log_scale, slope = self.trained[f"{name}.log_scale"], scale_gradient * self.qparams(name).scale.float()
-        _accumulate(log_scale, slope.sum_to_size(log_scale.shape))
+        """Add dL/ds, (out_features, groups), to the gradient of t in s = s₀·exp(t): dL/dt = s·dL/ds."""
+        _accumulate(self.trained[f"{name}.log_scale"], scale_gradient * self.qparams(name).scale.float())
 
 
 @dataclass(frozen=True)
@@ -186,15 +183,15 @@ class ShadowWeights(Shadow):
         student: nn.Module,
         weights: Weights,
         teacher: nn.Module,
-        scales: Granularity | None = None,
+        learn_scales: bool = False,
         train_norms: bool = False,
     ):
         super().__init__(student, weights, train_norms)
         for name, weight in weights.items():
             start = into_cell(local(teacher.get_parameter(f"{name}.weight")).detach(), weight)
             self.trained[f"{name}.master"] = nn.Parameter(start)
-            if scales:
-                self._learn_scale(name, scales)
+            if learn_scales:
+                self._learn_scale(name)
 
     @property
     def masters(self) -> dict[str, nn.Parameter]:
@@ -298,13 +295,11 @@ class ShadowLora(Shadow):
 class ShadowScales(Shadow):
     """Scales alone, codes as stored."""
 
-    def __init__(
-        self, student: nn.Module, weights: Weights, granularity: Granularity = "group", train_norms: bool = False
-    ):
+    def __init__(self, student: nn.Module, weights: Weights, train_norms: bool = False):
         super().__init__(student, weights, train_norms)
         self._codes = {name: weight.codes for name, weight in weights.items()}
         for name in weights:
-            self._learn_scale(name, granularity)
+            self._learn_scale(name)
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass Σ over the group of G·(q − z) to the scale."""
@@ -323,9 +318,8 @@ def make_shadow(settings: DistillSection, student: nn.Module, weights: Weights, 
     if settings.train == "lora":
         return ShadowLora(student, weights, teacher, settings)
     if settings.train == "scales":
-        return ShadowScales(student, weights, settings.scale_granularity, settings.train_norms)
-    learned = settings.scale_granularity if settings.learn_scales else None
-    return ShadowWeights(student, weights, teacher, learned, settings.train_norms)
+        return ShadowScales(student, weights, settings.train_norms)
+    return ShadowWeights(student, weights, teacher, settings.learn_scales, settings.train_norms)
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -1,25 +1,22 @@
 """The training modes: gradients of every receiver against float64 autograd, and where each starts and ends."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdctl.base.errors import PresetError
-from kdctl.config.preset import DistillSection, Granularity
+from kdctl.config.preset import DistillSection
 from kdctl.distill.shadow import Shadow, ShadowLora, ShadowScales, ShadowWeights, make_shadow
 from kdctl.quant.affine import Grid, QuantizedWeight, dequantize, grouped, quantize
 from kdctl.quant.scales import minmax, quantize_weight
 
 MODES = {
     "weights": DistillSection(),
-    "weights + rows": DistillSection(learn_scales=True),
-    "weights + scales": DistillSection(learn_scales=True, scale_granularity="group"),
+    "weights + scales": DistillSection(learn_scales=True),
     "lora": DistillSection(train="lora", lora_rank=4, lora_targets=("*",)),
-    "rows": DistillSection(train="scales"),
-    "scales": DistillSection(train="scales", scale_granularity="group"),
+    "scales": DistillSection(train="scales"),
 }
 
 
@@ -61,23 +58,16 @@ def leaves(weights: dict[str, QuantizedWeight]) -> tuple[Tensor, Tensor, Grid]:
     return found.qparams.scale.double().requires_grad_(), found.qparams.zero_point.double(), found.grid
 
 
-def of_log_scale(scale: Tensor, granularity: Granularity) -> Tensor:
-    """Return the gradient of log s from that of s, of a row's factor the sum."""
-    assert scale.grad is not None
-    found = scale.grad * scale.detach()
-    return found if granularity == "group" else found.sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("granularity", get_args(Granularity))
-def test_weights_and_scales_together_equal_float64_autograd(granularity: Granularity) -> None:
+def test_weights_and_scales_together_equal_float64_autograd() -> None:
     teacher, student, weights = layer()
-    shadow = ShadowWeights(student, weights, teacher, granularity)
+    shadow = ShadowWeights(student, weights, teacher, learn_scales=True)
     backward(shadow, student)
     scale, zero, grid = leaves(weights)
     master = shadow.masters["a"].detach().double().requires_grad_()
     loss_of(straight_through(master, scale, zero, grid)).backward()
     torch.testing.assert_close(shadow.masters["a"].grad, master.grad, check_dtype=False, rtol=1e-4, atol=1e-5)
-    expected = of_log_scale(scale, granularity)
+    assert scale.grad is not None
+    expected = scale.grad * scale.detach()
     torch.testing.assert_close(shadow.trained["a.log_scale"].grad, expected, check_dtype=False, rtol=1e-3, atol=1e-4)
 
 
@@ -95,15 +85,15 @@ def test_lora_factors_equal_float64_autograd_inside_the_rounding() -> None:
     torch.testing.assert_close(shadow.trained["a.lora_b"].grad, b.grad, check_dtype=False, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("granularity", get_args(Granularity))
-def test_scales_with_frozen_codes_equal_float64_autograd(granularity: Granularity) -> None:
+def test_scales_with_frozen_codes_equal_float64_autograd() -> None:
     _, student, weights = layer()
-    shadow = ShadowScales(student, weights, granularity)
+    shadow = ShadowScales(student, weights)
     backward(shadow, student)
     scale, zero, grid = leaves(weights)
     codes = grouped(weights["a"].codes.double(), grid.group_size)
     loss_of(((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)).backward()
-    expected = of_log_scale(scale, granularity)
+    assert scale.grad is not None
+    expected = scale.grad * scale.detach()
     torch.testing.assert_close(shadow.trained["a.log_scale"].grad, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +129,7 @@ def test_every_mode_lowers_the_loss_and_ends_on_the_grid(mode: str) -> None:
     found = dict(shadow.quantized())["a"]
     assert torch.equal(student.get_parameter("a.weight"), dequantize(found.codes, found.qparams, found.grid))
     assert bool((found.qparams.scale > 0).all())
-    if mode in ("rows", "scales"):
+    if mode == "scales":
         assert torch.equal(found.codes, weights["a"].codes)
 
 

@@ -23,7 +23,7 @@ def shadow_of(learn_scales: bool = False, dtype: torch.dtype = torch.float32) ->
     grid = Grid(4, 32, False)
     values = {name: teacher.get_parameter(f"{name}.weight").detach() for name in LAYERS}
     weights = {name: quantize_weight(value, minmax, grid, dtype) for name, value in values.items()}
-    shadow = ShadowWeights(student, weights, teacher, "group" if learn_scales else None)
+    shadow = ShadowWeights(student, weights, teacher, learn_scales)
     shadow.write_back()
     return student, shadow
 
