@@ -76,6 +76,17 @@ def _summary(report: QuantizeReport, origin: Origin, training: Training | None) 
     )
 
 
+def _learned(settings: DistillSection) -> str:
+    """Name what training moved."""
+    kinds = {
+        "weights": "weights",
+        "lora": "low-rank updates inside the rounding",
+        "scales": "scales, codes as they were",
+    }
+    more = (("scales", settings.learn_scales), ("norms", settings.train_norms))
+    return "; ".join([kinds[settings.train], *(name for name, learned in more if learned)])
+
+
 def _settings(report: QuantizeReport, training: Training | None) -> str:
     kind = "symmetric" if report.symmetric else "asymmetric"
     rows = [
@@ -89,6 +100,7 @@ def _settings(report: QuantizeReport, training: Training | None) -> str:
             ("λ (share of student-written sequences)", f"{settings.lmbda:g}"),
             ("β (0 forward KL, 1 reverse KL)", f"{settings.beta:g}"),
             ("training", f"{training.steps} steps, learning rate {settings.lr:g}, seed {settings.seed}"),
+            ("what learned", _learned(settings)),
         ]
     return "## Settings\n\n" + _table(("setting", "value"), rows)
 

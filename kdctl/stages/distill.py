@@ -209,18 +209,23 @@ def _train_opened(
 ) -> tuple[Outcome, Figures, Student]:
     """Train and measure with both models in memory; return what is left of the student to be written."""
     with opened(context, measuring) as (own, student):
-        offsets = with_offsets(context.paths.offsets, student.weights, made_of(context), context.ranks.span)
-        student.weights.update(offsets)
-        leaves = QUANTIZERS[context.preset.quantize.method].leaves_offsets
-        if leaves and any(one.offsets is None for one in student.weights.values()):
-            context.reporter.note(
-                f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, "
-                "and training removes less; kdctl quantize --force makes student and offsets again"
-            )
+        if context.preset.distill.train == "weights":
+            _take_up_offsets(context, student)
         outcome = _run_loop(context, own, plan, student, watch)
         give_back()
         figures = context.ranks.on_models(lambda: figures_of(own, student.model, "distilled student"))
         return outcome, figures, closed(context, student)
+
+
+def _take_up_offsets(context: Context, student: Student) -> None:
+    """Tell a student's weights where masters start in their cells, where that is kept; say what its loss means."""
+    student.weights.update(with_offsets(context.paths.offsets, student.weights, made_of(context), context.ranks.span))
+    leaves = QUANTIZERS[context.preset.quantize.method].leaves_offsets
+    if leaves and any(one.offsets is None for one in student.weights.values()):
+        context.reporter.note(
+            f"{context.paths.offsets} has no offsets of this student: masters start in the middle of their cells, and "
+            "training removes less; kdctl quantize --force makes student and offsets again"
+        )
 
 
 def _run_loop(context: Context, measuring: Measuring, plan: Plan, student: Student, watch: Watch | None) -> Outcome:

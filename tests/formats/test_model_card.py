@@ -1,5 +1,6 @@
 """The model card: metadata that the Hub accepts, figures that are the record's, and no claim that is not documented."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,9 @@ def test_a_distilled_student_says_how_it_was_trained(report: QuantizeReport) -> 
     assert "| λ (share of student-written sequences) | 0.5 |" in text
     assert "| training | 40 steps, " in text
     assert "| share of that KL removed | 0.5000 [0.4000, 0.6000] |" in text
+    assert "| what learned | weights |" in text
+    scales = replace(training, settings=DistillSection(train="scales", train_norms=True))
+    assert "| what learned | scales, codes as they were; norms |" in model_card(report, HUB, scales)
 
 
 @pytest.mark.parametrize(
