@@ -161,8 +161,8 @@ def test_dataset_completions_train_too(smoke: Preset, tmp_path: Path) -> None:
     ("method", "mode"),
     [
         ("minmax", {"train": "lora", "lora_rank": 4}),
-        ("hqq", {"train": "scales"}),
-        ("gptq", {"learn_scales": True}),
+        ("hqq", {"train": "scales", "train_norms": True}),
+        ("gptq", {"learn_scales": True, "train_norms": True}),
     ],
 )
 def test_every_mode_and_every_method_trains_and_starts_at_the_student(
@@ -179,6 +179,9 @@ def test_every_mode_and_every_method_trains_and_starts_at_the_student(
     final = load_student(job.context.paths.variant(report.variant).final, CPU)
     same = [torch.equal(final.weights[name].codes, weight.codes) for name, weight in start.weights.items()]
     assert all(same) == (preset.distill.train == "scales")
+    norm = "model.norm.weight"
+    kept = torch.equal(start.model.get_parameter(norm), final.model.get_parameter(norm))
+    assert kept != preset.distill.train_norms
 
 
 @pytest.mark.slow

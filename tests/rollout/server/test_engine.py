@@ -189,7 +189,8 @@ def test_rounding_of_another_program_passes(kind, made, teacher_fp32):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_busy_server_is_asked_again(kind, made, teacher_fp32):
+def test_a_busy_server_is_asked_again(kind, made, teacher_fp32, monkeypatch):
+    monkeypatch.setattr("kdctl.rollout.server.client.FIRST_WAIT_S", 0.01)
     with serving(kind, teacher_fp32, "busy") as stub:
         assert len(complete(made(stub.url), teacher_fp32)) == 8
 
