@@ -315,7 +315,7 @@ def test_two_servers_share_and_one_that_dies_leaves_its_requests(made, teacher_f
         assert [x.completion_ids for x in alone] == [x.completion_ids for x in shared]
         assert any("warning" in text and two.url in text for text in told.said)
         one.faults.add("closes_all")
-        with pytest.raises(ServerError, match="no other is left; what is complete is kept"):
+        with pytest.raises(ServerError, match="no other is left; start it again and repeat the command"):
             engine.complete(items, sampling)
 
 
