@@ -179,23 +179,24 @@ def _eval_identity(context: Context, teacher: Teacher, one: Candidate, heldout: 
 
 def _pending(context: Context, teacher: Teacher, chosen: Sequence[Candidate]) -> list[Candidate]:
     """List the models without whole results of the same weights, tasks, limit and yardstick."""
-    known = [one for one in chosen if context.paths.results(one.name).exists() and not _lost(context, one)]
-    if not known:
+    paths = [context.paths.results(one.name) for one in chosen]
+    known = {path.parent.name: read_record(path, EvalResult) for path in paths if path.exists()}
+    made = {name: found.identity for name, found in known.items() if not _lost(context.paths.eval(name), found)}
+    if not made:
         return list(chosen)
     heldout = ensure_heldout(context, teacher).fingerprint()
-    made = {one.name: read_record(context.paths.results(one.name), EvalResult).identity for one in known}
     return [one for one in chosen if made.get(one.name) != _eval_identity(context, teacher, one, heldout)]
 
 
-def _lost(context: Context, one: Candidate) -> list[str]:
-    """List the tables of a model's results that are not there any more, but for what can be measured by itself."""
-    written = read_record(context.paths.results(one.name), EvalResult).samples
-    return lost_items(context.paths.eval(one.name), set(written) - {f"{PTQ_WRITTEN}.parquet"})
+def _lost(folder: Path, found: EvalResult) -> list[str]:
+    """List the tables of an evaluation that are not there any more, but for what can be measured by itself."""
+    return lost_items(folder, found.samples.keys() - {f"{PTQ_WRITTEN}.parquet"})
 
 
 def _why_again(context: Context, one: Candidate) -> str:
     """Say why a model that has results is evaluated again."""
-    if lost := _lost(context, one):
+    found = read_record(context.paths.results(one.name), EvalResult)
+    if lost := _lost(context.paths.eval(one.name), found):
         return f"lacks {', '.join(sorted(lost))}; it is evaluated again"
     return "has results of other weights, tasks, settings or text; they are replaced"
 
