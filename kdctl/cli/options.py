@@ -222,7 +222,7 @@ class Stage:
 
         processes = connect(self.preset.runtime.device)
         if trains:
-            processes.check_trainable(self.preset.distill, self.preset.rollout)
+            processes.check_trainable(self.preset.distill)
         reporter = console.ConsoleReporter() if processes.is_main else Silent()
         if started_too_few():
             reporter.note("accelerate started one process only; with --multi_gpu it starts as many as were asked for")

@@ -125,8 +125,13 @@ class Cost:
     def phases(self) -> tuple[Phase, ...]:
         """Return what is in memory in each stretch of a run."""
         always = {"process": PROCESS_BYTES, "teacher": self.model}
-        models = always | {"student": self.linears, "grid": self.grid}
-        training = always | {
+        writer = {
+            "process": PROCESS_BYTES,
+            "model that writes": self.model,
+            "weights ready for products": self._packed(),
+        }
+        training = {
+            "process": PROCESS_BYTES,
             "teacher": self.model - self.linears + self.linears // self.shards,
             "student": self.linears // self.shards,
             "grid": self.grid // self.shards,
@@ -136,31 +141,30 @@ class Cost:
             "base or codes of what is trained": self.base // self.shards,
             "held-out states": self._heldout_states(),
         }
-        codes, packed = {"codes": self.quantized}, {"weights ready for products": self._packed()}
         return (
-            _phase("generating", models | codes | packed, {"keys, values and prompts": self._generating()}),
-            *self._quantizing(always | codes | {"grid": self.grid}),
+            _phase("generating", writer, {"keys, values and prompts": self._generating()}),
+            self._quantizing(always | {"codes": self.quantized, "grid": self.grid}),
             _phase("training", training, self._training_moments()),
             _phase("writing a student", always, self._writing()) if self.shards == 1 else self._writing_divided(),
         )
 
-    def _quantizing(self, parts: dict[str, int]) -> Iterator[Phase]:
-        """Yield the phase of a method that reads sequences through the teacher, layer by layer, if it is one."""
+    def _quantizing(self, parts: dict[str, int]) -> Phase:
+        """Return the phase of making the PTQ student, which takes the teacher's place before it is measured."""
         settings, method = self.preset.quantize, QUANTIZERS[self.preset.quantize.method]
-        if Statistic.INPUT_HESSIAN not in method.needs:
-            return
-        layers = by_decoder_layer(list(self.network.layers)).values()
-        inputs = max(sum(self.network.layers[name][1] ** 2 for name in names) for names in layers)
-        states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
-        passing = SEQUENCES * self.longest * self.network.activations["none"].peak
-        backward = int(passing) + self.logits if Statistic.OUTPUT_FISHER in method.needs else 0
-        rounding = self._layer() * self.itemsize + states + FLOAT32 * (inputs + ROUNDING * self.network.largest_layer)
+        rounding = FLOAT32 * ROUNDING * self.network.largest_layer
+        backward = 0
+        if Statistic.INPUT_HESSIAN in method.needs:
+            layers = by_decoder_layer(list(self.network.layers)).values()
+            inputs = max(sum(self.network.layers[name][1] ** 2 for name in names) for names in layers)
+            states = 2 * settings.calibration_sequences * self.longest * self.network.hidden * self.itemsize
+            rounding += self._layer() * self.itemsize + states + FLOAT32 * inputs
+        if Statistic.OUTPUT_FISHER in method.needs:
+            passing = SEQUENCES * self.longest * self.network.activations["none"].peak
+            backward = int(passing) + self.logits
         worth = {"what outputs are worth": method.held(settings, self.network.layers)}
-        yield _phase(
-            "quantizing",
-            parts | worth | {"where weights were": self.offsets},
-            {"reading back": backward, "a quantized layer, states and inputs": rounding},
-        )
+        measured = {"where weights were": self.offsets, "held-out states": self._heldout_states()}
+        moments = {"reading back": backward, "rounding a layer": rounding, "measuring": self._reading() + self.logits}
+        return _phase("quantizing", parts | worth | measured, moments | {"saving": self.folder})
 
     @property
     def offsets(self) -> int:
@@ -174,7 +178,7 @@ class Cost:
         loss = self.logits
         largest = max(map(math.prod, self.shapes)) // self.shards
         return {
-            "generating": self._cache(self._live_rows()) + self._packed() if self.distill.live else 0,
+            "generating": self._writing_live() if self.distill.live else 0,
             "forward and backward": int(tokens * seen.peak) + loss + earlier,
             "end of backward": gradients + int(tokens * (seen.peak - seen.kept)) + self._receiving(),
             "update": gradients + TOGETHER * FLOAT32 * largest,
@@ -201,6 +205,11 @@ class Cost:
 
     def _live_rows(self) -> int:
         return min(self.preset.rollout.batch_size, self.distill.refresh_every * self.distill.rows_per_step)
+
+    def _writing_live(self) -> int:
+        """Keys and values, and the student's layers of other processes while it writes."""
+        gathered = self.linears if self.shards > 1 and self.preset.rollout.engine == "transformers" else 0
+        return self._cache(self._live_rows()) + self._packed() + gathered
 
     def _cache(self, rows: int) -> int:
         """Keys and values of rollouts in the making."""

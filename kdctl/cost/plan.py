@@ -60,7 +60,7 @@ def check_processes(preset: Preset, shards: int, copies: int) -> None:
     """Raise PresetError if so many shards or copies cannot train as the preset says."""
     if shards > 1 and copies > 1:
         raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
-    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill, preset.rollout)
+    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill)
 
 
 def make_plan(

@@ -8,6 +8,7 @@ micro-batches or another number of processes sees the same data.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -172,6 +173,8 @@ class Live:
     keep: Callable[[ShardEntry, Sequence[Rollout]], None] | None = None
     """Told of each shard before it is trained on, to keep the teacher's states of it."""
     progress: Callable[[int], None] | None = None
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Makes a divided student whole while this process's engine writes with it."""
     _interval: int = -1
     _ahead: "Ahead | None" = None
     _loaded: int = -1
@@ -203,7 +206,7 @@ class Live:
         if interval == self._interval:
             return
         if step != self._first(interval):
-            self.processes.main_first(lambda: self._reload(interval))
+            self.processes.passing(lambda: self._reload(interval))
         elif not self._keep_written(interval):
             self._write(interval)
         self._interval = interval
@@ -255,7 +258,7 @@ class Live:
         if entry is not None:
             self._note(interval, entry)
             self.processes.on_main(lambda: self.store.describe(self._manifest()))
-            self.processes.main_first(lambda: self._take(entry, self.store.read_shard(entry)))
+            self.processes.passing(lambda: self._take(entry, self.store.read_shard(entry)))
         return entry is not None
 
     def _write(self, interval: int) -> None:
@@ -264,7 +267,7 @@ class Live:
             rollouts = self._generated(interval, items)
             entry = processes.on_main(lambda: self.store.write_shard(interval, rollouts, self.identity))
             self._note(interval, entry)
-            processes.main_first(lambda: self._take(entry, rollouts))
+            processes.passing(lambda: self._take(entry, rollouts))
         processes.on_main(lambda: self.store.finish(self._manifest()))
         if self.lag:
             self._begin(interval + 1, self._first(interval))
@@ -275,8 +278,9 @@ class Live:
         if ahead is not None:
             return self.processes.merge(ahead.result())
         step = self._first(interval)
-        self._load(step)
-        return self.processes.merge(self._complete(items, step))
+        with self.whole():
+            self._load(step)
+            return self.processes.merge(self._complete(items, step))
 
     def _begin(self, interval: int, step: int) -> None:
         """Begin to write an interval with the student as it is after ``step`` steps, and go on without waiting."""

@@ -6,6 +6,7 @@ object in teacher and student.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -93,6 +94,25 @@ def shard(model: PreTrainedModel, names: Collection[str], processes: Processes) 
         )
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)  # gloo has nothing else
+
+
+@contextmanager
+def gathered(model: nn.Module, freed: bool) -> Iterator[None]:
+    """Hold all rows of a divided model in every process during a block, in which each runs it as often as it likes.
+
+    freed: as in ``Processes``, how it is divided after the block.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    with passes():
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(freed, recurse=False)
+            part.reshard()
 
 
 def free_gathered(model: nn.Module) -> None:

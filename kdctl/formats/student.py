@@ -295,8 +295,20 @@ def load_student(folder: Path, device: torch.device) -> Student:
     return read_student(folder, device)
 
 
+def load_student_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Load what a student folder computes with, without its codes. Raises StoreError as ``load_student`` does."""
+    check_sums(folder)
+    return _read(folder, device).model
+
+
 def read_student(folder: Path, device: torch.device) -> Student:
     """Read a student folder without transformers' quantization code and without looking at SHA256SUMS."""
+    student = _read(folder, device)
+    return Student(student.model, {name: _moved(weight, device) for name, weight in student.weights.items()})
+
+
+def _read(folder: Path, device: torch.device) -> Student:
+    """Read a student folder: the model onto a device, its codes into RAM."""
     config = read_config(folder)
     grid = stored_grid(config, folder)
     tensors = dict(read_tensors(folder))
@@ -308,7 +320,7 @@ def read_student(folder: Path, device: torch.device) -> Student:
     dtype = next(iter(weights.values())).qparams.scale.dtype
     model = from_tensors(config, state, dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
     model.generation_config = _generation(folder) or model.generation_config
-    return Student(model.requires_grad_(False), {name: _moved(weight, device) for name, weight in weights.items()})
+    return Student(model.requires_grad_(False), weights)
 
 
 def read_rows(folder: Path, device: torch.device, span: Span) -> StudentRows:

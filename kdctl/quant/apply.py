@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from kdctl.base.errors import ModelError, PresetError
 from kdctl.config.preset import QuantizeSection
@@ -68,12 +69,33 @@ def quantize_each(context: QuantizeContext, qparams_of: QParamsOf) -> Weights:
 
 def build_student(teacher: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> PreTrainedModel:
     """Build the student: Q(W) in the quantized layers, all other tensors shared with the teacher."""
-    tensors = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
+    return share_frozen(student_of(Parts.of(teacher), weights), teacher, weights)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of, without the model, which may be forgotten meanwhile."""
+
+    config: PretrainedConfig
+    generation: GenerationConfig
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Parts":
+        """Take a model apart; its tensors are not copied."""
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return cls(model.config, model.generation_config, tensors, model.dtype, model.device)
+
+
+def student_of(parts: Parts, weights: Mapping[str, QuantizedWeight]) -> PreTrainedModel:
+    """Put Q(W) in the place of a teacher's weights, each of which is freed if nobody else has it, and build a model."""
     for name, weight in weights.items():
-        tensors[f"{name}.weight"] = dense(weight)
-    student = from_tensors(teacher.config, tensors, teacher.dtype)
-    student.generation_config = teacher.generation_config
-    return share_frozen(student.to(teacher.device).eval(), teacher, weights)  # pyright: ignore[reportArgumentType]
+        parts.tensors[f"{name}.weight"] = dense(weight)
+    student = from_tensors(parts.config, parts.tensors, parts.dtype)
+    student.generation_config = parts.generation
+    return student.to(parts.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
 
 
 def share_frozen(
@@ -100,16 +122,19 @@ def layer_errors(original: Callable[[str], Tensor], weights: Mapping[str, Quanti
     return tuple(sorted(found, key=lambda error: -(error.relative_error or 0.0)))
 
 
-def sqnr(teacher: nn.Module, weights: Mapping[str, QuantizedWeight]) -> float:
-    """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB; ∞ where nothing was lost."""
-    norms = [_norms(teacher.get_parameter(f"{name}.weight"), weight) for name, weight in weights.items()]
+def sqnr(original: Callable[[str], Tensor], weights: Mapping[str, QuantizedWeight]) -> float:
+    """Return 10·log10(Σ‖W‖² / Σ‖W − Q(W)‖²) over all quantized layers, in dB; ∞ where nothing was lost.
+
+    original: returns the teacher's parameter of a name.
+    """
+    norms = [_norms(original(f"{name}.weight"), weight) for name, weight in weights.items()]
     signal, noise = (sum(norm**2 for norm in column) for column in zip(*norms, strict=True))
     return 10 * math.log10(max(signal, 1e-300) / noise) if noise else math.inf
 
 
 def _norms(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
     """Return ‖W‖ and ‖W − Q(W)‖ of one layer, in float64."""
-    original = weight.detach().double()
+    original = weight.detach().to(quantized.codes.device).double()
     noise = torch.linalg.vector_norm(original - dense(quantized).double())
     return float(torch.linalg.vector_norm(original)), float(noise)
 

@@ -80,12 +80,20 @@ class TeacherStates:
                 pass
         self._take(store, rollouts)
 
-    def add(self, store: RolloutStore, shard: ShardEntry, rollouts: Sequence[Rollout], model: PreTrainedModel) -> None:
+    def add(
+        self,
+        store: RolloutStore,
+        shard: ShardEntry,
+        rollouts: Sequence[Rollout],
+        model: PreTrainedModel,
+        processes: Processes = ALONE,
+    ) -> None:
         """Take up one shard, running the teacher over it where its states are not there.
 
-        Those of the shard before it in the same store stay, earlier ones are found no more.
+        Those of the shard before it in the same store stay, earlier ones are found no more. processes: where they
+        divide the teacher, all call.
         """
-        for _ in self._made(store, [(shard, rollouts)], model):
+        for _ in self._made(store, [(shard, rollouts)], model, processes if is_divided(model) else ALONE):
             pass
         self._take(store, store.read_shard(shard))
 

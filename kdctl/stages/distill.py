@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,7 @@ from kdctl.base.errors import PresetError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import LONGEST_NAME, canonical, identity, variant_name
 from kdctl.distill.feed import Feed, Live, Replay, ReplayedVariant
-from kdctl.distill.fsdp import free_gathered, whole_rows
+from kdctl.distill.fsdp import free_gathered, gathered, whole_rows
 from kdctl.distill.loop import Outputs, Trainer, objective_of, train
 from kdctl.distill.monitor import Outcome
 from kdctl.distill.shadow import make_shadow
@@ -99,7 +100,7 @@ def distill(
 
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
-    context.ranks.check_trainable(context.preset.distill, context.preset.rollout)
+    context.ranks.check_trainable(context.preset.distill)
     if not math.isfinite(min_gap):
         raise PresetError(f"--min-gap {min_gap} is no number of nats; leave it out to train in any case")
     variant = context.paths.variant(check_name(name) if name is not None else default_name(context))
@@ -312,8 +313,10 @@ def _live(
         processes=context.ranks,
         lag=context.preset.rollout.lag,
     )
+    if context.ranks.sharded and context.preset.rollout.engine == "transformers":
+        live.whole = partial(gathered, ptq.model, context.ranks.freed)
     if states is not None:
-        live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, teacher.load())
+        live.keep = lambda entry, rollouts: states.add(store, entry, rollouts, teacher.load(), context.ranks)
     return live
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ from kdctl.config.preset import RolloutSection
 from kdctl.config.resolve import identity
 from kdctl.eval import distribution
 from kdctl.eval.allocation import Allocation, allocate
-from kdctl.formats.student import check_sums, load_student
+from kdctl.formats.student import check_sums, load_student_model
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
 from kdctl.model.folder import fingerprint, weights_bytes
 from kdctl.model.teacher import Teacher
@@ -26,7 +27,7 @@ from kdctl.rollout.work import RolloutEngine, Work
 from kdctl.run.documents import PerDocument, as_table, lost_items, write_items
 from kdctl.run.files import remove, sha256
 from kdctl.run.record_files import damaged, read_record, write_record
-from kdctl.run.records import DistillReport, EvalResult, Prompt
+from kdctl.run.records import DistillReport, EvalResult, Prompt, Rollout, TaskScore
 from kdctl.stages.context import Context, versions
 from kdctl.stages.distill import check_name
 from kdctl.stages.ptq_text import PTQ_WRITTEN, measure_on_ptq_text
@@ -36,6 +37,16 @@ from kdctl.stages.yardstick import Measuring, ensure_heldout, ensure_measuring, 
 
 Sums = tuple[PerDocument, Sequence[str]]
 """What was measured on each document, and the documents' prompts."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is found of a model: scores of tasks and their items, its distances, and what it wrote to be read yet."""
+
+    scores: dict[str, TaskScore]
+    items: dict[str, pa.Table]
+    distances: dict[str, Sums]
+    own: Sequence[Rollout] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +214,41 @@ def _why_again(context: Context, one: Candidate) -> str:
 
 def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks: dict[str, Any]) -> None:
     """Score one model on the tasks and the yardstick and write its results, items first."""
+    started, folder, teacher = time.perf_counter(), context.paths.eval(one.name), measuring.teacher
+    found = _measured(context, measuring, one, tasks)
+    if found.own is not None:
+        found.distances["student_written"] = _on_own_text(measuring, one, found.own)
+    remove(context.paths.results(one.name))  # they are not of the items that are written now
+    tables = {name: as_table(sums, prompts) for name, (sums, prompts) in found.distances.items()}
+    written = write_items(folder, found.items | tables)
+    summary = {name: distribution.summarize(sums) for name, (sums, _) in found.distances.items()}
+    result = EvalResult(
+        model=one.name,
+        identity=_eval_identity(context, teacher, one, measuring.store.fingerprint()),
+        weights=one.weights,
+        limit=context.preset.eval.limit,
+        tasks=found.scores,
+        samples=written,
+        distribution=summary["heldout"],
+        student_written=summary.get("student_written"),
+        text=distribution.text_metrics(found.distances["text"][0]),
+        text_distribution=summary["text"],
+        size_bytes=weights_bytes(one.folder),
+        seconds_s=time.perf_counter() - started,
+        versions=versions(),
+        settings=_settings(context, one),
+        reference=one.foreign.reference if one.foreign else None,
+    )
+    write_record(context.paths.results(one.name), result)
+
+
+def _measured(context: Context, measuring: Measuring, one: Candidate, tasks: dict[str, Any]) -> Measured:
+    """Do all of an evaluation that needs the model alone, once the teacher has read what it needs to read."""
     from kdctl.eval.tasks import generates, score_tasks
 
-    started, folder, teacher = time.perf_counter(), context.paths.eval(one.name), measuring.teacher
+    teacher, text, settings = measuring.teacher, measuring.text_yardstick(), context.preset.eval
+    stated = _stated(measuring, one)
     model = _load(teacher, one)
-    settings = context.preset.eval
     with (
         _engine(context, measuring, one, model) if generates(tasks) else nullcontext() as engine,
         context.reporter.task(f"evaluating {one.name}", "documents") as advance,
@@ -221,28 +262,21 @@ def _evaluate_one(context: Context, measuring: Measuring, one: Candidate, tasks:
             engine,
             _allocations(context, one, tasks),
         )
-    found = _distances(context, measuring, one, model)
-    remove(context.paths.results(one.name))  # they are not of the items that are written now
-    written = write_items(folder, items | {name: as_table(sums, prompts) for name, (sums, prompts) in found.items()})
-    summary = {name: distribution.summarize(sums) for name, (sums, _) in found.items()}
-    result = EvalResult(
-        model=one.name,
-        identity=_eval_identity(context, teacher, one, measuring.store.fingerprint()),
-        weights=one.weights,
-        limit=context.preset.eval.limit,
-        tasks=scores,
-        samples=written,
-        distribution=summary["heldout"],
-        student_written=summary.get("student_written"),
-        text=distribution.text_metrics(found["text"][0]),
-        text_distribution=summary["text"],
-        size_bytes=weights_bytes(one.folder),
-        seconds_s=time.perf_counter() - started,
-        versions=versions(),
-        settings=_settings(context, one),
-        reference=one.foreign.reference if one.foreign else None,
-    )
-    write_record(context.paths.results(one.name), result)
+    sums = measuring.measure(model, one.name) if stated is None else stated
+    heldout = sums, distribution.prompt_ids(measuring.completions())
+    found: dict[str, Sums] = {"heldout": heldout, "text": (distribution.compare(model, text), ())}
+    if not settings.student_written:
+        return Measured(scores, items, found)
+    if one.name == "teacher":
+        return Measured(scores, items, found | {"student_written": heldout})
+    own = ensure_student_written(context, teacher, lambda: model, one.weights, one.name)
+    return Measured(scores, items, found, own.read())
+
+
+def _on_own_text(measuring: Measuring, one: Candidate, own: Sequence[Rollout]) -> Sums:
+    """Compare a student with the teacher on the student's completions, which the teacher reads first."""
+    read = measuring.yardstick_of(own)
+    return measuring.measure(_load(measuring.teacher, one), one.name, read), distribution.prompt_ids(own)
 
 
 @contextmanager
@@ -276,31 +310,20 @@ def _settings(context: Context, one: Candidate) -> dict[str, Any]:
 
 
 def _load(teacher: Teacher, one: Candidate) -> PreTrainedModel:
+    """Load a model; the teacher is forgotten where it is not the one."""
     if one.name == "teacher":
         return teacher.load()
+    teacher.forget()
     if one.foreign:
         return load_foreign(one.foreign, teacher.dtype, teacher.device)
-    return load_student(one.folder, teacher.device).model
+    return load_student_model(one.folder, teacher.device)
 
 
-def _distances(context: Context, measuring: Measuring, one: Candidate, model: PreTrainedModel) -> dict[str, Sums]:
-    """Compare a model with the teacher on teacher-written completions, on its own, and on plain text."""
-    held, settings = measuring.completions(), context.preset.eval
-    found: dict[str, Sums] = {"heldout": (_on_yardstick(measuring, one, model), distribution.prompt_ids(held))}
-    if settings.student_written and one.name == "teacher":
-        found["student_written"] = found["heldout"]
-    elif settings.student_written:
-        own = ensure_student_written(context, measuring.teacher, lambda: model, one.weights, one.name).read()
-        found["student_written"] = (
-            measuring.measure(model, one.name, measuring.yardstick_of(own)),
-            distribution.prompt_ids(own),
-        )
-    return found | {"text": (distribution.compare(model, measuring.text_yardstick()), ())}
-
-
-def _on_yardstick(measuring: Measuring, one: Candidate, model: PreTrainedModel) -> PerDocument:
-    """Measure a model on the yardstick, or read what was measured when it was made."""
+def _stated(measuring: Measuring, one: Candidate) -> PerDocument | None:
+    """Return what is known of a model on the yardstick; where that is nothing, have the teacher read it."""
     if one.name == "teacher":
         return distribution.compare_teacher(measuring.yardstick())
     written = None if one.foreign else measuring.measured(one.folder)
-    return measuring.measure(model, one.name) if written is None else written
+    if written is None:
+        measuring.yardstick()
+    return written

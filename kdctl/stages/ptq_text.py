@@ -35,9 +35,10 @@ class PtqText:
         """The completions with the teacher's states."""
         return self.measuring.yardstick_of(self.rollouts)
 
-    def measure(self, model: PreTrainedModel, name: str) -> PerDocument:
-        """Compare a student with the teacher."""
-        return self.measuring.measure(model, name, self.yardstick)
+    def measure(self, load: Callable[[], PreTrainedModel], name: str) -> PerDocument:
+        """Compare a student with the teacher, which has read the text before the student is loaded."""
+        read = self.yardstick
+        return self.measuring.measure(load(), name, read)
 
 
 def measure_on_ptq_text(
@@ -74,7 +75,7 @@ def _add(context: Context, text: PtqText, name: str, load: Callable[[], PreTrain
     if _measured(context, name, text.fingerprint):
         return
     found = _results(context, name)
-    sums = text.measure(load(), name)
+    sums = text.measure(load, name)
     folder = context.paths.eval(name)
     written = write_items(folder, {PTQ_WRITTEN: as_table(sums, distribution.prompt_ids(text.rollouts))})
     more = {

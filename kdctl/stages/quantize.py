@@ -20,7 +20,7 @@ from kdctl.model.folder import weights_bytes
 from kdctl.model.load import skeleton
 from kdctl.model.teacher import Teacher
 from kdctl.quant.affine import grid_of
-from kdctl.quant.apply import build_student, layer_errors, sqnr
+from kdctl.quant.apply import Parts, layer_errors, sqnr, student_of
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import QuantizeContext
 from kdctl.rollout.mapped import numbers
@@ -93,6 +93,7 @@ def read_made(path: Path, recipe: Recipe) -> QuantizeReport:
 def _make(context: Context, teacher: Teacher, measuring: Measuring, recipe: Recipe, path: Path) -> QuantizeReport:
     """Make the student, measure it and publish it."""
     say_misfits(context, teacher)
+    measuring.read()
     student, seconds = make_student(context, teacher, recipe)
     figures = figures_of(measuring, student.model, "student")
     report = describe_student(context, measuring, student, recipe.identity, figures, seconds)
@@ -139,11 +140,12 @@ def _measured_method(context: Context, measuring: Measuring, recipe: Recipe, for
             context.reporter.note(f"compare: {path} is complete, skipped")
             return found
     teacher = measuring.teacher
+    measuring.read()
     student, seconds = make_student(context, teacher, recipe)
     result = MethodResult(
         identity=recipe.identity,
         seconds_s=seconds,
-        sqnr_db=sqnr(teacher.load(), student.weights),
+        sqnr_db=sqnr(teacher.weight, student.weights),
         yardstick=measuring.identity,
         distribution=distribution.summarize(measuring.measure(student.model, settings.method)),
         text=distribution.text_perplexity(student.model, measuring.text()),
@@ -169,7 +171,7 @@ def recipe_of(
 
 
 def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[Student, float]:
-    """Quantize the teacher; also return how long it took, in seconds."""
+    """Quantize the teacher, which is forgotten; also return how long it took, in seconds."""
     started, method, names = time.perf_counter(), recipe.settings.method, layers_of(teacher, context.preset)
     given = QuantizeContext(
         teacher=teacher.load(),
@@ -182,7 +184,10 @@ def make_student(context: Context, teacher: Teacher, recipe: Recipe) -> tuple[St
     )
     weights = QUANTIZERS[method].quantize(given)
     seconds = time.perf_counter() - started
-    return Student(build_student(teacher.load(), weights), weights), seconds
+    parts = Parts.of(teacher.load())
+    del given
+    teacher.forget()  # so that each of its weights is freed where the student's takes its place
+    return Student(student_of(parts, weights), weights), seconds
 
 
 def calibration_batches(context: Context, teacher: Teacher, store: RolloutStore) -> list[Batch]:

@@ -10,7 +10,7 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset, Source
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptSet, as_rollout
-from kdctl.formats.student import load_student
+from kdctl.formats.student import load_student_model
 from kdctl.model.context import check_completions
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
@@ -186,7 +186,7 @@ def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStor
     if source == "dataset":
         context.on_main(lambda main: fill_from_dataset(store, plan, dataset_rollouts(main, teacher, plan.prompts)))
     else:
-        model = teacher.load() if source == "teacher" else load_student(context.paths.student, teacher.device).model
+        model = _writer(context, teacher, source)
         try:
             with closing(engine_of(context, teacher, model, source, plan.prompts.prompts, plan.identity)) as engine:
                 engine.load(model, 0)
@@ -194,6 +194,14 @@ def _fill(context: Context, teacher: Teacher, source: Source, store: RolloutStor
         finally:
             if context.ranks.is_main:
                 StudentFiles(context.alone(), context.paths.served).clear()
+
+
+def _writer(context: Context, teacher: Teacher, source: Source) -> PreTrainedModel:
+    """Load the model that writes a store; the teacher is forgotten where the student does."""
+    if source == "teacher":
+        return teacher.load()
+    teacher.forget()
+    return load_student_model(context.paths.student, teacher.device)
 
 
 def ensure_teacher_states(context: Context, teacher: Teacher, stores: Iterable[RolloutStore]) -> TeacherStates | None:

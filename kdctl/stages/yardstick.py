@@ -156,6 +156,11 @@ class Measuring:
         """Return the held-out completions; the files are compared with their hashes once."""
         return self._completions
 
+    def read(self) -> None:
+        """Have the teacher read now what a new student is measured on, so that it need not be in memory beside one."""
+        self.yardstick()
+        self.teacher_text()
+
     def yardstick(self, documents: int | None = None) -> Yardstick:
         """Return the held-out completions, or their first ``documents``, with the teacher's states."""
         return self._read if documents is None else self.yardstick_of(self.completions()[:documents])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kdctl.base.errors import KdctlError, PresetError, ProcessError
-from kdctl.config.preset import DistillSection, RolloutSection
+from kdctl.config.preset import DistillSection
 
 T = TypeVar("T")
 OTHER_SHARDING = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
@@ -60,28 +60,16 @@ class Processes:
                 f"{fitting} processes, or change one of the two"
             )
 
-    def check_trainable(self, settings: DistillSection, rollout: RolloutSection | None = None) -> None:
+    def check_trainable(self, settings: DistillSection) -> None:
         """Raise PresetError if a step's rows do not divide evenly, or if models do and training needs them whole."""
         self.check_rows(settings.rows_per_step)
         if not self.sharded:
             return
-        keep = rollout.keep_states if rollout is not None else "no"
-        for unfit, what, instead in (
-            (settings.optimizer != "adamw", f"distill.optimizer={settings.optimizer}", "use adamw"),
-            (
-                settings.live and (rollout is None or rollout.engine == "transformers"),
-                "live generation in process",
-                "let a server write (rollout.engine=server), or fill the store with kdctl rollout and set "
-                "distill.refresh_every=0",
-            ),
-            (
-                settings.live and keep != "no",
-                f"rollout.keep_states={keep} for live generations",
-                "set rollout.keep_states=no",
-            ),
-        ):
-            if unfit:
-                raise PresetError(f"the models are to be divided by FSDP2, and {what} needs them whole; {instead}")
+        if settings.optimizer != "adamw":
+            raise PresetError(
+                f"the models are to be divided by FSDP2, and distill.optimizer={settings.optimizer} needs them whole; "
+                "use adamw"
+            )
 
     def span(self, length: int) -> slice:
         """Return which of so many rows are this process's where models are divided, as by ``Shard(0)``, else all."""
@@ -163,6 +151,13 @@ class Processes:
             return None
         with _peers():
             return _second_group()
+
+    def passing(self, work: Callable[[], T]) -> T:
+        """Do work with models that fills a cache: the main process before the others, or all where models are divided.
+
+        Where they are, the work itself sees to it that only one of them writes.
+        """
+        return work() if self.sharded else self.main_first(work)
 
     def wait(self) -> None:
         """Wait until every process is here."""

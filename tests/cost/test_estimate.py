@@ -222,6 +222,21 @@ def test_shards_divide_what_training_keeps_and_gather_two_layers(network: Networ
     assert "layers gathered" not in one
 
 
+def test_one_model_is_in_memory_before_training_and_live_generation_on_shards_gathers_the_student(
+    network: Network,
+) -> None:
+    preset = preset_with({"distill.lmbda": 1.0})
+    one, two = Cost(preset, network, False), Cost(preset, network, False, 2)
+    for phase in one.phases()[:2]:
+        assert one.model <= sum(part.size_bytes for part in phase.parts) < one.model + one.linears + 2**30
+        assert [part.name for part in phase.parts if part.size_bytes == one.model] == [phase.parts[1].name]
+    alone, gathering = (
+        next(m.size_bytes for m in training(preset, network, count).moments if m.name == "generating")
+        for count in (1, 2)
+    )
+    assert gathering - alone == two.linears
+
+
 def test_shards_write_a_student_without_a_whole_model(network: Network) -> None:
     def writing(count: int) -> dict[str, int]:
         phase = Cost(preset_with({}), network, True, count).phases()[-1]
@@ -248,4 +263,4 @@ def test_shards_divide_the_rows_of_a_step(network: Network) -> None:
 
 def training(preset: Preset, network: Network, shards: int) -> Phase:
     """Plan the training of one of so many processes."""
-    return Cost(preset, network, True, shards).phases()[1]
+    return next(phase for phase in Cost(preset, network, True, shards).phases() if phase.name == "training")

@@ -139,7 +139,7 @@ def test_a_layer_of_zeros_has_no_relative_error_and_does_not_hide_the_others(
     *others, last = layer_errors(teacher.get_parameter, weights)
     assert (last.name, last.relative_error, last.sqnr_db) == (name, None, None)
     assert all(0 < (error.relative_error or 0) < 1 for error in others)
-    assert sqnr(teacher, {name: weights[name]}) == math.inf
+    assert sqnr(teacher.get_parameter, {name: weights[name]}) == math.inf
 
 
 def test_progress_counts_every_layer(teacher: PreTrainedModel):

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.formats.student import load_student, unquantized_tensors
 from kdctl.model.folder import StoredTensors
+from kdctl.rollout.store import RolloutStore
 from kdctl.run.record_files import read_record
 from kdctl.run.records import DistillReport, QuantizeReport
 from kdctl.run.tracking import read_metrics
@@ -180,3 +182,21 @@ def test_divided_models_become_and_measure_what_whole_ones_do(
     for a, b in zip(*lines, strict=True):
         assert a["eval/forward_kl"] == pytest.approx(b["eval/forward_kl"], rel=2e-2)
     same_students(tmp_path, 0.02)
+
+
+@pytest.mark.slow
+def test_divided_models_write_what_whole_ones_do_while_they_train(
+    together: Together, smoke: Preset, tmp_path: Path, untied_dir: Path
+) -> None:
+    exact = build_preset(smoke.model_dump(), {"teacher.dtype": "float32"}, "test")
+    changes: dict[str, Any] = {"distill__train": "scales", "distill__lmbda": 1.0, "distill__refresh_every": 1}
+    preset = prepared(exact, tmp_path, untied_dir, 8, **changes, rollout__keep_states="exact")
+    pipeline.distill(*open_run(preset, tmp_path / "one"), name="variant")
+    together(__file__, "distill_divided")
+    one, two = (RolloutStore(tmp_path / run / "distill" / "variant" / "rollouts") for run in ("one", "two"))
+    assert [r.completion_ids for r in one.read()] == [r.completion_ids for r in two.read()]
+    states = sorted(one.path.glob("*.states.safetensors"))
+    assert len(states) == 2, "one a refresh"
+    for path in states:
+        torch.testing.assert_close(load_file(path)["states"], load_file(two.path / path.name)["states"])
+    same_students(tmp_path, 0)

@@ -1,21 +1,26 @@
 """Stages in process, on the tiny model."""
 
+import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from made_up import answers, evaluated, make_run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdctl.base.errors import DataError, StoreError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import load_preset, variant_name
+from kdctl.eval import distribution
 from kdctl.formats.student import check_sums, load_student
 from kdctl.quant.affine import quantize
 from kdctl.report.study_reader import read_study
+from kdctl.rollout.sampler import InProcess
 from kdctl.rollout.store import RolloutStore
-from kdctl.stages import pipeline
+from kdctl.stages import pipeline, publish
 from kdctl.stages.context import Context, Run, open_run
 
 CPU = torch.device("cpu")
@@ -207,6 +212,35 @@ def test_a_folder_of_another_teacher_or_quantizer_is_refused(
     with pytest.raises(StoreError, match=field.replace("__", ".")) as caught:
         job_for(with_settings(smoke, **{field: value}), tmp_path)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.slow
+def test_no_stage_but_training_has_two_models_in_memory(
+    smoke: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, held = job_for(with_settings(smoke, eval__student_written=True), tmp_path), []
+    before = {id(model) for model in living()}
+
+    def looking(work: Callable[..., Any]) -> Callable[..., Any]:
+        def looked(*given: Any, **named: Any) -> Any:
+            held.append(len([model for model in living() if id(model) not in before]))
+            return work(*given, **named)
+
+        return looked
+
+    for owner, name in ((distribution, "compare"), (InProcess, "complete"), (publish, "accept")):
+        monkeypatch.setattr(owner, name, looking(getattr(owner, name)))
+    pipeline.quantize(*job)
+    pipeline.rollout(*job, "student")
+    pipeline.evaluate(*job)
+    assert len(held) > 6
+    assert set(held) == {1}
+
+
+def living() -> list[PreTrainedModel]:
+    """List the whole causal models in memory, by the objects that the collector knows."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel) and hasattr(thing, "lm_head")]
 
 
 def test_other_rollout_settings_for_a_filled_store_are_refused(smoke: Preset, tmp_path: Path) -> None:

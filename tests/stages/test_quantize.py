@@ -67,4 +67,4 @@ def test_sqnr_is_that_of_all_weights_laid_end_to_end(teacher: PreTrainedModel, s
     weights = quantize_layers(teacher, names, smoke.quantize.model_copy(update={"method": "minmax"}))
     original = torch.cat([teacher.get_parameter(f"{name}.weight").detach().double().flatten() for name in names])
     noise = original - torch.cat([dense(weights[name]).double().flatten() for name in names])
-    assert sqnr(teacher, weights) == pytest.approx(20 * math.log10(original.norm() / noise.norm()))
+    assert sqnr(teacher.get_parameter, weights) == pytest.approx(20 * math.log10(original.norm() / noise.norm()))
