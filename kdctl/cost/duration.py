@@ -17,10 +17,14 @@ from kdctl.quant.quantizer import Statistic
 from kdctl.rollout.sampler import PROMPT_TOKENS
 
 FLOAT32 = 4
-RECEIVED = {"weights": 38, "lora": 78, "scales": 39}
+RECEIVED = {"weights": 34, "lora": 74, "scales": 35}
 """Bytes read and written for each weight while its gradient is handed on (``distill/shadow.py``)."""
 WRITTEN_BACK = {"weights": 56, "lora": 70, "scales": 17}
 """The same while Q(W) is written into the student."""
+RECEIVED_FUSED = {"weights": 8, "lora": 32, "scales": 3.5}
+"""The same as ``RECEIVED`` on a GPU, where elementwise arithmetic is one kernel (``system/fused.py``)."""
+WRITTEN_BACK_FUSED = {"weights": 6, "lora": 20, "scales": 3.3}
+"""The same as ``WRITTEN_BACK`` there."""
 UPDATED = 44
 """The same for each trained number in a step of AdamW, its gradient's norm and float32 copy included."""
 FULL = 4
@@ -164,9 +168,11 @@ class Duration:
         yield passes.head(predicted, 3).repeated(times)
         yield passes.divergence(predicted).repeated(times)
         moved = cost.followed / cost.shards
+        received = RECEIVED if cost.cpu else RECEIVED_FUSED
+        written = WRITTEN_BACK if cost.cpu else WRITTEN_BACK_FUSED
         low_rank = 2 * settings.lora_rank * cost.followed if settings.train == "lora" else 0
-        yield Work(products=3 * low_rank, moved=RECEIVED[settings.train] * moved, times=times)
-        yield Work(products=low_rank, moved=WRITTEN_BACK[settings.train] * moved, times=self.steps)
+        yield Work(products=3 * low_rank, moved=received[settings.train] * moved, times=times)
+        yield Work(products=low_rank, moved=written[settings.train] * moved, times=self.steps)
         yield Work(moved=UPDATED * cost.trained / cost.shards, times=self.steps)
         if cost.copies > 1:
             yield Work(sent=2 * self.apart * FLOAT32 * cost.trained, times=self.steps)

@@ -11,16 +11,14 @@ The generalized JSD vanishes as β → 0 or 1; the ``normalized`` scale divides 
 output head is frozen, so the gradient with respect to the hidden states is formed in the same pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdctl.model.head import Head, rows_at_once
+from kdctl.system.fused import fused
 
 Scale = Literal["normalized", "gkd"]
 
@@ -65,7 +63,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student)
-        rows, work = rows_at_once(student, chunk), elementwise(student.device)
+        rows, work = rows_at_once(student, chunk), fused(value_and_gradient, student)
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             logits, wanted = head(student[part]), head(teacher[part])
@@ -84,20 +82,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None, None
-
-
-def elementwise(device: torch.device) -> Callable[[Tensor, Tensor, Objective], tuple[Tensor, Tensor]]:
-    """Return what computes values and gradients on a device: on a GPU fused, where there is Triton to fuse it.
-
-    A dozen readings and writings of all logits become two or three.
-    """
-    return compiled() if device.type == "cuda" and find_spec("triton") else value_and_gradient
-
-
-@cache
-def compiled() -> Callable[[Tensor, Tensor, Objective], tuple[Tensor, Tensor]]:
-    """Return ``value_and_gradient`` as torch compiles it, for any number of positions."""
-    return torch.compile(value_and_gradient, fullgraph=True, dynamic=True)
 
 
 def value_and_gradient(student: Tensor, teacher: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ What lives as long as training does, masters and AdamW's moments, lies in one bl
 and go it would leave holes that nothing fits into.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from kdctl.distill.shadow import Shadow
 from kdctl.system.memory import give_back
 
 TOGETHER = 8
-"""Tensors whose float32 gradients exist at once."""
+"""Tensors whose float32 gradients are made at once where backward left them in another dtype."""
+Pending = tuple[nn.Parameter, Tensor]
+"""A parameter and its gradient."""
 
 
 def make_optimizer(shadow: Shadow, settings: DistillSection) -> torch.optim.Optimizer:
@@ -55,8 +57,8 @@ def parameter_groups(shadow: Shadow, settings: DistillSection) -> list[dict[str,
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Return the Euclidean norm of all gradients together, float32 whatever their dtype, where they lie."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
 
 
 def update(
@@ -76,11 +78,21 @@ def update(
         optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]  # as torch's GradScaler
     elif finite is not None and not finite:
         return
-    for start in range(0, len(pending), TOGETHER):
-        for parameter, gradient in pending[start : start + TOGETHER]:
-            parameter.grad = gradient.float().mul_(factor)
+    for part in _parts(pending):
+        gradients = [gradient.float() for _, gradient in part]
+        torch._foreach_mul_(gradients, torch.as_tensor(factor))
+        for (parameter, _), gradient in zip(part, gradients, strict=True):
+            parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _parts(pending: Sequence[Pending]) -> Iterator[Sequence[Pending]]:
+    """Group parameters by what is updated in one call: all whose gradients are float32, a few of the others."""
+    exact = [pair for pair in pending if pair[1].dtype == torch.float32]
+    rest = [pair for pair in pending if pair[1].dtype != torch.float32]
+    yield from ([exact] if exact else [])
+    yield from (rest[start : start + TOGETHER] for start in range(0, len(rest), TOGETHER))
 
 
 def _lay_out(parameters: Sequence[nn.Parameter]) -> None:

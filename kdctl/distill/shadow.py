@@ -25,10 +25,9 @@ from kdctl.base.rng import digest
 from kdctl.config.preset import DistillSection
 from kdctl.distill.fsdp import gathered_like, local, rows_like, summed_like
 from kdctl.quant.affine import (
+    Grid,
     QParams,
     QuantizedWeight,
-    dequantize,
-    fake_quantize,
     grid_position,
     grouped,
     inside,
@@ -36,7 +35,10 @@ from kdctl.quant.affine import (
     quantize,
     round_scale,
     unclamped,
+    write_dequantized,
+    write_quantized,
 )
+from kdctl.system.fused import fused
 
 Weights = Mapping[str, QuantizedWeight]
 
@@ -88,16 +90,15 @@ class Shadow(ABC):
     def quantized_layer(self, name: str) -> QuantizedWeight:
         """Return a layer on the grid, codes taken from masters or storage, never from Q(W)."""
 
-    def value(self, name: str) -> Tensor:
-        """Return a layer's Q(W)."""
-        weight = self.quantized_layer(name)
-        return dequantize(weight.codes, weight.qparams, weight.grid)
+    @abstractmethod
+    def write(self, name: str, place: Tensor) -> None:
+        """Write a layer's Q(W) where it is to be."""
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Write Q(W), and norms as trained so far, into the student."""
         for name, parameter in self._parameters.items():
-            local(parameter).copy_(self.value(name))
+            self.write(name, local(parameter).detach())
         for name, norm in self._norms.items():
             log_gain = gathered_like(self._divided, self.trained[f"{name}.log_gain"].detach(), len(norm.start))
             norm.own.copy_(norm.start + (norm.start + norm.added) * log_gain.expm1())
@@ -200,14 +201,11 @@ class ShadowWeights(Shadow):
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass G to the master where its code is not clamped, and Σ G·∂Q/∂s to the scale."""
-        qparams, grid = self.qparams(name), self._grids[name].grid
-        position = grid_position(self.trained[f"{name}.master"], qparams, grid)
-        free = unclamped(position, grid)
-        if f"{name}.log_scale" in self.trained:
-            zero = qparams.zero_point.unsqueeze(-1)
-            slope = position.round().clamp_(0, grid.max_code) - zero - torch.where(free, position - zero, 0.0)
-            self._receive_scale(name, (grouped(gradient, grid.group_size) * slope).sum(-1))
-        gradient.mul_(free.flatten(-2))
+        learned = f"{name}.log_scale" in self.trained
+        given = gradient, self.trained[f"{name}.master"].detach(), self.qparams(name), self._grids[name].grid
+        slope = fused(pass_through, gradient)(*given, learned)
+        if slope is not None:
+            self._receive_scale(name, slope)
         if self.last_pass:
             gradient = local(self._parameters[name]).detach().copy_(gradient)
         _accumulate(self.trained[f"{name}.master"], gradient)
@@ -217,9 +215,10 @@ class ShadowWeights(Shadow):
         qparams, grid = self.qparams(name), self._grids[name].grid
         return QuantizedWeight(quantize(self.trained[f"{name}.master"], qparams, grid), qparams, grid)
 
-    def value(self, name: str) -> Tensor:
-        """Return a layer's Q(W) without forming codes."""
-        return fake_quantize(self.trained[f"{name}.master"], self.qparams(name), self._grids[name].grid)
+    def write(self, name: str, place: Tensor) -> None:
+        """Write a layer's Q(W) without forming codes."""
+        master = self.trained[f"{name}.master"].detach()
+        fused(write_quantized, place)(place, master, self.qparams(name), self._grids[name].grid)
 
 
 class ShadowLora(Shadow):
@@ -270,10 +269,9 @@ class ShadowLora(Shadow):
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass G, zero where the code is clamped, through the product: dL/dA = (α/r)·Bᵀ·G, dL/dB = (α/r)·G·Aᵀ."""
-        grid = self._grids[name]
-        a, b = self._a(name), self._b(name)
-        free = inside(torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor), grid.qparams, grid.grid)
-        inner = gradient.float().mul_(free).mul_(self._factor)
+        grid, a, b = self._grids[name], self._a(name), self._b(name)
+        master = torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor)
+        inner = fused(scaled_inside, gradient)(gradient, master, grid.qparams, grid.grid, self._factor)
         _accumulate(self.trained[f"{name}.lora_a"], summed_like(self._parameters[name], b.T @ inner))
         _accumulate(self.trained[f"{name}.lora_b"], inner @ a.T)
 
@@ -282,9 +280,10 @@ class ShadowLora(Shadow):
         grid = self._grids[name]
         return QuantizedWeight(quantize(self.master(name), grid.qparams, grid.grid), grid.qparams, grid.grid)
 
-    def value(self, name: str) -> Tensor:
-        """Return a layer's Q(W + (α/r)·B·A) without forming codes."""
-        return fake_quantize(self.master(name), self._grids[name].qparams, self._grids[name].grid)
+    def write(self, name: str, place: Tensor) -> None:
+        """Write a layer's Q(W + (α/r)·B·A) without forming codes."""
+        grid = self._grids[name]
+        fused(write_quantized, place)(place, self.master(name), grid.qparams, grid.grid)
 
     def quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
         """Yield each layer on the grid, those without an adapter as they were."""
@@ -303,14 +302,40 @@ class ShadowScales(Shadow):
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Pass Σ over the group of G·(q − z) to the scale."""
-        zero = self._grids[name].qparams.zero_point.unsqueeze(-1)
-        size = self._grids[name].grid.group_size
-        slope = grouped(self._codes[name], size).float() - zero
-        self._receive_scale(name, (grouped(gradient.float(), size) * slope).sum(-1))
+        grid = self._grids[name]
+        slope = fused(code_slope, gradient)(gradient, self._codes[name], grid.qparams.zero_point, grid.grid)
+        self._receive_scale(name, slope)
+
+    def write(self, name: str, place: Tensor) -> None:
+        """Write a layer's Q(W) of its stored codes."""
+        fused(write_dequantized, place)(place, self._codes[name], self.qparams(name), self._grids[name].grid)
 
     def quantized_layer(self, name: str) -> QuantizedWeight:
         """Return a layer with its stored codes and its scales as trained."""
         return QuantizedWeight(self._codes[name], self.qparams(name), self._grids[name].grid)
+
+
+def pass_through(gradient: Tensor, weight: Tensor, qparams: QParams, grid: Grid, scales: bool) -> Tensor | None:
+    """Clear G where a weight's code is clamped, in place; with ``scales`` return Σ G·∂Q/∂s, (out_features, groups)."""
+    position = grid_position(weight, qparams, grid)
+    free, slope = unclamped(position, grid), None
+    if scales:
+        zero = qparams.zero_point.unsqueeze(-1)
+        moved = position.round().clamp_(0, grid.max_code) - zero - torch.where(free, position - zero, 0.0)
+        slope = (grouped(gradient, grid.group_size) * moved).sum(-1)
+    gradient.mul_(free.flatten(-2))
+    return slope
+
+
+def scaled_inside(gradient: Tensor, weight: Tensor, qparams: QParams, grid: Grid, factor: float) -> Tensor:
+    """Return G times a factor, float32, zero where a weight's code is clamped."""
+    return gradient.float().mul_(inside(weight, qparams, grid)).mul_(factor)
+
+
+def code_slope(gradient: Tensor, codes: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Return Σ over each group of G·(q − z), (out_features, groups) float32."""
+    slope = grouped(codes, grid.group_size).float() - zero_point.unsqueeze(-1)
+    return (grouped(gradient.float(), grid.group_size) * slope).sum(-1)
 
 
 def make_shadow(settings: DistillSection, student: nn.Module, weights: Weights, teacher: nn.Module) -> Shadow:

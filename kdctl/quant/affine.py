@@ -133,6 +133,16 @@ def dequantize(codes: Tensor, qparams: QParams, grid: Grid) -> Tensor:
     return (difference * qparams.scale.unsqueeze(-1)).flatten(-2)
 
 
+def write_quantized(place: Tensor, weight: Tensor, qparams: QParams, grid: Grid) -> None:
+    """Write Q(W) of a weight where it is to be, in the scale's dtype."""
+    place.copy_(fake_quantize(weight, qparams, grid))
+
+
+def write_dequantized(place: Tensor, codes: Tensor, qparams: QParams, grid: Grid) -> None:
+    """Write Q(W) of codes where it is to be, in the scale's dtype."""
+    place.copy_(dequantize(codes, qparams, grid))
+
+
 def pack(values: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
     """Pack (rows, columns) codes along one dimension into int32 words, as ``pack-quantized`` stores them.
 

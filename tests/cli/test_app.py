@@ -80,8 +80,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    for stage in (rollout, divided, evaluate):
-        monkeypatch.setattr(stage, "load_student", refuse)
+    for stage, load in ((rollout, "load_student_model"), (divided, "load_student"), (evaluate, "load_student_model")):
+        monkeypatch.setattr(stage, load, refuse)
     datasets.disable_progress_bars()  # imported long ago, it does not see the variable that the command line sets
     before = dict(os.environ)
     yield lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])

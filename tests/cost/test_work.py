@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel, Qwen3Config
 
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import load_preset
-from kdctl.cost.duration import RECEIVED, UPDATED, WRITTEN_BACK
+from kdctl.cost.duration import RECEIVED, RECEIVED_FUSED, UPDATED, WRITTEN_BACK, WRITTEN_BACK_FUSED
 from kdctl.cost.network import Meter, Network, look_at
 from kdctl.cost.records import Rates
 from kdctl.cost.work import Passes, Work, stretch
+from kdctl.distill import shadow as module
 from kdctl.distill.divergence import Objective, divergence
 from kdctl.distill.optimizer import gradient_norm, make_optimizer, update
 from kdctl.distill.shadow import make_shadow
@@ -24,7 +26,7 @@ from kdctl.model.attention import Layout, RowCache, forward, use_layouts
 from kdctl.model.configuration import read_config
 from kdctl.model.head import Head
 from kdctl.model.load import skeleton
-from kdctl.quant.affine import Grid
+from kdctl.quant.affine import Grid, QParams
 from kdctl.quant.gptq import gptq
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.scales import hqq, minmax, quantize_weight
@@ -147,8 +149,11 @@ def test_operations_of_qwen3_4b_without_numbers() -> None:
     assert network.attended == 36 * 32 * 128
 
 
+@pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize("train", ["weights", "lora", "scales"])
-def test_bytes_that_gradients_and_write_backs_move(train: str) -> None:
+def test_bytes_that_gradients_and_write_backs_move(
+    train: str, one_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = torch.nn.Module()
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
@@ -159,20 +164,49 @@ def test_bytes_that_gradients_and_write_backs_move(train: str) -> None:
     settings = settings.model_copy(update={"lora_targets": ("*",)})
     shadow = make_shadow(settings, model, weights, model)
     shadow.last_pass = False
+    kernels, gradient = [Kernels(), Kernels()], torch.ones_like(weight)
     with torch.no_grad(), Meter() as received:
-        shadow.receive("up_proj", torch.ones_like(weight))
+        if one_kernel:
+            monkeypatch.setattr(module, "fused", kernels[0].instead)
+        shadow.receive("up_proj", gradient)
     with Meter() as written:
+        if one_kernel:
+            monkeypatch.setattr(module, "fused", kernels[1].instead)
         shadow.write_back()
-    assert received.moved / weight.numel() == pytest.approx(RECEIVED[train], rel=0.1)
-    assert written.moved / weight.numel() == pytest.approx(WRITTEN_BACK[train], rel=0.1)
+    expected = (RECEIVED_FUSED, WRITTEN_BACK_FUSED) if one_kernel else (RECEIVED, WRITTEN_BACK)
+    for meter, kernel, bytes_of in zip((received, written), kernels, expected, strict=True):
+        assert (meter.moved + kernel.moved) / weight.numel() == pytest.approx(bytes_of[train], rel=0.1)
     if train == "weights":
         optimizer = make_optimizer(shadow, settings)
         shadow.receive("up_proj", torch.ones_like(weight))
         with Meter() as updated:
             gradient_norm(shadow.parameters())
             update(optimizer, shadow.parameters(), 1.0)
-        written_in_place = 3 * 4  # by fused AdamW, which returns nothing
+        written_in_place = 4 * 4  # by fused AdamW and by what scales gradients, which return nothing
         assert updated.moved / weight.numel() + written_in_place == pytest.approx(UPDATED, rel=0.1)
+
+
+class Kernels:
+    """Runs functions as one kernel each would: what it is given is read, and what it gives and changes is written."""
+
+    def __init__(self) -> None:
+        self.moved = 0
+
+    def instead(self, work: Any, _: Tensor) -> Any:
+        """Take the place of ``fused``."""
+
+        def run(changed: Tensor, *given: Any) -> Any:
+            read = [changed] if work in (module.pass_through, module.scaled_inside, module.code_slope) else []
+            for one in given:
+                read += [one] if isinstance(one, Tensor) else []
+                read += [one.scale, one.zero_point] if isinstance(one, QParams) else []
+            with _disable_current_modes():
+                result = work(changed, *given)
+            written = [result] if isinstance(result, Tensor) else [changed]
+            self.moved += sum(tensor.nbytes for tensor in (*read, *written))
+            return result
+
+        return run
 
 
 @pytest.mark.parametrize("method", ["minmax", "hqq", "gptq", "kl"])

@@ -63,16 +63,19 @@ def test_a_step_in_pieces_is_a_step_with_clipping_of_torch(limit: float) -> None
             assert torch.equal(ours.trained[name], parameter), name
 
 
-def test_few_float32_gradients_exist_at_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_gradients_are_updated_in_one_call_and_few_are_made_of_others(dtype: torch.dtype) -> None:
     _, shadow = shadow_of()
     optimizer = make_optimizer(shadow, DistillSection())
-    give_gradients(shadow, 0)
+    for parameter in shadow.parameters():
+        parameter.grad_dtype = None  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.grad = torch.ones_like(parameter, dtype=dtype)
     counts = []
     optimizer.register_step_pre_hook(
         lambda *_: counts.append(sum(parameter.grad is not None for parameter in shadow.parameters()))
     )
     update(optimizer, shadow.parameters(), 1.0)
-    assert counts == [TOGETHER, 5]
+    assert counts == ([len(LAYERS)] if dtype == torch.float32 else [TOGETHER, 5])
 
 
 def test_a_lone_gradient_keeps_the_dtype_of_backward_and_a_sum_is_float32() -> None:

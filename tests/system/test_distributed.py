@@ -314,6 +314,9 @@ class Held(Shadow):
     def quantized_layer(self, name: str) -> QuantizedWeight:
         raise NotImplementedError
 
+    def write(self, name: str, place: Tensor) -> None:
+        raise NotImplementedError
+
 
 def write_checkpoints(processes: Processes, folder: Path) -> None:
     """Write by rows, copies and one process what each of the others reads; rows do not divide evenly, one has none."""
