@@ -125,7 +125,8 @@ class Shadow(ABC):
         owner, _, leaf = name.rpartition(".")
         module, own = student.get_submodule(owner), nn.Parameter(student.get_parameter(name).detach().clone())
         module.register_parameter(leaf, own)
-        self._norms[name] = Norm(own, own.detach().float(), _added(module, own) if leaf == "weight" else 0.0)
+        start = own.detach().to(torch.float32, copy=True)
+        self._norms[name] = Norm(own, start, _added(module, own) if leaf == "weight" else 0.0)
         self.trained[f"{name}.log_gain"] = nn.Parameter(rows_like(self._divided, torch.zeros_like(own).float()))
         self._hooks.append(self._follow(own, name, self._receive_norm))
 

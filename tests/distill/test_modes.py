@@ -166,7 +166,8 @@ def test_trained_norms_are_the_students_own_in_every_mode(mode: str) -> None:
     assert shadow.trained["norm.weight.log_gain"].grad is not None
     with torch.no_grad():
         shadow.trained["norm.weight.log_gain"].add_(math.log(2.0))
-    shadow.write_back()
+    for _ in range(2):  # each time from where it began
+        shadow.write_back()
     torch.testing.assert_close(student.get_parameter("norm.weight"), torch.full((8,), 2.0))
     assert torch.equal(teacher.get_parameter("norm.weight"), torch.ones(8))
     shadow.detach()
