@@ -1,12 +1,14 @@
-"""Counts what a device would be asked to do: operators, reads that the host waits for, and copies to the device."""
+"""What a device would be asked to do: counted, as operators, reads that the host waits for and copies, and recorded."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "is_nonzero", "unique_consecutive"}
 """Operators whose result the host needs before it can go on: numbers, or shapes that depend on numbers."""
@@ -37,6 +39,39 @@ class Tally(TorchDispatchMode):
     def made(self) -> int:
         """Tensors made of numbers of the host."""
         return self.seen["lift_fresh"]
+
+
+class Recorder(TorchDispatchMode):
+    """Records operators with the very tensors they were given, as a CUDA graph does, for a CPU to do them again.
+
+    Sizes, numbers of the host and which tensor is which stay what they were; only what lies in tensors may differ.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._done: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        assert func.overloadpacket.__name__ not in READS, f"{func} makes the host wait"
+        self._done.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        """Do it all again, each result in its place."""
+        for func, args, kwargs, results in self._done:
+            found = func(*args, **kwargs)
+            for place, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
+                if isinstance(place, Tensor) and place.data_ptr() != new.data_ptr():  # a view is there already
+                    place.copy_(new)
+
+    @classmethod
+    def record(cls, work: Callable[[], None]) -> Callable[[], None]:
+        """Take the place of ``kdctl.system.replay.record``."""
+        recorder = cls()
+        with recorder:
+            work()
+        return recorder.replay
 
 
 def masked_varlen(

@@ -1,6 +1,6 @@
 """On a GPU: loss, forward pass and sampler are those of the CPU, and a step waits for nothing on the host."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from kdctl.model.batch import Batch, collate, predicting_hidden, predicting_stat
 from kdctl.model.head import Head, head_of
 from kdctl.model.load import load_model
 from kdctl.model.varlen import Ends, in_one_call, one_by_one, takes
-from kdctl.quant.apply import build_student, quantize_layers, select_layers
+from kdctl.quant.apply import build_student, dense, quantize_layers, select_layers
+from kdctl.rollout import steps
 from kdctl.rollout.sampler import InProcess
 from kdctl.rollout.sampling import Sampling
 from kdctl.run.records import Prompt, Rollout
@@ -127,6 +128,7 @@ def test_drawing_between_two_looks_waits_for_nothing(
 ) -> None:
     prompts = [(Prompt(str(length), length, list(range(40, 40 + length))), 0) for length in (2, 7, 20)]
     settings = Sampling(1.0, 0.9, 7, 24, 5, 0)
+    monkeypatch.setattr(steps, "replays", lambda _: False)  # a recording is compared once, which waits
     engine = InProcess(on_gpu, [258], "teacher")
     expected = engine.complete(prompts, settings)
     drawn = InProcess._draw_on
@@ -140,6 +142,40 @@ def test_drawing_between_two_looks_waits_for_nothing(
 
     monkeypatch.setattr(InProcess, "_draw_on", watched)
     assert engine.complete(prompts, settings) == expected
+
+
+def test_what_is_replayed_draws_what_is_started_one_by_one(
+    on_gpu: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [(Prompt(str(length), length, list(range(40, 40 + length))), 0) for length in (2, 7, 20)]
+    settings, said, made, record = Sampling(1.0, 0.9, 7, 60, 5, 0), [], [], steps.record
+
+    def recorded(work: Callable[[], None]) -> Callable[[], None]:
+        made.append(record(work))
+        return made[-1]
+
+    monkeypatch.setattr(steps, "record", recorded)
+    engine = InProcess(on_gpu, [258], "teacher", say=said.append)
+    found = engine.complete(prompts, settings)
+    assert (len(made), said) == (1, [])
+    monkeypatch.setattr(steps, "replays", lambda _: False)
+    assert engine.complete(prompts, settings) == found
+
+
+@pytest.mark.parametrize("train", ["weights", "lora", "scales"])
+def test_what_is_fused_writes_the_very_weights_that_the_codes_stand_for(
+    tiny_dir: Path, train: Literal["weights", "lora", "scales"]
+) -> None:
+    model = load_model(tiny_dir, torch.bfloat16, GPU)
+    grid = QuantizeSection(group_size=32, method="minmax")
+    weights = quantize_layers(model, select_layers(model, grid), grid)
+    student = build_student(model, weights)
+    shadow = make_shadow(DistillSection(train=train), student, weights, model)
+    for parameter in shadow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    shadow.write_back()
+    for name, weight in shadow.quantized():
+        assert torch.equal(student.get_parameter(f"{name}.weight"), dense(weight)), name
 
 
 def test_forward_loss_and_backward_wait_for_nothing(on_gpu: PreTrainedModel, request: pytest.FixtureRequest) -> None:

@@ -10,7 +10,7 @@ from kdctl.rollout.work import RolloutEngine, Work
 
 def in_process(work: Work) -> RolloutEngine:
     """Make the engine that samples in this process."""
-    return InProcess(work.model, work.stop, work.source, work.settings.batch_size)
+    return InProcess(work.model, work.stop, work.source, work.settings.batch_size, say=work.reporter.note)
 
 
 def served(work: Work) -> RolloutEngine:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdctl.base.progress import Silent
 from kdctl.base.rng import uniform
 from kdctl.model.attention import Layout, RowCache, forward
 from kdctl.rollout.sampling import Sampling, draw
+from kdctl.rollout.steps import Steps
 from kdctl.run.records import EngineRecord, Prompt, Rollout
 from kdctl.system.cpu_products import packed
 from kdctl.system.transfers import upload
@@ -61,17 +63,24 @@ class InProcess:
     """Samples completions from a model in this process: what trains is what generates.
 
     stop: the tokens that end a completion. source: what the rollouts say about who wrote them. batch_size: completions
-    in the making at once. look: tokens a row that are drawn before the host looks at them.
+    in the making at once. look: tokens a row that are drawn before the host looks at them. say: told
+    what makes it slow.
     """
 
     blocks_at_once = 1  # so that a block's tokens do not depend on what ran beside it
 
     def __init__(
-        self, model: PreTrainedModel, stop: Sequence[int], source: str, batch_size: int = 64, look: int | None = None
+        self,
+        model: PreTrainedModel,
+        stop: Sequence[int],
+        source: str,
+        batch_size: int = 64,
+        look: int | None = None,
+        say: Callable[[str], None] | None = None,
     ):
         self.model = model
         self.stop = set(stop)
-        self.source = source
+        self.source, self.say = source, say or Silent().note
         self.batch_size = batch_size
         self.look = look or (LOOK_ON_GPU if model.device.type == "cuda" else 1)
 
@@ -124,13 +133,14 @@ class InProcess:
         longest = max(len(row.prompt.prompt_ids) for row in rows)
         prefix = common_prefix([row.prompt.prompt_ids for row in rows])
         cache, active = RowCache(size + bool(prefix), longest + sampling.max_new_tokens), []
+        steps = self._steps(cache, size, sampling)
         if prefix:
             self._read(rows[0].prompt.prompt_ids[:prefix], cache)
         while active or waiting:
             admitted = _admit(waiting, size - len(active), prefix)
             logits = self._forward(active, admitted, cache, prefix)
             active += admitted
-            found = self._draw_on(active, logits, cache, sampling, policy_step)
+            found = self._draw_on(active, logits, steps, policy_step)
             self._note(active, found.tolist(), sampling, drawn)
             _retire(active, cache, sampling)
 
@@ -166,35 +176,23 @@ class InProcess:
             cache.copy(slots[0], slots[1:], prefix + length)
         return self.model.get_output_embeddings()(hidden[self._upload(ends)])  # pyright: ignore[reportOptionalCall]
 
-    def _draw_on(
-        self, rows: list[Row], logits: Tensor, cache: RowCache, sampling: Sampling, policy_step: int
-    ) -> Tensor:
+    def _draw_on(self, rows: list[Row], logits: Tensor, steps: Steps, policy_step: int) -> Tensor:
         """Draw ``look`` tokens a row, and read none; return them and their log-probabilities, (2, steps, R) float64.
 
         logits: (R, V), of the first. A row that may have no more writes over its last token.
         """
+        sampling = steps.sampling
         limits = [len(row.prompt.prompt_ids) + sampling.max_new_tokens for row in rows]
-        steps = min(self.look, max(limit - row.length for limit, row in zip(limits, rows, strict=True)))
-        numbers = torch.tensor(_uniforms(rows, steps, sampling, policy_step), dtype=torch.float64)
-        uniforms = upload(numbers, logits.device)
-        written = self._upload([len(row.tokens) for row in rows])
-        barred = self._barred(logits.shape[-1]) if sampling.min_new_tokens else None
-        ends, lengths = self._upload(limits), self._upload([row.length for row in rows])
-        found: list[tuple[Tensor, Tensor]] = []
-        for step in range(steps):
-            if step:
-                longest = max(min(row.length + step, limit) for row, limit in zip(rows, limits, strict=True))
-                logits = self._next(found[-1][0], torch.minimum(lengths + step, ends), longest, cache)
-            short = None if barred is None else (written + step < sampling.min_new_tokens).unsqueeze(-1) & barred
-            found.append(draw(logits, uniforms[step], short, sampling))
-        return torch.stack([torch.stack(part).double() for part in zip(*found, strict=True)])
-
-    def _next(self, tokens: Tensor, counts: Tensor, longest: int, cache: RowCache) -> Tensor:
-        """Read each row's last token; return its next logits, (R, V). counts: tokens of each row, this one included."""
-        place = counts - 1
-        cache.point(torch.arange(len(tokens), device=tokens.device), place)
-        hidden = forward(self.model, tokens, place, Layout((), cache, counts, longest))
-        return self.model.get_output_embeddings()(hidden)  # pyright: ignore[reportOptionalCall]
+        count = min(self.look, max(limit - row.length for limit, row in zip(limits, rows, strict=True)))
+        numbers = torch.tensor(_uniforms(rows, count, sampling, policy_step), dtype=torch.float64)
+        uniforms, written = upload(numbers, logits.device), [len(row.tokens) for row in rows]
+        barred = steps.barred_before(self._upload(written)) if sampling.min_new_tokens else None
+        tokens, logprobs = draw(logits, uniforms[0], barred, sampling)
+        first = torch.stack([tokens.double(), logprobs.double()]).unsqueeze(1)
+        if count == 1:
+            return first
+        lengths, written = [row.length + 1 for row in rows], [each + 1 for each in written]
+        return torch.cat([first, steps.draw(tokens, lengths, limits, written, uniforms[1:])], 1)
 
     def _note(
         self,
@@ -212,11 +210,12 @@ class InProcess:
                 row.stopped = row.tokens[-1] in self.stop
             drawn([row for row, _, _ in going])
 
-    def _barred(self, vocabulary: int) -> Tensor:
-        """Mark the tokens that end a completion, (V,)."""
-        barred = torch.zeros(vocabulary, dtype=torch.bool)
+    def _steps(self, cache: RowCache, rows: int, sampling: Sampling) -> Steps:
+        """Make what draws between two looks."""
+        barred = torch.zeros(self.model.get_output_embeddings().weight.shape[0], dtype=torch.bool)  # pyright: ignore
         barred[list(self.stop)] = True
-        return upload(barred, self.model.device)
+        most = max(1, self.look - 1)
+        return Steps(self.model, cache, rows, most, sampling, upload(barred, self.model.device), self.say)
 
     def _upload(self, numbers: Sequence[int]) -> Tensor:
         return upload(torch.tensor(numbers, dtype=torch.int64), self.model.device)

@@ -67,7 +67,7 @@ def write_heldout(context: Context, teacher: Teacher, store: RolloutStore, plan:
     sampling = Sampling(1.0, 1.0, 0, settings.max_new_tokens, 0, settings.seed)
     source = "teacher" if plan.source == "heldout" else plan.source
     # Never the engine of the preset: a yardstick must be the same however the training rollouts were written.
-    engine = InProcess(model, teacher.stop_ids(), source, settings.prompts_per_block)
+    engine = InProcess(model, teacher.stop_ids(), source, settings.prompts_per_block, say=context.reporter.note)
     fill(store, plan, engine, sampling, context.reporter, context.ranks)
 
 

@@ -412,9 +412,10 @@ def test_drawing_needs_no_number_of_the_device(teacher_fp32):
     engine = InProcess(teacher_fp32, [EOS], "teacher", look=4)
     rows = [Row(prompt, 0) for prompt in ragged_prompts(3)]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        cache = RowCache(3, 60)
+        cache = RowCache(4, 60)
+        steps = engine._steps(cache, 4, sampling(top_k=5, top_p=0.9, min_new_tokens=2))
         logits = engine._forward([], rows, cache, 0)
-        found = engine._draw_on(rows, logits, cache, sampling(top_k=5, top_p=0.9, min_new_tokens=2), 0)
+        found = engine._draw_on(rows, logits, steps, 0)
         assert found.shape == (2, 4, 3)
         with pytest.raises((DataDependentOutputException, RuntimeError)):
             found.tolist()
