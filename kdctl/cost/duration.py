@@ -14,7 +14,8 @@ from kdctl.eval.distribution import BATCH, TEXT_WINDOW
 from kdctl.quant.fisher import SEQUENCES
 from kdctl.quant.methods import QUANTIZERS
 from kdctl.quant.quantizer import Statistic
-from kdctl.rollout.sampler import PROMPT_TOKENS
+from kdctl.rollout.sampler import LOOK_ON_GPU, PROMPT_TOKENS
+from kdctl.rollout.steps import SPAN
 
 FLOAT32 = 4
 RECEIVED = {"weights": 34, "lora": 74, "scales": 35}
@@ -104,8 +105,18 @@ class Duration:
         prompts = block / samples * self.prompt
         passes = ceil(prompts / PROMPT_TOKENS)
         yield self.passes.forward(prompts / passes, self.prompt).repeated(blocks * passes)
-        step = self.passes.decoding(at_once, self.prompt + new / 2, started=True)
-        yield step.repeated(blocks * block / at_once * new)
+        waves, started = blocks * block / at_once, self._started(new)
+        for one_by_one, steps in ((True, started), (False, new - started)):
+            step = self.passes.decoding(at_once, self.prompt + new / 2, started=one_by_one)
+            yield step.repeated(waves * steps)
+
+    def _started(self, new: float) -> float:
+        """Return in how many of a completion's steps operators are started one by one.
+
+        On a GPU those up to the first look of the host, two for each recording, and one for each look.
+        """
+        looks, recordings = new / LOOK_ON_GPU, ceil(new / SPAN)
+        return new if self.cost.cpu else min(new, LOOK_ON_GPU + looks + 2 * recordings)
 
     def _answered(self, rows: float, new: float) -> Iterator[Work]:
         """Yield completions that servers of the same rates write, as many requests at once as they are sent."""

@@ -110,6 +110,17 @@ def test_a_server_starts_no_operators_one_by_one(network: Network) -> None:
     assert started[0] > started[1] == 0
 
 
+def test_a_gpu_starts_few_steps_of_a_completion_one_by_one(network: Network) -> None:
+    def started(tokens: int, cpu: bool) -> float:
+        preset = load_preset("smoke", {"rollout.max_new_tokens": tokens, "distill.lmbda": 1.0})
+        works = Duration(Cost(preset, network, cpu)).works()["generating, live"]
+        return sum(work.times for work in works if work.started) / sum(work.times for work in works)
+
+    assert started(128, cpu=True) == 1.0
+    assert 0.2 < started(128, cpu=False) < 0.25, "of 128: 16, two for the recording, 8 looks, and reading the prompt"
+    assert started(16, cpu=False) == 1.0
+
+
 def test_a_long_prompt_costs_more_than_in_proportion(network: Network) -> None:
     passes = Passes(network)
     assert passes.forward(4096, 4096).products > passes.forward(4096, 512).products
