@@ -1,5 +1,6 @@
 """``kdctl report``: the report on disk, and what of it is shown on a terminal or printed for programs."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,8 +33,8 @@ def report(
     layout: Annotated[
         str,
         typer.Option(
-            help="main, lambda, beta, lr, steps, batch-size, rollout-length, mixed, rank, method; auto: those that can "
-            "be filled."
+            help="main, lambda, beta, lr, steps, batch-size, rollout-length, mix, mixed, rank, method, minutes; auto: "
+            "those that can be filled."
         ),
     ] = "main",
     margin: Annotated[float, typer.Option(help="Differences up to this many points are equivalent.")] = 0.5,
@@ -76,7 +77,7 @@ def show_report(found: "Excerpt", wide: bool = False) -> None:
     """Show an excerpt to a person on a terminal; print it as Markdown anywhere else."""
     if not console.on_terminal():
         console.show_text(found.text())
-        if found.folder is not None:
+        if found.folder is not None and os.environ.get("RANK", "0") == "0":
             console.ConsoleReporter().note(f"verdicts in full and all tables: {found.folder / 'report.html'}")
     elif found.folder is None:
         for paragraph in found.paragraphs:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdctl.base.errors import PresetError
 from kdctl.config.mixture import Mix, MixedSource, Sources, canonical_mix, mixed
 from kdctl.config.section import (
     LARGEST,
@@ -406,6 +407,25 @@ class DistillSection(Section):
     def decisive(self) -> dict[str, Any]:
         """Return what decides a trained student: the rate of norms only where they are trained."""
         return self.model_dump(mode="json", exclude=set() if self.train_norms else {"norm_lr_ratio"})
+
+    @property
+    def learns(self) -> str:
+        """Name what training moves, ``weights, scales, norms`` for example."""
+        more = (("scales", self.learn_scales), ("norms", self.train_norms))
+        return ", ".join([self.train, *(name for name, learned in more if learned)])
+
+    def check_rates(self) -> None:
+        """Raise PresetError for a learning rate of what does not learn: it would name a variant and change nothing."""
+        for name, learned, how in (
+            ("scale_lr_ratio", "scales" in self.learns, "distill.train=scales or distill.learn_scales=true"),
+            ("norm_lr_ratio", self.train_norms, "distill.train_norms=true"),
+        ):
+            value, default = getattr(self, name), DistillSection.model_fields[name].default
+            if value != default and not learned:
+                raise PresetError(
+                    f"distill.{name}={value:g} has no effect: {self.learns} learn, so the variant would be named after "
+                    f"a setting that changes nothing; set {how}, or leave it out"
+                )
 
     @property
     def effective_lora_alpha(self) -> float:

@@ -34,8 +34,8 @@ def export(
 ) -> ExportReport:
     """Write a student folder in another format. exact: let GGUF blocks take 10 % more space rather than round.
 
-    Where the place holds the very same export, as after a kill at the last moment, that is reported. ``say`` is told of
-    another process that writes there, which is waited for. Raises StoreError for a folder that is no whole student or a
+    Where the place holds the very same export, as after a kill at the last moment, that is reported. ``say`` is told
+    so, and of another process that writes there, which is waited for. Raises StoreError for a folder that is no whole student or a
     place that is taken by anything else, ModelError for a model or a grid that the format does not hold.
     """
     place = out or folder.parent / f"{folder.name}-{to}"
@@ -47,6 +47,7 @@ def export(
             found = _export(folder, to, beside / place.name, exact)
             if not _same_bytes(beside / place.name, place):
                 raise _taken(place)
+        say(f"{place} is this export already")
         return found.model_copy(update={"path": str(place)})
 
 

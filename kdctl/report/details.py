@@ -49,10 +49,11 @@ def comparisons(results: Results) -> Table:
         Column("mde", "detectable, points", "percent"),
         Column("verdict", "verdict"),
     )
+    single = f" and, apart from them, {len(results.single)} of single tasks" if results.single else ""
     notes = (
         f"Paired by item. Detectable: the true difference that is seen with 80 % power at two-sided 5 %. Equivalent: "
         f"two one-sided tests at 5 % within ±{100 * results.contrasts.margin:g} points. Holm's p is corrected for "
-        f"{len(results.averages)} comparisons of averages and, apart from them, {len(results.single)} of single tasks; "
+        f"{len(results.averages)} comparisons of averages{single}; "
         "equivalence is not corrected. Harmful: right before and wrong now.",
     )
     return Table("comparisons", "Comparisons, item by item", columns, (Block("", tuple(rows)),), notes)

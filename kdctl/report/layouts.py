@@ -60,11 +60,12 @@ def legend(results: Results) -> tuple[str, ...]:
     tasks = f"{scores} in percent ± one standard error (clustered by subject, and by twin sentences); average over "
     kl = "KL per held-out token in nats with a 95 % interval over documents."
     notes = [f"{tasks}tasks, unweighted; {kl}" if results.tasks else kl]
+    single = f"over the {len(results.single)} of single tasks, " if results.single else ""
     if results.averages or results.single:
         notes.append(
             f"{_marks(results)} equivalent within {margin}; no mark: cannot tell. Bold: better than every other "
             "student of its block; ≈: not distinguishable from the best. Holm's correction: over the "
-            f"{len(results.averages)} comparisons of averages, over the {len(results.single)} of single tasks, and "
+            f"{len(results.averages)} comparisons of averages, {single}and "
             "over the rivals of each column's best; not over KL and perplexity, where intervals of the difference "
             "leave out 0, nor over equivalences."
         )
@@ -296,9 +297,10 @@ def lay_out(layout: str, study: Study, contrasts: Contrasts) -> list[Table]:
         names = ", ".join(name for name in LAYOUTS if _table(name, study, contrasts) is not None)
         label = SETTINGS[SWEEPS[layout].field][0] if layout in SWEEPS else ""
         needs = NEEDS.get(layout, f"two variants of different {label} and otherwise equal settings")
+        train = "" if layout in NEEDS and layout != "mixed" else ", which kdctl distill can train"
         raise PresetError(
-            f"--layout {layout} needs {needs}, and there is nothing of the kind here; train it with kdctl distill, or "
-            f"use a layout that can be filled: {names}"
+            f"--layout {layout} needs {needs}, and there is nothing of the kind here{train}; use "
+            f"a layout that can be filled: {names}"
         )
     return [table]
 

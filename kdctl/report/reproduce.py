@@ -71,7 +71,7 @@ def settings(study: Study, source: Source) -> list[str]:
         first,
         f"{quantize.bits} bits, group size {quantize.group_size}, {grid}, {quantize.method}",
         f"training, where a row does not say otherwise: {distill.steps} steps of {distill.rows_per_step} sequences, "
-        f"learning rate {distill.lr:g}, {distill.train}",
+        f"learning rate {distill.lr:g}, {distill.learns}",
         f"tasks: {', '.join(tasks) or 'none'}",
     ]
 

@@ -123,7 +123,7 @@ def _settings(
         steps=section.steps,
         batch_size=section.rows_per_step,
         max_new_tokens=_rollout_length(run, distilled, section),
-        train=section.train,
+        train=section.learns,
         rank=section.lora_rank if section.train == "lora" else None,
         seed=section.seed,
         mix=distilled.mix or shares,

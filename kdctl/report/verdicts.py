@@ -82,7 +82,9 @@ def _told(whose: str, difference: Estimate) -> str:
     if not differs(difference):
         return f", not distinguishable from {whose}'s (difference {fixed(difference.value, 4, '+')} [{low}, {high}])"
     more, which = ("less", "better") if difference.value < 0 else ("more", "worse")
-    return f", {fixed(abs(difference.value), 4)} {more} than {whose}'s ({low} to {high}), which is {which}"
+    least, most = sorted((abs(difference.low), abs(difference.high)))
+    width = f"{fixed(least, 4)} to {fixed(most, 4)}"
+    return f", {fixed(abs(difference.value), 4)} {more} than {whose}'s ({width}), which is {which}"
 
 
 def _distance(results: Results, row: Row) -> str:
@@ -99,7 +101,8 @@ def _distance(results: Results, row: Row) -> str:
     if difference.low <= 0 <= difference.high:
         return text + f", not distinguishable from the PTQ student's (difference {_interval(difference)})."
     verb = "less" if difference.value < 0 else "more"
-    low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    low, high = fixed(low, 4), fixed(high, 4)
     text += f", {fixed(abs(difference.value), 4)} {verb} than the PTQ student's ({low} to {high})"
     if difference.value > 0:
         return text + "."

@@ -101,6 +101,7 @@ def distill(
     Raises TrainingError, before rollouts and training, unless the PTQ student's gap is surely ``min_gap`` nats a token.
     """
     context.ranks.check_trainable(context.preset.distill)
+    context.preset.distill.check_rates()
     if not math.isfinite(min_gap):
         raise PresetError(f"--min-gap {min_gap} is no number of nats; leave it out to train in any case")
     variant = context.paths.variant(check_name(name) if name is not None else default_name(context))

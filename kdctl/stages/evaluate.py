@@ -87,12 +87,13 @@ def evaluate(
             raise DataError(f"no model {name!r} in {context.paths.path}; there are {', '.join(known)}")
     chosen = [one for one in known.values() if not names or one.name in names or one.foreign]
     pending = chosen if force else _pending(context, teacher, chosen)
+    tasks = _tasks(context, teacher) if pending else {}
     for one in chosen:
         if one not in pending:
             context.reporter.note(f"eval: {one.name} is complete, skipped")
         elif not force and context.paths.results(one.name).exists():
             context.reporter.note(f"eval: {one.name} {_why_again(context, one)}")
-    found = _evaluate_all(context, teacher, measuring, pending, force) if pending else measuring
+    found = _evaluate_all(context, teacher, measuring, pending, tasks, force) if pending else measuring
     context.ranks.wait()
     students = {one.name: partial(_load, teacher, one) for one in known.values() if one.name != "teacher"}
     asked = [one.name for one in chosen if one.name != "teacher"]
@@ -101,20 +102,30 @@ def evaluate(
     return {one.name: read_record(context.paths.results(one.name), EvalResult) for one in chosen}
 
 
-def _evaluate_all(
-    context: Context, teacher: Teacher, measuring: Measuring | None, pending: Sequence[Candidate], force: bool
-) -> Measuring:
-    """Load the tasks, make what measuring needs and return it; then evaluate this process's share of the models."""
+def _tasks(context: Context, teacher: Teacher) -> dict[str, Any]:
+    """Load the tasks, and say which settings do nothing in them."""
     from kdctl.eval.tasks import build_tasks, generates  # lm-eval takes seconds to import; only this stage needs it
 
-    tasks = context.ranks.main_first(lambda: build_tasks(context.preset.eval, teacher.offline))
     settings = context.preset.eval
+    tasks = context.ranks.main_first(lambda: build_tasks(settings, teacher.offline))
     if (settings.samples > 1 or settings.temperature is not None) and not generates(tasks):
         context.reporter.note("eval.samples and eval.temperature have no effect: none of the tasks has answers written")
+    return tasks
+
+
+def _evaluate_all(
+    context: Context,
+    teacher: Teacher,
+    measuring: Measuring | None,
+    pending: Sequence[Candidate],
+    tasks: dict[str, Any],
+    force: bool,
+) -> Measuring:
+    """Make what measuring needs and return it; then evaluate this process's share of the models."""
     if any(one.foreign is None and one.name != "teacher" for one in pending):
         ensure_student(context, teacher, measuring)
     found = measuring or ensure_measuring(context, teacher)
-    if settings.allocation == "margin":
+    if context.preset.eval.allocation == "margin":
         pending = _after_teacher(context, found, pending, tasks)
     for one in context.ranks.share(pending):
         with (main := context.alone()).claimed(f"eval/{one.name}"):

@@ -62,6 +62,7 @@ def run_all(context: Context, teacher: Teacher) -> Excerpt:
     """Run the five stages in order, skipping complete ones. Prompts, and tasks of a new folder, are checked first."""
     preset, ranks = context.preset, context.ranks
     ranks.check_trainable(preset.distill)
+    preset.distill.check_rates()
     if not ranks.on_main(context.paths.eval_root.exists):
         from kdctl.eval.tasks import build_tasks
 

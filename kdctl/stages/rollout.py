@@ -10,7 +10,7 @@ from kdctl.base.errors import DataError
 from kdctl.config.preset import Preset, Source
 from kdctl.config.resolve import identity
 from kdctl.data.prompts import PromptSet, as_rollout
-from kdctl.formats.student import load_student_model
+from kdctl.formats.student import check_sums, load_student_model
 from kdctl.model.context import check_completions
 from kdctl.model.folder import fingerprint
 from kdctl.model.teacher import Teacher
@@ -159,6 +159,8 @@ def check_stores(context: Context, teacher: Teacher) -> None:
     for source in needed_sources(context.preset):
         store = store_of(context, source)
         made = source != "student" or (context.paths.student / "quantize.json").exists()
+        if source == "student" and made:
+            context.on_main(lambda main: check_sums(main.paths.student))  # else its store would seem of another one
         if context.ranks.on_main(lambda store=store, made=made: store.finished and made):
             is_usable(context, store, plan_of(context, teacher, source))
 

@@ -269,7 +269,9 @@ def _explain(error: ValidationError, path: Path) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{suggest(key, SweepFile.model_fields)}")
+            trial = key == "preset" or key in known_keys()
+            place = f"; what trials are given stands under parameters, as {key}: {{value: ...}}" if trial else ""
+            lines.append(f"unknown key {key}{place or suggest(key, SweepFile.model_fields)}")
         else:
             lines.append(f"{key}: {item['msg']}")
     return f"{path} is not a wandb sweep: " + "; ".join(lines)

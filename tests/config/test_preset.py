@@ -1,6 +1,8 @@
 """The schema: closed, frozen, documented, and strict about what does not go together."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -35,6 +37,21 @@ def test_every_field_is_described_in_the_schema() -> None:
         definition = definitions[SECTIONS[section].__name__]
         assert definition["description"].strip(), section
         assert len(definition["properties"][field].get("description", "")) > 10, f"{section}.{field}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({"norm_lr_ratio": 5.0}, "norm_lr_ratio=5 has no effect: weights learn, .* set distill.train_norms=true"),
+        ({"scale_lr_ratio": 2.0, "train": "lora", "train_norms": True}, "scale_lr_ratio=2 has no effect: lora, norms"),
+        ({"scale_lr_ratio": 2.0, "train": "scales"}, ""),
+        ({"scale_lr_ratio": 2.0, "learn_scales": True, "norm_lr_ratio": 5.0, "train_norms": True}, ""),
+    ],
+)
+def test_a_rate_of_what_does_not_learn_is_refused(changes: dict[str, Any], unread: str) -> None:
+    settings = DistillSection(**changes)
+    with pytest.raises(PresetError, match=unread) if unread else nullcontext():
+        settings.check_rates()
 
 
 def test_sections_are_frozen(smoke: Preset) -> None:

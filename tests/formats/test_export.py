@@ -700,7 +700,9 @@ def test_a_second_export_to_a_place_waits_and_finds_it_made(student_of: Callable
     for other in others:
         other.join()
     assert found[0] == found[1]
-    assert all(f"at work on the export {place}" in text for text in said)
+    waited, told = said[:2], said[2:]
+    assert all(f"at work on the export {place}" in text for text in waited)
+    assert told == [f"{place} is this export already"], "to the one that came second"
     assert list(tmp_path.iterdir()) == [place]
 
 

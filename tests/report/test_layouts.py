@@ -103,8 +103,9 @@ def test_auto_is_what_can_be_filled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "main"])
 def test_a_layout_that_cannot_be_filled_is_refused_with_those_that_can(tmp_path: Path, layout: str) -> None:
     study = read_study([make_run(tmp_path / "run", {"a": {}})])
-    with pytest.raises(PresetError, match=rf"--layout {layout} needs .* can be filled: main$"):
+    with pytest.raises(PresetError, match=rf"--layout {layout} needs .* can be filled: main$") as caught:
         lay_out(layout, study, Contrasts(0.005))
+    assert ("kdctl distill can train" in str(caught.value)) == (layout not in ("method", "minutes"))
 
 
 def test_minutes_stand_beside_what_is_left_of_the_compared_methods_kl(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ def written(tmp_path: Path, parameters: dict[str, Any], **more: Any) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("more", [{"preset": "smoke"}, {"distill.beta": 1}])
+def test_what_trials_are_given_is_sent_under_parameters(tmp_path: Path, more: dict[str, Any]) -> None:
+    (key,) = more
+    with pytest.raises(PresetError, match=rf"unknown key {key}; .* under parameters, as {key}: {{value: \.\.\.}}"):
+        read_sweep(written(tmp_path, {"beta": {"values": [0, 1]}}, **more))
+
+
 @pytest.mark.parametrize("name", STUDY)
 def test_the_shipped_sweeps_are_those_of_the_study(name: str) -> None:
     preset, key, values = STUDY[name]
