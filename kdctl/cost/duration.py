@@ -26,6 +26,8 @@ RECEIVED_FUSED = {"weights": 8, "lora": 32, "scales": 3.5}
 """The same as ``RECEIVED`` on a GPU, where elementwise arithmetic is one kernel (``system/fused.py``)."""
 WRITTEN_BACK_FUSED = {"weights": 6, "lora": 20, "scales": 3.3}
 """The same as ``WRITTEN_BACK`` there."""
+ADDED = 10
+"""The same while the gradient of a weight is added to those of earlier micro-batches."""
 UPDATED = 44
 """The same for each trained number in a step of AdamW, its gradient's norm and float32 copy included."""
 FULL = 4
@@ -183,6 +185,8 @@ class Duration:
         written = WRITTEN_BACK if cost.cpu else WRITTEN_BACK_FUSED
         low_rank = 2 * settings.lora_rank * cost.followed if settings.train == "lora" else 0
         yield Work(products=3 * low_rank, moved=received[settings.train] * moved, times=times)
+        if settings.train == "weights":
+            yield Work(moved=ADDED * moved, times=times - self.steps)
         yield Work(products=low_rank, moved=written[settings.train] * moved, times=self.steps)
         yield Work(moved=UPDATED * cost.trained / cost.shards, times=self.steps)
         if cost.copies > 1:

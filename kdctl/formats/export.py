@@ -35,8 +35,8 @@ def export(
     """Write a student folder in another format. exact: let GGUF blocks take 10 % more space rather than round.
 
     Where the place holds the very same export, as after a kill at the last moment, that is reported. ``say`` is told
-    so, and of another process that writes there, which is waited for. Raises StoreError for a folder that is no whole student or a
-    place that is taken by anything else, ModelError for a model or a grid that the format does not hold.
+    so, and of another process that writes there, which is waited for. Raises StoreError for a folder that is no whole
+    student or a place that is taken by anything else, ModelError for a model or a grid that the format does not hold.
     """
     place = out or folder.parent / f"{folder.name}-{to}"
     _check_places(folder, place)

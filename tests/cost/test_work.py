@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from kdctl.config.preset import QuantizeSection
 from kdctl.config.resolve import load_preset
-from kdctl.cost.duration import RECEIVED, RECEIVED_FUSED, UPDATED, WRITTEN_BACK, WRITTEN_BACK_FUSED
+from kdctl.cost.duration import ADDED, RECEIVED, RECEIVED_FUSED, UPDATED, WRITTEN_BACK, WRITTEN_BACK_FUSED
 from kdctl.cost.network import Meter, Network, look_at
 from kdctl.cost.records import Rates
 from kdctl.cost.work import Passes, Work, stretch
@@ -178,7 +178,10 @@ def test_bytes_that_gradients_and_write_backs_move(
         assert (meter.moved + kernel.moved) / weight.numel() == pytest.approx(bytes_of[train], rel=0.1)
     if train == "weights":
         optimizer = make_optimizer(shadow, settings)
-        shadow.receive("up_proj", torch.ones_like(weight))
+        shadow.receive("up_proj", torch.ones_like(weight))  # makes the sum float32
+        with torch.no_grad(), Meter() as again:
+            shadow.receive("up_proj", gradient)
+        assert again.moved - received.moved == pytest.approx(ADDED * weight.numel(), rel=0.1)
         with Meter() as updated:
             gradient_norm(shadow.parameters())
             update(optimizer, shadow.parameters(), 1.0)
