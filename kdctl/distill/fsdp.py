@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdctl.base.errors import TrainingError
@@ -131,8 +131,8 @@ def rows_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Return this process's rows of a tensor if a parameter is divided, else all of it."""
     if not isinstance(parameter, DTensor):
         return tensor
-    mesh = parameter.device_mesh
-    return Processes(mesh.get_local_rank(), mesh.size(), sharded=True).rows(tensor).clone()
+    whole = DTensor.from_local(tensor, parameter.device_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(0)]).to_local().clone()
 
 
 def gathered_like(parameter: Tensor, rows: Tensor, length: int) -> Tensor:

@@ -78,12 +78,8 @@ class Processes:
         size = -(-length // self.count)
         return slice(min(self.rank * size, length), min((self.rank + 1) * size, length))
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Return this process's rows of a tensor where models are divided, else the tensor."""
-        return tensor[self.span(len(tensor))] if self.sharded else tensor
-
     def whole(self, rows: Tensor) -> Tensor:
-        """Undo ``rows`` in the main process, on the CPU; the others get what they gave."""
+        """Put the rows of all processes together in the main one, on the CPU; the others get what they gave."""
         if not self.sharded:
             return rows
         counts = self.merge([len(rows)])

@@ -125,10 +125,10 @@ def divide_rows(shards: Processes) -> None:
     mesh = init_device_mesh("cpu", (shards.count,))
     for length in (1, 2, 5):
         tensor = torch.arange(2 * length).view(length, 2)
-        rows = shards.rows(tensor)
+        rows = tensor[shards.span(len(tensor))]
         assert torch.equal(rows, distribute_tensor(tensor, mesh, [Shard(0)]).to_local())
         assert torch.equal(shards.whole(rows), tensor if shards.is_main else rows)
-        assert replace(shards, sharded=False).rows(tensor) is tensor
+        assert replace(shards, sharded=False).span(len(tensor)) == slice(0, len(tensor))
 
 
 def rollouts(count: int) -> list[Rollout]:
@@ -160,6 +160,11 @@ def trainer_on(folder: Path, processes: Processes, dtype: torch.dtype, **setting
         student = divided_student(teacher, teacher.config, weights, processes)
     shadow = make_shadow(section, student, weights, teacher)
     return Trainer(teacher, student, shadow, feed, section)
+
+
+def rows_of(tensor: Tensor, processes: Processes) -> Tensor:
+    """Return a process's rows of a tensor, or all of it where nothing is divided."""
+    return tensor[processes.span(len(tensor))]
 
 
 def cut(weight: QuantizedWeight, processes: Processes) -> QuantizedWeight:
@@ -252,14 +257,14 @@ def yardstick(teacher: PreTrainedModel) -> Yardstick:
 
 def matches_whole(divided: Trainer, whole: Trainer) -> None:
     """Check that shards are half of each tensor, the codes of the whole and what the model computes with."""
-    expected, cut = dict(whole.shadow.quantized()), divided.processes.rows
+    expected, mine = dict(whole.shadow.quantized()), divided.processes
     different = 0
     for name, weight in divided.shadow.quantized():
         parameter = divided.student.get_parameter(f"{name}.weight")
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.to_local(), dense(weight))
         assert len(weight.codes) * 2 == len(expected[name].codes)
-        different += int((weight.codes != cut(expected[name].codes)).sum())
+        different += int((weight.codes != rows_of(expected[name].codes, mine)).sum())
     assert different <= 1e-4 * sum(weight.codes.numel() for weight in expected.values())
     assert sum(p.numel() for p in divided.shadow.parameters()) * 2 == sum(p.numel() for p in whole.shadow.parameters())
 
@@ -271,7 +276,7 @@ def compare_gradients(divided: Trainer, whole: Trainer) -> None:
     for name, tensor in divided.shadow.trained.items():
         expected = whole.shadow.trained[name].grad
         assert expected is not None
-        torch.testing.assert_close(tensor.grad, divided.processes.rows(expected), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(tensor.grad, rows_of(expected, divided.processes), rtol=1e-3, atol=1e-6)
     for trainer in (divided, whole):
         trainer.optimizer.zero_grad()
         trainer.shadow.write_back()
@@ -290,13 +295,13 @@ def compare_checkpoints(folder: Path, divided: Trainer, whole: Trainer) -> None:
     with torch.no_grad():
         for name, tensor in divided.shadow.trained.items():
             tensor.zero_()
-            assert torch.equal(shards.rows(whole.shadow.trained[name]), kept[name])
+            assert torch.equal(rows_of(whole.shadow.trained[name], shards), kept[name])
     checkpoints.load(3)
     for name, tensor in divided.shadow.trained.items():
         assert torch.equal(tensor, kept[name])
         for key in ("exp_avg", "exp_avg_sq"):
             moments = [trainer.optimizer.state[trainer.shadow.trained[name]][key] for trainer in (divided, whole)]
-            assert torch.equal(moments[0], shards.rows(moments[1]))
+            assert torch.equal(moments[0], rows_of(moments[1], shards))
             assert moments[0].count_nonzero() > 0
     matches_whole(divided, whole)
 
@@ -325,7 +330,7 @@ def write_checkpoints(processes: Processes, folder: Path) -> None:
     ways = {"rows": replace(processes, sharded=True), "copies": processes, "alone": ALONE}
     for how, writer in ways.items():
         root = folder / "checkpoints" / (how if how != "alone" else f"alone{processes.rank}")
-        saved = held({name: writer.rows(tensor) for name, tensor in whole.items()})
+        saved = held({name: rows_of(tensor, writer) for name, tensor in whole.items()})
         with Checkpoints(root, *saved, writer) as checkpoints:
             checkpoints.save(CheckpointMeta(identity="", step=1), keep_last=1)
         written = [load_file(file) for file in sorted((root / "step_000001").glob("*.safetensors"))]
@@ -334,13 +339,15 @@ def write_checkpoints(processes: Processes, folder: Path) -> None:
         assert sum(sizes) == 3 * sum(tensor.nbytes for tensor in whole.values()), "nothing is written twice"
         assert max(sizes) <= 0.7 * sum(sizes) or writer is ALONE
         for reader in ways.values():
-            shadow, optimizer = held({name: torch.zeros_like(reader.rows(tensor)) for name, tensor in whole.items()})
+            shadow, optimizer = held(
+                {name: torch.zeros_like(rows_of(tensor, reader)) for name, tensor in whole.items()}
+            )
             Checkpoints(root, shadow, optimizer, reader).load(1)
             for name, tensor in whole.items():
                 found = shadow.trained[name]
-                assert torch.equal(found, reader.rows(tensor)), (how, name)
+                assert torch.equal(found, rows_of(tensor, reader)), (how, name)
                 for times, key in enumerate(("exp_avg", "exp_avg_sq"), 2):
-                    assert torch.equal(optimizer.state[found][key], reader.rows(times * tensor)), (how, name, key)
+                    assert torch.equal(optimizer.state[found][key], rows_of(times * tensor, reader)), (how, name, key)
     fill_one_disk(folder / "no space", processes, held(whole))
     damage_one(folder / "checkpoints" / "rows" / "step_000001", processes)
     with pytest.raises(StoreError, match=r"shard_00002\.safetensors is damaged"):
