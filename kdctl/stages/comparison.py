@@ -13,6 +13,7 @@ from kdctl.base.errors import ModelError, PresetError
 from kdctl.base.progress import Reporter, Silent
 from kdctl.config.resolve import COMPARISON, build_preset
 from kdctl.eval import distribution
+from kdctl.formats.export import GGUF_FILE
 from kdctl.model.architecture import decoder_layers
 from kdctl.model.configuration import read_config
 from kdctl.model.external import Foreign, check_comparable, find_foreign, load_foreign
@@ -151,6 +152,7 @@ def names_of(references: Sequence[str]) -> list[str]:
 
 
 def _name(reference: str, parts: int) -> str:
-    """Return the last parts of a path as a folder's name."""
-    kept = [part for part in reference.rstrip("/").split("/") if part not in ("", ".", "..")][-parts:]
+    """Return the last parts of a path as a folder's name; every exported GGUF file is named like any other."""
+    kept = [part for part in reference.rstrip("/").split("/") if part not in ("", ".", "..")]
+    kept = (kept[:-1] if kept[-1:] == [GGUF_FILE] and len(kept) > 1 else kept)[-parts:]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(kept))[-LONGEST_NAME:].lstrip(".-") or "model"

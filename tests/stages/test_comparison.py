@@ -78,6 +78,7 @@ def test_layers_of_another_network_are_refused_before_any_work(tiny_dir: Path, t
 def test_rows_have_names_that_tell_models_apart() -> None:
     assert names_of(["org/base", "org/base-int4", "/x/y/model.Q4_0.gguf"]) == ["base", "base-int4", "model.Q4_0.gguf"]
     assert names_of(["a", "runs/one/student", "runs/two/student"])[1:] == ["one-student", "two-student"]
+    assert names_of(["a", "one/final-gguf/model.gguf", "model.gguf"])[1:] == ["final-gguf", "model.gguf"]
     with pytest.raises(PresetError, match="two or more"):
         names_of(["a"])
     with pytest.raises(PresetError, match="cannot be told apart"):
