@@ -82,13 +82,13 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def together(tmp_path: Path) -> Callable[..., None]:
-    """Run functions of a test file in two gloo processes, with ``tmp_path``; what fails there fails here."""
+    """Run functions of a test file in two gloo processes, or more, with ``tmp_path``; what fails there fails here."""
 
-    def run(file: str, *functions: str, timeout: int = 120) -> None:
-        command = [sys.executable, str(TOGETHER), file, ",".join(functions), str(tmp_path)]
-        running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    def run(file: str, *functions: str, timeout: int = 120, count: int = 2) -> None:
+        command = [sys.executable, str(TOGETHER), file, ",".join(functions), str(tmp_path), str(count)]
+        running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(count)]
         errors = [process.communicate(timeout=timeout)[1] for process in running]
-        assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+        assert [process.returncode for process in running] == [0] * count, "\n".join(errors)
 
     return run
 

@@ -1,6 +1,6 @@
-"""Run functions of a test file as one of two gloo processes: together.py FILE FUNCTION,... FOLDER RANK.
+"""Run functions of a test file as one of several gloo processes: together.py FILE FUNCTION,... FOLDER COUNT RANK.
 
-A function gets its ``Processes`` and the folder, which both processes see.
+A function gets its ``Processes`` and the folder, which all processes see.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 if __name__ == "__main__":
-    file, functions, folder, rank = sys.argv[1:]
+    file, functions, folder, count, rank = sys.argv[1:]
     load("tiny", Path(__file__).parent / "tiny.py")
     torch.set_num_threads(1)
     widen_products(torch.bfloat16)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=int(count))
     module = load("test_file", Path(file))
     for function in functions.split(","):
-        vars(module)[function](Processes(int(rank), 2), Path(folder))
+        vars(module)[function](Processes(int(rank), int(count)), Path(folder))
     dist.destroy_process_group()

@@ -42,7 +42,10 @@ def plan(
         int, typer.Option(help="Processes that FSDP2 divides training among; what each of them takes.", min=1)
     ] = 1,
     copies: Annotated[
-        int, typer.Option(help="Processes that divide a step's rows, each with whole models; what each takes.", min=1)
+        int,
+        typer.Option(
+            help="Processes that divide a step's rows, each with whole models, or groups of --shards processes.", min=1
+        ),
     ] = 1,
     as_json: JsonOption = False,
     *,
@@ -55,7 +58,7 @@ def plan(
     """
     with guarded():
         named = speed.gpu, speed.tflops, speed.bandwidth, speed.link
-        rates = find_rates(speed.rates, *named, max(shards, copies))
+        rates = find_rates(speed.rates, *named, shards, copies)
         stage = Stage(preset, where)
         prepare_libraries(stage.preset.runtime.offline, where.verbose)
         from kdctl.cost.network import look_at

@@ -5,6 +5,7 @@ rest while the others wait.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil
 
 from kdctl.cost.estimate import Cost
@@ -49,8 +50,11 @@ class Duration:
         self.prompt, self.steps = self.preset.prompts.max_prompt_tokens, self.preset.distill.steps
         self.rows = self.preset.distill.rows_per_step // cost.processes
         self.micro_batches = self.rows / cost.rows_at_once
-        self.apart = (cost.processes - 1) / cost.processes
+        together = cost.shards if cost.shards > 1 else cost.copies
+        self.apart = (together - 1) / together
         """Share of a divided or summed tensor that comes from other processes."""
+        self.crossing = 2 * (cost.copies - 1) / cost.copies if cost.shards > 1 else 0.0
+        """How often a process's rows of a gradient pass between copies of divided models."""
 
     def works(self) -> dict[str, list[Work]]:
         """Return what is done, by kind, in the order of the stages."""
@@ -177,7 +181,8 @@ class Duration:
             yield _sending(forward, linears if sharded else 0).repeated(times)
         both = passes.training(tokens, length, self.preset.runtime.activation_checkpointing)
         summed = FLOAT32 * cost.quantized * self.apart
-        yield _sending(both, 2 * linears + summed if sharded else 0).repeated(times)
+        sent, crossing = 2 * linears + summed, self.crossing * FLOAT32 * cost.quantized / cost.shards
+        yield (replace(_sending(both, sent), crossing=crossing) if sharded else both).repeated(times)
         yield passes.head(predicted, 3).repeated(times)
         yield passes.divergence(predicted).repeated(times)
         moved = cost.followed / cost.shards
@@ -189,7 +194,7 @@ class Duration:
             yield Work(moved=ADDED * moved, times=times - self.steps)
         yield Work(products=low_rank, moved=written[settings.train] * moved, times=self.steps)
         yield Work(moved=UPDATED * cost.trained / cost.shards, times=self.steps)
-        if cost.copies > 1:
+        if cost.copies > 1 and not sharded:
             yield Work(sent=2 * self.apart * FLOAT32 * cost.trained, times=self.steps)
 
     def _predicted(self) -> int:
@@ -249,4 +254,4 @@ def _left_out(cost: Cost) -> Iterator[str]:
 
 def _sending(work: Work, sent: float) -> Work:
     """Return a pass during which so many bytes come from other processes."""
-    return Work(work.products, work.moved, work.started, sent, work.stored, work.times)
+    return replace(work, sent=sent)

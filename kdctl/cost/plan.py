@@ -11,7 +11,6 @@ from statistics import mean, median
 
 import torch
 
-from kdctl.base.errors import PresetError
 from kdctl.config.preset import Preset
 from kdctl.config.resolve import build_preset
 from kdctl.cost.duration import make_timing
@@ -57,10 +56,8 @@ def find_machine(device: str, folder: Path, memory_gib: float | None) -> Machine
 
 
 def check_processes(preset: Preset, shards: int, copies: int) -> None:
-    """Raise PresetError if so many shards or copies cannot train as the preset says."""
-    if shards > 1 and copies > 1:
-        raise PresetError(f"--shards {shards} and --copies {copies} are two ways to train; name one")
-    Processes(0, max(shards, copies), sharded=shards > 1).check_trainable(preset.distill)
+    """Raise PresetError if so many processes cannot train as the preset says."""
+    Processes(0, shards * copies, sharded=shards > 1).check_trainable(preset.distill)
 
 
 def make_plan(

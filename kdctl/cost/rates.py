@@ -77,12 +77,14 @@ def find_rates(
     tflops: float | None,
     bandwidth: float | None,
     link: float | None,
-    processes: int,
+    shards: int,
+    copies: int = 1,
 ) -> Rates | None:
     """Put together the rates that a user names: a file, an accelerator, figures, or an accelerator with other figures.
 
-    tflops: 10¹² operations a second; bandwidth, link: GB/s. processes: GPUs that work together. Returns None where
-    nothing is named; raises PresetError for what names too little or two things.
+    tflops: 10¹² operations a second; bandwidth, link: GB/s. shards, copies: GPUs that divide a model, and
+    groups of them with one each. Returns None where nothing is named; raises PresetError for what names too little or
+    two things.
     """
     if path is not None:
         if (gpu, tflops, bandwidth, link) != (None,) * 4:
@@ -93,7 +95,9 @@ def find_rates(
     row = accelerator(gpu) if gpu else None
     if row is None and (tflops is None or bandwidth is None):
         raise PresetError("without --gpu, seconds follow from --tflops and --bandwidth together; name both")
-    within = row.link * 1e9 if row and processes <= ON_ONE_MACHINE else BETWEEN_MACHINES
+    near = row.link * 1e9 if row else BETWEEN_MACHINES
+    between = near if shards * copies <= ON_ONE_MACHINE else BETWEEN_MACHINES
+    within = near if shards <= ON_ONE_MACHINE and shards > 1 else between
     figures = {"tflops": tflops, "bandwidth": bandwidth, "link": link}
     try:
         return Rates(
@@ -105,6 +109,7 @@ def find_rates(
             memory_reached=MEMORY_REACHED,
             operator_s=OPERATOR_S,
             network_bytes_per_s=1e9 * link if link else within,
+            between_bytes_per_s=None if link or within == between else between,
             disk_bytes_per_s=DISK,
         )
     except ValidationError as error:

@@ -75,6 +75,8 @@ class Rates(Record):
     """Seconds to start one operator from Python."""
     network_bytes_per_s: Positive
     """From one process to another, each way."""
+    between_bytes_per_s: Positive | None = None
+    """The same between copies of divided models, if that is slower."""
     disk_bytes_per_s: Positive
 
 

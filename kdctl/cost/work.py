@@ -22,7 +22,8 @@ SAMPLED = 8
 class Work:
     """What is done at one time, so that the slowest part of a machine decides how long it takes.
 
-    products: operations; moved, sent, stored: bytes of memory, between processes and of the disk; started: operators.
+    products: operations; moved, sent, stored: bytes of memory, between processes and of the disk; crossing: those sent
+    between copies of divided models; started: operators.
     """
 
     products: float = 0.0
@@ -30,6 +31,7 @@ class Work:
     started: float = 0.0
     sent: float = 0.0
     stored: float = 0.0
+    crossing: float = 0.0
     times: float = 1.0
 
     def parts(self, rates: Rates) -> dict[Limit, float]:
@@ -38,9 +40,13 @@ class Work:
             "products": self.times * self.products / (rates.products_per_s * rates.reached),
             "memory": self.times * self.moved / (rates.memory_bytes_per_s * rates.memory_reached),
             "operators": self.times * self.started * rates.operator_s,
-            "network": self.times * self.sent / rates.network_bytes_per_s,
+            "network": self.times * self._sending(rates),
             "disk": self.times * self.stored / rates.disk_bytes_per_s,
         }
+
+    def _sending(self, rates: Rates) -> float:
+        between = rates.between_bytes_per_s or rates.network_bytes_per_s
+        return self.sent / rates.network_bytes_per_s + self.crossing / between
 
     def repeated(self, times: float) -> "Work":
         """Return the same, done so many times."""

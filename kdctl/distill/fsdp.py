@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdctl.base.errors import TrainingError
@@ -82,7 +82,8 @@ def shard(model: PreTrainedModel, names: Collection[str], processes: Processes) 
     """
     weights = {f"{name}.weight" for name in names}
     rest = {parameter for name, parameter in model.named_parameters() if name not in weights}
-    mesh = init_device_mesh(head_of(model).weight.device.type, (processes.count,))
+    sizes = (processes.copies, processes.parts) if processes.copies > 1 else (processes.parts,)
+    mesh = init_device_mesh(head_of(model).weight.device.type, sizes, mesh_dim_names=("copies", "rows")[-len(sizes) :])
     layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
     for part in [*layers, model.base_model]:
         shards = fully_shard(
@@ -131,8 +132,9 @@ def rows_like(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Return this process's rows of a tensor if a parameter is divided, else all of it."""
     if not isinstance(parameter, DTensor):
         return tensor
-    whole = DTensor.from_local(tensor, parameter.device_mesh, [Replicate()], run_check=False)
-    return whole.redistribute(placements=[Shard(0)]).to_local().clone()
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=parameter.placements).to_local().clone()
 
 
 def gathered_like(parameter: Tensor, rows: Tensor, length: int) -> Tensor:
@@ -142,15 +144,21 @@ def gathered_like(parameter: Tensor, rows: Tensor, length: int) -> Tensor:
     shape = torch.Size((length, *rows.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     mesh = parameter.device_mesh
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride).full_tensor()
+    whole = DTensor.from_local(rows, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    return whole.full_tensor()
 
 
-def summed_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Return this process's rows of a sum over the processes if a parameter is divided, else the tensor."""
+def summed_like(parameter: Tensor, tensor: Tensor, copies: bool = True) -> Tensor:
+    """Return this process's rows of a sum over the processes if a parameter is divided, else the tensor.
+
+    copies: also over those of other copies of the model; else these are known to have the same.
+    """
     if not isinstance(parameter, DTensor):
         return tensor
-    partial = DTensor.from_local(tensor, parameter.device_mesh, [Partial()], run_check=False)
-    return partial.redistribute(placements=[Shard(0)]).to_local()
+    mesh = parameter.device_mesh
+    parts = [Partial() if copies else Replicate()] * (mesh.ndim - 1) + [Partial()]
+    whole = DTensor.from_local(tensor, mesh, parts, run_check=False)
+    return whole.redistribute(placements=parameter.placements).to_local()
 
 
 def check_rows(student: nn.Module, weights: Mapping[str, QuantizedWeight], processes: Processes) -> None:

@@ -171,7 +171,7 @@ class Trainer:
         if self.processes.sharded:
             squares = norm.square()
             self.processes.sum_([squares])
-            norm = squares.sqrt()
+            norm = (squares / self.processes.copies).sqrt()
         limit = self.settings.max_grad_norm or math.inf
         return norm, (limit / (norm.double() + 1e-6)).clamp(max=1.0)
 
@@ -233,7 +233,7 @@ def _train(trainer: Trainer, yardstick: Yardstick, outputs: Outputs, checkpoints
     settings, processes, root = trainer.settings, trainer.processes, outputs.checkpoints
     room = settings.keep_last + settings.stop_early
     size = checkpoint_bytes(trainer.shadow)
-    size = int(processes.total(size)) if processes.sharded else size
+    size = int(processes.total(size)) // processes.copies if processes.sharded else size
     outputs.note(processes.on_main(lambda: require_room(root, size, room)))
     done = resume(trainer, outputs, checkpoints)
     tracker = outputs.tracker(done)

@@ -273,7 +273,7 @@ class ShadowLora(Shadow):
         grid, a, b = self._grids[name], self._a(name), self._b(name)
         master = torch.addmm(self._frozen[name].float(), b, a, alpha=self._factor)
         inner = fused(scaled_inside, gradient)(gradient, master, grid.qparams, grid.grid, self._factor)
-        _accumulate(self.trained[f"{name}.lora_a"], summed_like(self._parameters[name], b.T @ inner))
+        _accumulate(self.trained[f"{name}.lora_a"], summed_like(self._parameters[name], b.T @ inner, copies=False))
         _accumulate(self.trained[f"{name}.lora_b"], inner @ a.T)
 
     def quantized_layer(self, name: str) -> QuantizedWeight:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.futures import Future
 
 from kdctl.run.files import sha256, sync, writing
@@ -42,8 +42,10 @@ class Wholes:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], processes: Processes, group: ProcessGroup | None):
-        self._mesh = cache(lambda device: DeviceMesh.from_group(group, device)) if group and processes.sharded else None
-        counts = processes.merge([[len(tensor) for tensor in tensors.values()]]) if self._mesh else []
+        self._mesh = cache(lambda device: _mesh(processes, group, device)) if group and processes.sharded else None
+        counts = (
+            processes.merge([[len(tensor) for tensor in tensors.values()]])[: processes.parts] if self._mesh else []
+        )
         self._rows = dict(zip(tensors, map(sum, zip(*counts, strict=True)), strict=False))
 
     def of(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -54,7 +56,16 @@ class Wholes:
 
     def _whole(self, mesh: DeviceMesh, name: str, rows: Tensor) -> DTensor:
         like = torch.empty(self._rows[name], *rows.shape[1:], device="meta")
-        return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride())
+        placed = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+        return DTensor.from_local(rows, mesh, placed, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _mesh(processes: Processes, group: ProcessGroup, device: str) -> DeviceMesh:
+    """Say where each process's rows lie; nothing is sent over it."""
+    if processes.copies == 1:
+        return DeviceMesh.from_group(group, device)
+    places = torch.arange(processes.count).view(processes.copies, processes.parts)
+    return DeviceMesh(device, places, mesh_dim_names=("copies", "rows"), _init_backend=False)
 
 
 class Staging(AsyncStager):

@@ -37,13 +37,19 @@ class Processes:
     """One of ``count`` processes; alone, nothing here costs anything.
 
     sharded: models in training are divided by rows (FSDP2), not copied; freed: rows of others are freed between a
-    layer's forward and backward pass.
+    layer's forward and backward pass; copies: groups of consecutive processes, each of which divides models of its own.
     """
 
     rank: int = 0
     count: int = 1
     sharded: bool = False
     freed: bool = True
+    copies: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Count the processes that divide one model."""
+        return self.count // self.copies
 
     @property
     def is_main(self) -> bool:
@@ -75,8 +81,8 @@ class Processes:
         """Return which of so many rows are this process's where models are divided, as by ``Shard(0)``, else all."""
         if not self.sharded:
             return slice(0, length)
-        size = -(-length // self.count)
-        return slice(min(self.rank * size, length), min((self.rank + 1) * size, length))
+        size, place = -(-length // self.parts), self.rank % self.parts
+        return slice(min(place * size, length), min((place + 1) * size, length))
 
     def whole(self, rows: Tensor) -> Tensor:
         """Put the rows of all processes together in the main one, on the CPU; the others get what they gave."""
@@ -88,7 +94,9 @@ class Processes:
         parts = [torch.empty_like(mine) for _ in counts] if self.is_main else None
         with _peers():
             dist.gather(mine, parts)
-        return rows if parts is None else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        if parts is None:
+            return rows
+        return torch.cat([part[:n] for part, n in zip(parts[: self.parts], counts[: self.parts], strict=True)])
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's part of a sequence that is the same in all."""
@@ -190,8 +198,9 @@ def connect(device: str) -> Processes:
     machine.
     """
     sharded = _asks_for_shards()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         return ALONE
+    copies = _copies(sharded, count)
     cpu = device == "cpu" or not torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not cpu and local > torch.cuda.device_count():
@@ -206,7 +215,7 @@ def connect(device: str) -> Processes:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the command line listens itself
         signal.signal(signal.SIGTERM, _stopped)
     freed = _says("FSDP_RESHARD_AFTER_FORWARD", "true")
-    return Processes(state.process_index, state.num_processes, sharded, freed)
+    return Processes(state.process_index, state.num_processes, sharded, freed, copies)
 
 
 def _asks_for_shards() -> bool:
@@ -221,6 +230,32 @@ def _asks_for_shards() -> bool:
             "(--multi_gpu) or row shards (--use_fsdp --fsdp_version 2 --fsdp_offload_params false)"
         )
     return fsdp
+
+
+def _copies(sharded: bool, count: int) -> int:
+    """Return how many copies of divided models accelerate's configuration asks for.
+
+    Raises PresetError where it asks for what is not here, or the processes are not as many as it says.
+    """
+    if not _says("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    sizes = {
+        name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+        for name in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    }
+    copies, parts = sizes.pop("DP_REPLICATE"), sizes.pop("DP_SHARD")
+    if others := [name.lower() for name, size in sizes.items() if size != 1]:
+        raise PresetError(f"the accelerate configuration asks for {others[0]}, which kdctl does not have; leave it out")
+    if parts > 1 and not sharded:
+        raise PresetError(
+            "the accelerate configuration has a dp_shard_size and no FSDP; add --use_fsdp --fsdp_version 2"
+        )
+    if copies < 1 or copies * parts != count:
+        raise PresetError(
+            f"dp_replicate_size={copies} copies of models, each divided by dp_shard_size={parts} processes, are "
+            f"{copies * parts} processes, and {count} were started; change one of the three"
+        )
+    return copies if sharded else 1
 
 
 def _says(variable: str, default: str = "false") -> bool:

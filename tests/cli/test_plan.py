@@ -145,7 +145,7 @@ def test_copies_divide_the_rows_of_a_step(tiny_dir: Path) -> None:
         (("--rates", "none.json"), "cannot be read"),
         (("--rates", "negative.json"), "products_per_s"),
         (("--rates", "good.json", "--gpu", "h100"), "leave out --gpu"),
-        (("--shards", "2", "--copies", "2"), "two ways to train"),
+        (("--shards", "2", "--copies", "3"), "cannot be divided evenly among 6 processes"),
         (("--copies", "3"), "cannot be divided evenly among 3 processes"),
     ],
 )

@@ -73,6 +73,19 @@ def test_copies_send_gradients_and_one_process_sends_nothing(network: Network) -
     assert sent() == 0
     assert sent(copies=4) == 2 * 3 / 4 * 4 * weights
     assert sent(shards=8) == 2 * 7 / 8 * (2 + 2 * 2 + 4) * weights  # 8 rows each are two passes
+    assert sent(shards=8, copies=2) == 7 / 8 * (2 + 2 * 2 + 4) * weights  # 4 rows each are one
+
+
+def test_groups_on_machines_send_less_between_them_than_shards_over_all(network: Network) -> None:
+    settings = {"distill.micro_batch_size": 1, "distill.gradient_accumulation": 64}
+    steps = []
+    for shards, copies in ((64, 1), (8, 8)):
+        rates = find_rates(None, "h100", None, None, None, shards, copies)
+        assert rates is not None
+        works = Duration(Cost(load_preset("smoke", settings), network, False, shards, copies)).works()["training"]
+        steps.append(sum(work.parts(rates)["network"] for work in works))
+    whole, rows = (2 + 2 * 2 + 4) * 63 / 64 / 50e9, (2 + 2 * 2 + 4) * 7 / 8 / 450e9 + 2 * 7 / 8 * 4 / 8 / 50e9
+    assert steps[1] / steps[0] == pytest.approx(rows / whole, rel=0.2)
 
 
 def test_text_to_calibrate_on_takes_longer_only_where_it_is_read(network: Network) -> None:

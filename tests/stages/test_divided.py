@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import pytest
@@ -183,6 +183,41 @@ def test_divided_models_become_and_measure_what_whole_ones_do(
     for a, b in zip(*lines, strict=True):
         assert a["eval/forward_kl"] == pytest.approx(b["eval/forward_kl"], rel=2e-2)
     same_students(tmp_path, 0.02)
+
+
+def distill_in_copies(processes: Processes, folder: Path) -> None:
+    """Do the same in two copies, each divided by two processes."""
+    distill_divided(replace(processes, copies=2), folder)
+
+
+@pytest.mark.slow
+def test_copies_of_divided_models_go_on_from_a_step_of_one_and_become_what_it_does(
+    together: Together, smoke: Preset, tmp_path: Path, untied_dir: Path
+) -> None:
+    exact = build_preset(smoke.model_dump(), {"teacher.dtype": "float32"}, "test")
+    changes: dict[str, Any] = {"distill__train": "lora", "distill__lora_rank": 3, "distill__train_norms": True}
+    changes |= {"distill__micro_batch_size": 4, "distill__heldout_every": 1, "distill__max_grad_norm": 1e-3}
+    changes |= {"distill__checkpoint_every": 1, "distill__keep_last": 2}
+    preset = prepared(exact, tmp_path, untied_dir, 8, **changes)
+    pipeline.distill(*open_run(preset, tmp_path / "one"), name="variant")
+    begun = tmp_path / "two" / "distill" / "variant"
+    copytree(tmp_path / "one" / "distill" / "variant", begun)
+    for made in (begun / "final", begun / "checkpoints" / "step_000002"):
+        rmtree(made)
+    (begun / "distill.json").unlink()
+    together(__file__, "distill_in_copies", timeout=300, count=4)
+    lines = [read_metrics(tmp_path / run / "distill" / "variant" / "metrics.jsonl") for run in ("one", "two")]
+    for a, b in zip(*lines, strict=True):
+        for key in ("train/forward_kl", "optim/grad_norm", "eval/forward_kl"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    same_students(tmp_path, 0)
+    assert written(tmp_path / "two") == written(tmp_path / "one"), "each row once"
+
+
+def written(run: Path) -> int:
+    """Count the bytes of all tensors in a run's last checkpoint."""
+    files = (run / "distill" / "variant" / "checkpoints" / "step_000002").glob("*.safetensors")
+    return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
 
 @pytest.mark.slow

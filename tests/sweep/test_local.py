@@ -133,7 +133,7 @@ def test_trials_share_one_teacher_in_memory_and_its_states_on_disk(
     entries = {"beta": {"values": [0.0, 1.0]}, "rollout.keep_states": {"value": "exact"}}
     board = board_of(tmp_path, tiny_dir, entries, evaluate=False)
     run_shard(board, Shard(), Silent())
-    assert loaded.count(tiny_dir) == 1
+    assert loaded.count(tiny_dir) == 2, "to be quantized, and for all that is trained"
     assert len(read) == RolloutStore(board.run.rollouts("teacher")).manifest().rows
     assert statuses(board) == ["complete"] * 2
 

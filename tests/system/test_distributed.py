@@ -85,6 +85,33 @@ def test_what_shards_in_another_way_is_refused(
         connect("cpu")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"TP": "2"}, "asks for tp, which kdctl does not have"),
+        ({"DP_REPLICATE": "3", "DP_SHARD": "2"}, "copies of models, .* are 6 processes, and 4 were started"),
+        ({"DP_REPLICATE": "2"}, "dp_shard_size=1 processes, are 2 processes, and 4 were started"),
+    ],
+)
+def test_copies_of_divided_models_that_the_processes_do_not_make_are_refused(
+    sizes: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    settings |= {f"PARALLELISM_CONFIG_{name}_SIZE": size for name, size in sizes.items()}
+    for variable, value in (settings | {"WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(PresetError, match=words):
+        connect("cpu")
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 7])
+def test_each_copy_has_all_rows(length: int) -> None:
+    copies = [Processes(rank, 6, sharded=True, copies=2) for rank in range(6)]
+    for group in (copies[:3], copies[3:]):
+        assert [row for one in group for row in range(length)[one.span(length)]] == list(range(length))
+    assert copies[0].span(length) == copies[3].span(length) == Processes(0, 3, sharded=True).span(length)
+
+
 def test_training_that_needs_whole_models_is_refused_on_shards() -> None:
     settings = SETTINGS.model_copy(update={"optimizer": "adafactor"})
     Processes(0, 2).check_trainable(settings)
