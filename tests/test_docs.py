@@ -29,6 +29,7 @@ OF_OTHERS = {
     *("--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
     *("--nodes", "--job-name", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),  # SLURM
     *("--signal", "--requeue", "--open-mode", "--wait"),
+    *("--use_parallelism_config", "--parallelism_config_dp_replicate_size", "--parallelism_config_dp_shard_size"),
     *("--use_fsdp", "--fsdp_version", "--version", "--help", "--state", "--short", "--budget"),
     *("--generation-config", "--gpu-memory-utilization", "--no-enable-chunked-prefill", "--dtype"),  # vLLM
     *("--model-path", "--sampling-defaults", "--parallel", "--ctx-size", "--port"),  # SGLang, llama-server
