@@ -423,8 +423,8 @@ class DistillSection(Section):
             value, default = getattr(self, name), DistillSection.model_fields[name].default
             if value != default and not learned:
                 raise PresetError(
-                    f"distill.{name}={value:g} has no effect: {self.learns} learn, so the variant would be named after "
-                    f"a setting that changes nothing; set {how}, or leave it out"
+                    f"distill.{name}={value:g} has no effect where {self.learns} is all that learns, so the "
+                    f"variant would be named after a setting that changes nothing; set {how}, or leave it out"
                 )
 
     @property
