@@ -1,6 +1,5 @@
 """``kdctl report``: the report on disk, and what of it is shown on a terminal or printed for programs."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,7 @@ import typer
 
 from kdctl.base.errors import PresetError
 from kdctl.cli import console, fit
-from kdctl.cli.options import RunOption, VerboseOption, guarded, run_folder
+from kdctl.cli.options import RunOption, VerboseOption, guarded, process_rank, run_folder
 
 if TYPE_CHECKING:
     from kdctl.report.front import Excerpt
@@ -77,7 +76,7 @@ def show_report(found: "Excerpt", wide: bool = False) -> None:
     """Show an excerpt to a person on a terminal; print it as Markdown anywhere else."""
     if not console.on_terminal():
         console.show_text(found.text())
-        if found.folder is not None and os.environ.get("RANK", "0") == "0":
+        if found.folder is not None and process_rank() == 0:
             console.ConsoleReporter().note(f"verdicts in full and all tables: {found.folder / 'report.html'}")
     elif found.folder is None:
         for paragraph in found.paragraphs:

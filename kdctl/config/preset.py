@@ -409,10 +409,14 @@ class DistillSection(Section):
         return self.model_dump(mode="json", exclude=set() if self.train_norms else {"norm_lr_ratio"})
 
     @property
+    def learns_too(self) -> list[str]:
+        """Name what training moves beside what ``train`` says."""
+        return [name for name, learned in (("scales", self.learn_scales), ("norms", self.train_norms)) if learned]
+
+    @property
     def learns(self) -> str:
         """Name what training moves, ``weights, scales, norms`` for example."""
-        more = (("scales", self.learn_scales), ("norms", self.train_norms))
-        return ", ".join([self.train, *(name for name, learned in more if learned)])
+        return ", ".join([self.train, *self.learns_too])
 
     def check_rates(self) -> None:
         """Raise PresetError for a learning rate of what does not learn: it would name a variant and change nothing."""

@@ -178,11 +178,11 @@ class Duration:
         linears, sharded = cost.linears * self.apart, cost.shards > 1
         if self.preset.rollout.keep_states == "no":
             forward = passes.forward(tokens, length)
-            yield _sending(forward, linears if sharded else 0).repeated(times)
+            yield replace(forward, sent=linears if sharded else 0).repeated(times)
         both = passes.training(tokens, length, self.preset.runtime.activation_checkpointing)
         summed = FLOAT32 * cost.quantized * self.apart
         sent, crossing = 2 * linears + summed, self.crossing * FLOAT32 * cost.quantized / cost.shards
-        yield (replace(_sending(both, sent), crossing=crossing) if sharded else both).repeated(times)
+        yield (replace(both, sent=sent, crossing=crossing) if sharded else both).repeated(times)
         yield passes.head(predicted, 3).repeated(times)
         yield passes.divergence(predicted).repeated(times)
         moved = cost.followed / cost.shards
@@ -250,8 +250,3 @@ def _left_out(cost: Cost) -> Iterator[str]:
         yield "benchmark tasks"
     if Statistic.TOKENS in method.needs:
         yield f"what {method.name} does in a process of its own"
-
-
-def _sending(work: Work, sent: float) -> Work:
-    """Return a pass during which so many bytes come from other processes."""
-    return replace(work, sent=sent)

@@ -83,8 +83,7 @@ def _learned(settings: DistillSection) -> str:
         "lora": "low-rank updates inside the rounding",
         "scales": "scales, codes as they were",
     }
-    more = (("scales", settings.learn_scales), ("norms", settings.train_norms))
-    return "; ".join([kinds[settings.train], *(name for name, learned in more if learned)])
+    return "; ".join([kinds[settings.train], *settings.learns_too])
 
 
 def _settings(report: QuantizeReport, training: Training | None) -> str:

@@ -297,7 +297,7 @@ def lay_out(layout: str, study: Study, contrasts: Contrasts) -> list[Table]:
         names = ", ".join(name for name in LAYOUTS if _table(name, study, contrasts) is not None)
         label = SETTINGS[SWEEPS[layout].field][0] if layout in SWEEPS else ""
         needs = NEEDS.get(layout, f"two variants of different {label} and otherwise equal settings")
-        train = "" if layout in NEEDS and layout != "mixed" else ", which kdctl distill can train"
+        train = ", which kdctl distill can train" if layout in (*SWEEPS, "mixed") else ""
         raise PresetError(
             f"--layout {layout} needs {needs}, and there is nothing of the kind here{train}; use "
             f"a layout that can be filled: {names}"

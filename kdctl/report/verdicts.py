@@ -78,13 +78,17 @@ def _rolling(results: Results, row: Row) -> str:
 def _told(whose: str, difference: Estimate) -> str:
     if not difference.bounded:
         return f", which one document does not tell from {whose}'s"
-    low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
     if not differs(difference):
+        low, high = fixed(difference.low, 4, "+"), fixed(difference.high, 4, "+")
         return f", not distinguishable from {whose}'s (difference {fixed(difference.value, 4, '+')} [{low}, {high}])"
     more, which = ("less", "better") if difference.value < 0 else ("more", "worse")
+    return f", {fixed(abs(difference.value), 4)} {more} than {whose}'s ({_width(difference)}), which is {which}"
+
+
+def _width(difference: Estimate) -> str:
+    """Give the ends of a difference that leaves out 0, without the sign that the words beside it say."""
     least, most = sorted((abs(difference.low), abs(difference.high)))
-    width = f"{fixed(least, 4)} to {fixed(most, 4)}"
-    return f", {fixed(abs(difference.value), 4)} {more} than {whose}'s ({width}), which is {which}"
+    return f"{fixed(least, 4)} to {fixed(most, 4)}"
 
 
 def _distance(results: Results, row: Row) -> str:
@@ -101,9 +105,7 @@ def _distance(results: Results, row: Row) -> str:
     if difference.low <= 0 <= difference.high:
         return text + f", not distinguishable from the PTQ student's (difference {_interval(difference)})."
     verb = "less" if difference.value < 0 else "more"
-    low, high = sorted((abs(difference.low), abs(difference.high)))
-    low, high = fixed(low, 4), fixed(high, 4)
-    text += f", {fixed(abs(difference.value), 4)} {verb} than the PTQ student's ({low} to {high})"
+    text += f", {fixed(abs(difference.value), 4)} {verb} than the PTQ student's ({_width(difference)})"
     if difference.value > 0:
         return text + "."
     return text + f": {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of it was removed."

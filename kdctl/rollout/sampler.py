@@ -63,8 +63,8 @@ class InProcess:
     """Samples completions from a model in this process: what trains is what generates.
 
     stop: the tokens that end a completion. source: what the rollouts say about who wrote them. batch_size: completions
-    in the making at once. look: tokens a row that are drawn before the host looks at them. say: told
-    what makes it slow.
+    in the making at once. look: tokens a row that are drawn before the host looks at them. say: told what
+    makes it slow.
     """
 
     blocks_at_once = 1  # so that a block's tokens do not depend on what ran beside it
